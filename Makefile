@@ -1,0 +1,37 @@
+# Everything a newcomer runs. Each target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help setup test lint typecheck check demo bench support-table clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+setup: $(STAMP)  ## create .venv with everything the tests and the demo need
+
+test: setup  ## run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup  ## mypy (the links give it the names that the packages are installed under)
+	@mkdir -p build/typecheck
+	@for p in exporter kernels engines; do ln -sfn ../../$$p build/typecheck/vp_$$p; done
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vp_exporter -p vp_kernels -p vp_engines
+
+check: lint typecheck test  ## what CI runs
+
+demo: setup  ## digits ViT + searched mask -> ORT engine -> checked against dense -> report
+	$(BIN)/python examples/digits/demo.py
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build *.egg-info

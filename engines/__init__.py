@@ -1,0 +1,1 @@
+"""vp_engines: open and run the bundles that vp-export writes."""

@@ -1,0 +1,242 @@
+"""What every engine backend offers: `available`, `build` and a `Runner`. One file in this folder per engine.
+
+A backend imports its runtime inside its functions, never at the top of its file: importing vp_engines must touch
+neither a GPU nor an optional package.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+
+from vp_engines.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class Availability(NamedTuple):
+    """Whether a backend works here, and if not, which pip extra or device it needs (one line)."""
+
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype ("float32") and shape of an engine's input or output; a string in the shape is a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class BuildSource:
+    """A lowered model, in the forms that the backends read.
+
+    Attributes:
+        precision: the dtype that the weights and activations already have; inputs and outputs stay float32.
+        inputs, outputs: the model's signature; axis 0 is the dynamic "batch".
+        onnx: path of the ONNX file, for backends with `source == "onnx"`.
+        program: a torch.export.ExportedProgram, for backends with `source == "program"`.
+        attention_blocks: how many attention operators the engine should find fused (0: do not check).
+    """
+
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    onnx: Path | None = None
+    program: Any = None
+    attention_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build. Backends ignore what does not concern them and say so in `BuildResult.notes`.
+
+    Attributes:
+        min_batch, opt_batch, max_batch: the optimisation profile of engines that need one (TensorRT).
+        device: "cpu" or "cuda".
+        compute_capability: target of TensorRT-RTX, as "8.9"; None means the GPU of this machine.
+        timing_cache: file that TensorRT reads and updates; None means none.
+    """
+
+    min_batch: int = 1
+    opt_batch: int = 8
+    max_batch: int = 64
+    device: Literal["cpu", "cuda"] = "cpu"
+    compute_capability: str | None = None
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build left in its output folder.
+
+    Attributes:
+        artefact: file name (inside the output folder) that `open` starts from.
+        files: every file name written, `artefact` included.
+        requirements: what a machine must have to run it, for the manifest (versions, compute capability, ...).
+        notes: things the user should know, one line each.
+    """
+
+    artefact: str
+    files: tuple[str, ...]
+    requirements: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run.
+
+    Attributes:
+        device: "cpu" or "cuda"; None means what the artefact was built for (for ort: the CPU).
+        threads: threads of one run on the CPU; None means the runtime's own choice.
+    """
+
+    device: Literal["cpu", "cuda"] | None = None
+    threads: int | None = None
+
+
+class Runner(ABC):
+    """A loaded engine: run it from any thread, close it when done (or use it as a context manager).
+
+    Subclasses implement `_run` and `_close`; the checks of shape and dtype are here, once. A subclass whose runtime
+    may not be entered by two threads at once sets `concurrent = False` and is run under a lock.
+    """
+
+    concurrent: ClassVar[bool] = True
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Run one batch.
+
+        Args:
+            images: float32 [batch, 3, height, width], preprocessed as the manifest says.
+
+        Returns:
+            One float32 array per output name; they belong to the caller.
+
+        Raises:
+            InputError: wrong dtype or shape, or the runner is closed.
+        """
+        if self._closed:
+            raise InputError("this engine is closed", fix="load the bundle again")
+        images = check_input(images, self.inputs[0])
+        if self.concurrent:
+            return self._run(images)
+        with self._lock:
+            return self._run(images)
+
+    @abstractmethod
+    def _run(self, images: np.ndarray) -> dict[str, np.ndarray]: ...
+
+    def _close(self) -> None:
+        """Release the runtime's resources."""
+
+    def close(self) -> None:
+        """Release the engine; calling it twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """One engine. Instances hold no state: everything is in the arguments.
+
+    Class attributes:
+        name: the word after --engine.
+        source: which form of the lowered model `build` reads.
+        opset: newest ONNX opset that the engine takes (None for `source == "program"`).
+        precisions: what `build` accepts, the default first.
+        extra: the pip extra that installs the runtime.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[Literal["onnx", "program"]]
+    opset: ClassVar[int | None]
+    precisions: ClassVar[tuple[Precision, ...]]
+    extra: ClassVar[str]
+
+    @abstractmethod
+    def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
+        """Whether this backend can build or run on this machine."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """Version of the runtime, for the manifest."""
+
+    @abstractmethod
+    def build(self, source: BuildSource, out: Path, options: BuildOptions) -> BuildResult:
+        """Write the engine's files into the existing empty folder `out`.
+
+        Raises:
+            EngineUnavailableError: the runtime is missing.
+            BuildError: the engine refuses the model.
+        """
+
+    @abstractmethod
+    def open(
+        self,
+        artefact: str,
+        files: Mapping[str, bytes],
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        requirements: Mapping[str, Any],
+        options: RunOptions,
+    ) -> Runner:
+        """Load an engine from bytes that have already been verified (never from a path: nothing may change between
+        the hash and the load).
+
+        Args:
+            artefact: the key in `files` to start from.
+            files: file name -> content, the artefact and what it refers to.
+            requirements: what `build` recorded.
+
+        Raises:
+            EngineUnavailableError: the runtime is missing.
+            BundleIncompatibleError: the machine does not meet `requirements`.
+        """
+
+
+def check_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Check one input array against its spec and return it C-contiguous.
+
+    Raises:
+        InputError: wrong type, dtype, rank or size, or an empty batch.
+    """
+    import numpy as np
+
+    want = f"{spec.dtype} array of shape [{', '.join(str(axis) for axis in spec.shape)}]"
+    if not isinstance(images, np.ndarray):
+        raise InputError(f"input '{spec.name}' is a {type(images).__name__}", expected=f"a {want}")
+    if images.dtype != np.dtype(spec.dtype):
+        raise InputError(
+            f"input '{spec.name}' has dtype {images.dtype}", expected=f"a {want}", fix=f"use .astype('{spec.dtype}')"
+        )
+    fits = images.ndim == len(spec.shape) and all(
+        size > 0 if isinstance(axis, str) else size == axis for size, axis in zip(images.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        raise InputError(f"input '{spec.name}' has shape {list(images.shape)}", expected=f"a {want}")
+    return np.ascontiguousarray(images)

@@ -1,0 +1,1 @@
+"""vp_kernels: Triton kernels for token reduction, each beside its reference."""
