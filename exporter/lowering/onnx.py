@@ -1,0 +1,101 @@
+"""ReducedViT -> ONNX, through torch.export (dynamo)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+
+from vp_engines.errors import BuildError
+from vp_exporter.lowering.program import dynamic_batch, example_images
+from vp_exporter.lowering.signature import BATCH, INPUT, signature
+from vp_exporter.reduced import ReducedViT
+
+# protobuf cannot hold more than 2 GiB; above this the weights go into a file beside the graph.
+MAX_INLINE_BYTES = 1_800_000_000
+PRODUCER = "vp-export"
+
+
+def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23) -> Path:
+    """Write a prepared model (`ReducedViT.for_export`) as ONNX.
+
+    Args:
+        path: the file to write; weights of models above 1.8 GB go to `path` + ".data" beside it.
+        opset: of the standard domain; from 23 on, attention is one Attention node.
+
+    Returns:
+        `path`.
+
+    Raises:
+        BuildError: the result fails onnx.checker or shape inference, or lost its dynamic batch.
+    """
+    with _quiet():
+        # From the module and not from our exported program: only so does the batch axis keep its name.
+        exported = torch.onnx.export(
+            model, (example_images(model),), dynamic_shapes=dynamic_batch(), opset_version=opset, dynamo=True,
+            input_names=[INPUT], output_names=[model.output_name], optimize=True, verbose=False,
+        )  # fmt: skip
+    assert exported is not None
+    _strip(exported.model)
+    exported.model.producer_name = PRODUCER
+    inline = sum(p.numel() * p.element_size() for p in model.parameters()) < MAX_INLINE_BYTES
+    with _quiet():
+        exported.save(str(path), external_data=not inline)
+    check_onnx(path, model)
+    return path
+
+
+def check_onnx(path: Path, model: ReducedViT) -> None:
+    """Hold the file to the ONNX specification and to the model's signature.
+
+    Raises:
+        BuildError: what the checker or the shape inference says, or a batch axis that is no longer dynamic.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)  # full: strict shape inference too
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BuildError(f"the ONNX file fails its check: {str(error).splitlines()[0]}") from error
+    graph = onnx.load(str(path), load_external_data=False).graph
+    specs = [spec for group in signature(model) for spec in group]
+    for value, spec in zip([*graph.input, *graph.output], specs, strict=True):
+        axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        if value.name != spec.name or axes != list(spec.shape):
+            raise BuildError(
+                f"the ONNX file has {value.name} {axes}", expected=f"{spec.name} {list(spec.shape)}",
+                fix=f"the axis {BATCH!r} must stay dynamic: report this",
+            )  # fmt: skip
+
+
+def _strip(model: object) -> None:
+    """Drop what the exporter notes for debugging: it holds paths of the exporting machine."""
+    graph = model.graph  # type: ignore[attr-defined]
+    model.metadata_props.clear()  # type: ignore[attr-defined]
+    graph.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """The exporter prints and warns about things that a user of ours cannot act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,176 @@
+"""Which timm Vision Transformers we take apart, how, and a named reason for each one that we refuse.
+
+We rewrite a model's forward pass, so we must know every line of it: a class counts as known only when it is exactly
+that class (`type(x) is`), never a subclass, because a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from vp_exporter.errors import UnsupportedModelError
+from vp_exporter.plan import PlanModel
+
+POOLS = ("token", "avg", "avgmax", "max", "map")
+
+
+@dataclass(frozen=True)
+class BlockMacs:
+    """Multiply-accumulates of one block: per token in the attention's linear layers, per token in the MLP, and the
+    width w of the attention, which costs 2 * tokens^2 * w (logits and weighted sum)."""
+
+    attention_linear: int
+    mlp_linear: int
+    attention_width: int
+
+
+@dataclass(frozen=True)
+class ViTDescription:
+    """What the rest of the exporter needs to know of a model.
+
+    Attributes:
+        image_size, patch_size, grid: height and width, in pixels and in patches.
+        prefix_tokens: class token, distillation token and register tokens together, always first in the sequence.
+        pool: "token", "avg", "avgmax", "max" or "map".
+        num_classes: 0 for a feature extractor.
+        blocks: MACs of each block.
+        patch_embed_macs: per embedded patch.
+        head_macs: (fixed, per pooled token) MACs of pooling and head.
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    grid: tuple[int, int]
+    in_chans: int
+    prefix_tokens: int
+    class_token: bool
+    distilled: bool
+    register_tokens: int
+    embed_dim: int
+    num_heads: int
+    pool: str
+    pool_include_prefix: bool
+    num_classes: int
+    blocks: tuple[BlockMacs, ...]
+    patch_embed_macs: int
+    head_macs: tuple[int, int]
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def plan_model(self, weights_sha256: str | None = None) -> PlanModel:
+        """This model as a plan names it."""
+        return PlanModel(
+            self.name, self.image_size, self.patch_size, self.prefix_tokens, self.depth, self.patches, weights_sha256
+        )
+
+
+def describe(model: nn.Module, name: str) -> ViTDescription:
+    """Take stock of a timm model.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    reason = refusal(model)
+    if reason:
+        raise UnsupportedModelError(
+            f"{name} cannot be reduced: {reason}", expected="a plain ViT", fix="docs/models.md lists what is supported"
+        )
+    vit = model
+    embed: PatchEmbed = vit.patch_embed
+    distilled = type(vit) is VisionTransformerDistilled
+    patch_macs = embed.proj.weight.numel()
+    head_fixed = sum(layer.weight.numel() for layer in (vit.head, getattr(vit, "head_dist", None)) if _linear(layer))
+    head_per_token = 0
+    if vit.attn_pool is not None:
+        pool: AttentionPoolLatent = vit.attn_pool
+        head_fixed += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
+        head_per_token = _linear_macs(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+    return ViTDescription(
+        name=name,
+        image_size=tuple(embed.img_size),
+        patch_size=tuple(embed.patch_size),
+        grid=tuple(embed.grid_size),
+        in_chans=embed.proj.in_channels,
+        prefix_tokens=vit.num_prefix_tokens,
+        class_token=vit.cls_token is not None,
+        distilled=distilled,
+        register_tokens=vit.num_prefix_tokens - int(vit.cls_token is not None) - int(distilled),
+        embed_dim=vit.embed_dim,
+        num_heads=vit.blocks[0].attn.num_heads,
+        pool=vit.global_pool,
+        # Eva's attention pooling reads the prefix tokens too; a VisionTransformer says so itself.
+        pool_include_prefix=vit.attn_pool is not None if type(vit) is Eva else vit.pool_include_prefix,
+        num_classes=vit.num_classes,
+        blocks=tuple(
+            BlockMacs(
+                _linear_macs(block.attn),
+                _linear_macs(block.mlp),
+                block.attn.num_heads * block.attn.head_dim,
+            )
+            for block in vit.blocks
+        ),
+        patch_embed_macs=patch_macs,
+        head_macs=(head_fixed, head_per_token),
+    )
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why a timm model cannot be reduced, as a short phrase; None where it can."""
+    kind = type(model)
+    if kind not in (VisionTransformer, VisionTransformerDistilled, Eva):
+        return f"its class {kind.__name__} is not a plain ViT"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its patch embedding {type(model.patch_embed).__name__} is a network of its own"
+    if getattr(model, "rope", None) is not None:
+        return "it has rotary position embeddings"
+    if model.global_pool not in POOLS:
+        what = "no pooling" if not model.global_pool else f"the pooling {model.global_pool!r}"
+        return f"it has {what}, which needs every patch"
+    if model.attn_pool is not None:
+        pool = model.attn_pool
+        if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None:
+            return f"its attention pooling {type(pool).__name__} is not a latent query"
+    return next((reason for block in model.blocks if (reason := _block_refusal(block))), None)
+
+
+def _block_refusal(block: nn.Module) -> str | None:
+    kind = type(block)
+    if kind is Block:
+        known_attention = type(block.attn) is Attention
+        scales = (block.ls1, block.ls2)
+        if not all(type(scale) in (LayerScale, nn.Identity) for scale in scales):
+            return f"its blocks scale with {type(block.ls1).__name__}"
+    elif kind is EvaBlock:
+        known_attention = type(block.attn) is EvaAttention
+    else:
+        return f"its block {kind.__name__} is not the standard one"
+    if not known_attention:
+        return f"its attention {type(block.attn).__name__} is not the standard one"
+    if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+        return f"its MLP {type(block.mlp).__name__} is not the standard one"
+    return None
+
+
+def _linear(module: object) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _linear_macs(module: nn.Module | None) -> int:
+    """Multiply-accumulates per token of the linear layers inside a module."""
+    if module is None:
+        return 0
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+

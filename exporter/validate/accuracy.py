@@ -1,0 +1,290 @@
+"""How the reduced engine's answers compare with those of the dense model on the same engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from vp_exporter.errors import DataError
+from vp_exporter.progress import SILENT, Progress
+from vp_exporter.validate.data import Batch
+from vp_exporter.validate.intervals import Interval, bootstrap_mean, mcnemar_exact, paired_difference, wilson
+
+OUTPUT = "logits"
+NAMED_FAILURES = 5
+
+
+class RunnerLike(Protocol):
+    """What is asked of an engine (vp_engines.backends.base.Runner has it)."""
+
+    def run(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
+        """float32 [B, 3, H, W] -> {"logits": float32 [B, classes]}."""
+        ...
+
+
+class Data(Sized, Protocol):
+    """What is asked of the images (vp_exporter.validate.data.ImageFolder has it)."""
+
+    @property
+    def labelled(self) -> bool: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def skipped(self) -> list[tuple[str, str]]: ...
+    def batches(self, batch_size: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The reduced engine against the reduced PyTorch model, on the first `images` images: what lowering and the
+    engine changed, apart from what the plan changed.
+
+    Attributes:
+        max_abs, mean_abs: absolute difference of the logits; None when any is not finite.
+        relative: root mean square of the difference over that of PyTorch's logits; None likewise.
+        same_top1: images with the same top-1 class.
+        nonfinite: images with a NaN or infinite logit on either side.
+    """
+
+    images: int
+    max_abs: float | None
+    mean_abs: float | None
+    relative: float | None
+    same_top1: int
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Dense and reduced engine on the same images.
+
+    An image for which a model gives a NaN or an infinity counts as wrong for it and as a disagreement; `kl` is then
+    None, because no mean would be honest, and `finite` is False, which fails every verdict.
+
+    Attributes:
+        images: images scored.
+        skipped: files that could not be decoded.
+        num_classes: classes of the model.
+        dense_top1, reduced_top1: percent; None without labels.
+        dense_top5, reduced_top5: percent; None without labels, or with five classes or fewer.
+        top1_difference: reduced minus dense, in percentage points, Agresti-Min interval; None without labels.
+        only_dense_right, only_reduced_right: images that one gets right and the other wrong; None without labels.
+        mcnemar_p: McNemar's exact two-sided p-value; None without labels.
+        agreement: images with the same top-1 class in percent, Wilson interval.
+        kl: mean over the images of KL(dense || reduced) of the softmax, in nats, bootstrap interval.
+        nonfinite_dense, nonfinite_reduced: images with a NaN or infinite logit.
+        nonfinite_images: the first few of them, by file name.
+        parity: the engine against PyTorch; None when there was no reference.
+    """
+
+    images: int
+    skipped: int
+    num_classes: int
+    dense_top1: float | None
+    reduced_top1: float | None
+    dense_top5: float | None
+    reduced_top5: float | None
+    top1_difference: Interval | None
+    only_dense_right: int | None
+    only_reduced_right: int | None
+    mcnemar_p: float | None
+    agreement: Interval
+    kl: Interval | None
+    nonfinite_dense: int
+    nonfinite_reduced: int
+    nonfinite_images: tuple[str, ...] = ()
+    parity: Parity | None = None
+
+    @property
+    def labelled(self) -> bool:
+        return self.top1_difference is not None
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number that came out of an engine or of the reference was one."""
+        return not (self.nonfinite_dense or self.nonfinite_reduced or (self.parity and self.parity.nonfinite))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; intervals as {"value", "low", "high"}."""
+        return {**asdict(self), "nonfinite_images": list(self.nonfinite_images)}
+
+
+def evaluate(
+    dense: RunnerLike,
+    reduced: RunnerLike,
+    data: Data,
+    *,
+    batch_size: int = 32,
+    reference: Callable[[np.ndarray], np.ndarray] | None = None,
+    reference_limit: int = 64,
+    progress: Progress = SILENT,
+) -> Accuracy:
+    """Run both engines over the same batches and compare their logits.
+
+    Args:
+        reference: the reduced model in PyTorch, images float32 [B, 3, H, W] -> logits [B, classes] (numpy), for
+            `Accuracy.parity`.
+        reference_limit: how many images the reference sees (from the front); it is far slower than an engine.
+
+    Raises:
+        DataError: the data cannot be read, or the logits do not fit the number of classes.
+    """
+    tally = _Tally(data.num_classes, data.labelled)
+    parity = _ParityTally(reference_limit)
+    steps = math.ceil(len(data) / batch_size)
+    for batch in progress.track(data.batches(batch_size), total=steps, description="comparing with the dense model"):
+        first = _logits(dense, batch, data.num_classes, "dense")
+        second = _logits(reduced, batch, data.num_classes, "reduced")
+        tally.add(first, second, batch)
+        missing = min(reference_limit - parity.images, len(batch.images))
+        if reference is not None and missing > 0:
+            expected = np.asarray(reference(batch.images[:missing]))
+            _check_logits(expected, missing, data.num_classes, "PyTorch")
+            parity.add(expected.astype(np.float64), second[:missing])
+    if not tally.images:
+        raise DataError("no image to validate on", fix="point to a folder of images")
+    result = tally.result(len(data.skipped), parity.result() if reference is not None and parity.images else None)
+    if not result.finite:
+        progress.warn(
+            f"NaN or infinite logits: dense {result.nonfinite_dense}, reduced {result.nonfinite_reduced} of "
+            f"{result.images} images"
+        )
+    if result.dense_top1 is not None and result.images >= 20 and result.dense_top1 <= 150 / data.num_classes < 100:
+        progress.warn(
+            f"the dense model's top-1 is {result.dense_top1:.2f}%, about chance: the folders are probably not in the "
+            "order of the model's classes, or the preprocessing is not the model's"
+        )
+    return result
+
+
+def kl_divergence(dense: np.ndarray, reduced: np.ndarray) -> np.ndarray:
+    """KL(dense || reduced) of the softmax of each row, in nats.
+
+    Args:
+        dense, reduced: logits [B, classes]; computed in float64, safe for logits of any finite size.
+
+    Returns:
+        float64 [B], never negative.
+    """
+    log_p, log_q = _log_softmax(dense), _log_softmax(reduced)
+    return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0.0)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64)
+    shifted = shifted - shifted.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rank of each row's label, 0 the highest; among equal logits the lower class number comes first, as in argmax."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1])[None] < labels[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
+
+
+def _logits(runner: RunnerLike, batch: Batch, num_classes: int, which: str) -> np.ndarray:
+    outputs = runner.run(batch.images)
+    if OUTPUT not in outputs:
+        raise DataError(f"the {which} engine's outputs are {sorted(outputs)}", expected=f"one named {OUTPUT!r}")
+    _check_logits(outputs[OUTPUT], len(batch.images), num_classes, which)
+    return outputs[OUTPUT].astype(np.float64)
+
+
+def _check_logits(logits: np.ndarray, rows: int, num_classes: int, which: str) -> None:
+    if logits.shape != (rows, num_classes):
+        raise DataError(
+            f"the {which} model's logits have shape {list(logits.shape)}", expected=f"[{rows}, {num_classes}]"
+        )
+
+
+@dataclass
+class _Tally:
+    """Per-image results, from which every figure is taken at the end."""
+
+    num_classes: int
+    labelled: bool
+    images: int = 0
+    only_dense: int = 0
+    only_reduced: int = 0
+    agree: int = 0
+    top1: list[int] = field(default_factory=lambda: [0, 0])  # dense, reduced
+    top5: list[int] = field(default_factory=lambda: [0, 0])
+    bad: list[int] = field(default_factory=lambda: [0, 0])
+    bad_names: list[str] = field(default_factory=list)
+    kl: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, dense: np.ndarray, reduced: np.ndarray, batch: Batch) -> None:
+        finite = [np.isfinite(logits).all(axis=1) for logits in (dense, reduced)]
+        both = finite[0] & finite[1]
+        self.images += len(dense)
+        self.agree += int((both & (dense.argmax(axis=1) == reduced.argmax(axis=1))).sum())
+        self.kl.append(kl_divergence(dense[both], reduced[both]))
+        for i, ok in enumerate(finite):
+            self.bad[i] += int((~ok).sum())
+        self.bad_names += [path.name for path, ok in zip(batch.paths, both, strict=True) if not ok]
+        if not self.labelled:
+            return
+        assert batch.labels is not None
+        right = []
+        for i, logits in enumerate((dense, reduced)):
+            rank = _rank(logits, batch.labels)
+            right.append(finite[i] & (rank == 0))
+            self.top1[i] += int(right[i].sum())
+            self.top5[i] += int((finite[i] & (rank < 5)).sum())
+        self.only_dense += int((right[0] & ~right[1]).sum())
+        self.only_reduced += int((right[1] & ~right[0]).sum())
+
+    def result(self, skipped: int, parity: Parity | None) -> Accuracy:
+        def percent(count: int, wanted: bool) -> float | None:
+            return 100 * count / self.images if wanted else None
+
+        difference = paired_difference(self.only_dense, self.only_reduced, self.images).scaled(100)
+        top5 = self.labelled and self.num_classes > 5
+        return Accuracy(
+            images=self.images,
+            skipped=skipped,
+            num_classes=self.num_classes,
+            dense_top1=percent(self.top1[0], self.labelled),
+            reduced_top1=percent(self.top1[1], self.labelled),
+            dense_top5=percent(self.top5[0], top5),
+            reduced_top5=percent(self.top5[1], top5),
+            top1_difference=difference if self.labelled else None,
+            only_dense_right=self.only_dense if self.labelled else None,
+            only_reduced_right=self.only_reduced if self.labelled else None,
+            mcnemar_p=mcnemar_exact(self.only_dense, self.only_reduced) if self.labelled else None,
+            agreement=wilson(self.agree, self.images).scaled(100),
+            kl=None if any(self.bad) else bootstrap_mean(np.concatenate(self.kl)),
+            nonfinite_dense=self.bad[0],
+            nonfinite_reduced=self.bad[1],
+            nonfinite_images=tuple(self.bad_names[:NAMED_FAILURES]),
+            parity=parity,
+        )
+
+
+class _ParityTally:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.images = 0
+        self._expected: list[np.ndarray] = []
+        self._got: list[np.ndarray] = []
+
+    def add(self, expected: np.ndarray, got: np.ndarray) -> None:
+        self.images += len(expected)
+        self._expected.append(expected)
+        self._got.append(got)
+
+    def result(self) -> Parity:
+        expected, got = np.concatenate(self._expected), np.concatenate(self._got)
+        finite = np.isfinite(expected).all(axis=1) & np.isfinite(got).all(axis=1)
+        same = int((finite & (expected.argmax(axis=1) == got.argmax(axis=1))).sum())
+        if not finite.all():
+            return Parity(self.images, None, None, None, same, int((~finite).sum()))
+        error = np.abs(expected - got)
+        scale = math.sqrt(float((expected**2).mean()))
+        relative = math.sqrt(float((error**2).mean())) / scale if scale else None
+        return Parity(self.images, float(error.max()), float(error.mean()), relative, same, 0)

@@ -1,0 +1,319 @@
+"""Labelled or unlabelled image folders, decoded ahead of use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vp_exporter.errors import DataError
+from vp_exporter.progress import SILENT, Progress
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+
+
+class Batch(NamedTuple):
+    """Images float32 [B, 3, H, W], labels int64 [B] (None: unlabelled), and the B files that they came from."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    paths: tuple[Path, ...]
+
+
+class ImageFolder:
+    """An ImageNet-style folder (one sub-folder per class, images below it at any depth), or a flat folder of images.
+
+    Labels come from the folder names when the model's class names are known and hold all of them; else from the
+    order of the folders, when there are as many as the model has classes. A flat folder has no labels: dense and
+    reduced model can still be compared with each other on it. Hidden files and folders are passed over.
+
+    A file that cannot be decoded is named, skipped and counted, so that one bad download does not cost an hour.
+
+    Attributes:
+        paths: the files, sorted, after `limit`.
+        labels: int64 [len(paths)], or None for a flat folder.
+        labelled: whether there are labels.
+        num_classes: classes of the model.
+        notes: how the labels were found and what was left out, one line each.
+        skipped: (file relative to `root`, reason) of each file that the latest pass could not decode.
+
+    Args:
+        root: the folder.
+        prepare: image file -> float32 [3, H, W], preprocessed as the engine wants it; called from several threads.
+        classes: the model's class names in the order of its logits; None where they are unknown.
+        num_classes: how many logits the model has.
+        strict: raise on the first file that cannot be decoded.
+        limit: take this many files, evenly spaced over the sorted list, so that every class is met.
+        workers: decoding threads; None takes up to four.
+
+    Raises:
+        DataError: the folder is missing, not a folder, unreadable or holds no image; the class folders do not fit
+            the model; `limit` is below 1.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        prepare: Callable[[Path], np.ndarray],
+        *,
+        classes: Sequence[str] | None,
+        num_classes: int,
+        strict: bool = False,
+        limit: int | None = None,
+        workers: int | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        self.root = Path(root)
+        self.num_classes = num_classes
+        self.notes: list[str] = []
+        self.skipped: list[tuple[str, str]] = []
+        self._prepare, self._strict, self._progress = prepare, strict, progress
+        self._workers = workers or min(4, os.cpu_count() or 1)
+        self._warned: set[str] = set()
+        if classes is not None and len(classes) != num_classes:
+            raise DataError(
+                f"{len(classes)} class names for a model of {num_classes} classes", expected="one per class"
+            )
+        if limit is not None and limit < 1:
+            raise DataError(f"an image limit of {limit}", expected="1 or more", fix="leave it out to use every image")
+
+        folders, loose = _list(self.root)
+        labels: list[int] | None = None
+        if any(folders.values()):
+            label_of = self._label_folders(list(folders), classes)
+            paths = [path for images in folders.values() for path in images]
+            labels = [label_of[name] for name, images in folders.items() for _ in images]
+            if loose:
+                self._note(f"{len(loose)} images directly in {self.root} have no class folder and are left out")
+        else:
+            paths = loose
+            self._note(f"{self.root} has no class folders: without labels only agreement and KL are measured")
+        if not paths:
+            raise DataError(
+                f"no image in {self.root} or its folders", expected="files ending in " + ", ".join(sorted(SUFFIXES))
+            )
+        if limit is not None and limit < len(paths):
+            self._note(f"{limit} of the {len(paths)} images in {self.root}, evenly spaced")
+            index = [i * len(paths) // limit for i in range(limit)]
+            paths = [paths[i] for i in index]
+            labels = None if labels is None else [labels[i] for i in index]
+        self.paths = paths
+        self.labels = None if labels is None else np.asarray(labels, np.int64)
+
+    @property
+    def labelled(self) -> bool:
+        return self.labels is not None
+
+    def __len__(self) -> int:
+        """Files listed; a pass yields as many images, less the skipped ones."""
+        return len(self.paths)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """One pass over the files in order; every batch but the last is full, whatever is skipped.
+
+        Raises:
+            DataError: no file could be decoded, or (strict) one could not; `prepare` gave arrays that do not fit.
+        """
+        if batch_size < 1:
+            raise DataError(f"a batch size of {batch_size}", expected="1 or more")
+        self.skipped.clear()
+        decoded = self._decoded(ahead=max(2 * batch_size, self._workers))
+        empty = True
+        while chunk := list(islice(decoded, batch_size)):
+            empty = False
+            index = [i for i, _ in chunk]
+            yield Batch(
+                np.stack([image for _, image in chunk]),
+                None if self.labels is None else self.labels[index],
+                tuple(self.paths[i] for i in index),
+            )
+        if empty:
+            name, reason = self.skipped[0]
+            raise DataError(
+                f"none of the {len(self)} images in {self.root} can be decoded, the first ({name}) because: {reason}",
+                fix="point to a folder of sound images",
+            )
+
+    def fingerprint(self) -> str:
+        """sha256 over the names (relative to `root`) and sizes of the files, in order, as 64 hex digits."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            try:
+                size = path.stat().st_size
+            except OSError:
+                size = -1
+            digest.update(os.fsencode(path.relative_to(self.root).as_posix()) + b"\0%d\n" % size)
+        return digest.hexdigest()
+
+    def _decoded(self, ahead: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, float32 [3, H, W]) of the sound images in order, with at most `ahead` decoded and not yet taken."""
+        shape: tuple[int, ...] | None = None
+        todo = iter(enumerate(self.paths))
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="vp-decode")
+        try:
+            waiting: deque[tuple[int, Future[np.ndarray]]] = deque()
+            while True:
+                for i, path in islice(todo, ahead - len(waiting)):
+                    waiting.append((i, pool.submit(self._prepare, path)))
+                if not waiting:
+                    return
+                i, future = waiting.popleft()
+                # Decoders raise nearly anything on a broken file (OSError, SyntaxError, struct.error, ...).
+                try:
+                    image = future.result()
+                except Exception as error:
+                    self._skip(self.paths[i], f"{type(error).__name__}: {error}", error)
+                    continue
+                if shape is None:
+                    shape = image.shape
+                if image.dtype != np.float32 or image.ndim != 3 or image.shape != shape:
+                    want = list(shape) if len(shape) == 3 else "[3, height, width]"
+                    want = list(shape) if len(shape) == 3 else "[3, height, width]"
+                    raise DataError(
+                        f"{self._name(self.paths[i])} was prepared as {image.dtype} {list(image.shape)}",
+                        expected=f"float32 {want}, as for every image",
+                    )
+                if not np.isfinite(image).all():
+                    self._skip(self.paths[i], "it holds NaN or infinite values", None)
+                    continue
+                yield i, image
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _skip(self, path: Path, reason: str, cause: Exception | None) -> None:
+        name, reason = self._name(path), _printable(" ".join(reason.split()))
+        if self._strict:
+            raise DataError(
+                f"{name} in {self.root} cannot be decoded: {reason}",
+                fix="repair or remove it, or run without strict to skip such files",
+            ) from cause
+        self.skipped.append((name, reason))
+        if name not in self._warned:
+            self._warned.add(name)
+            self._progress.warn(f"skipped {name}: {reason}")
+
+    def _name(self, path: Path) -> str:
+        return _printable(path.relative_to(self.root).as_posix())
+
+    def _note(self, text: str) -> None:
+        self.notes.append(_printable(text))
+        self._progress.note(_printable(text))
+
+    def _label_folders(self, names: list[str], classes: Sequence[str] | None) -> dict[str, int]:
+        """Label of each class folder; `names` is sorted."""
+        if classes is not None:
+            known = set(classes)
+            strangers = [name for name in names if name not in known]
+            if not strangers:
+                repeated = [name for name in names if list(classes).count(name) > 1]
+                if repeated:
+                    raise DataError(
+                        f"the model has more than one class named {repeated[0]!r}",
+                        fix="rename the folders so that their sorted order is the order of the classes",
+                    )
+                return {name: list(classes).index(name) for name in names}
+            if len(strangers) < len(names):
+                # Some names fit: going by order now would score a misspelt folder as if nothing were wrong.
+                raise DataError(
+                    f"folders that are no class of the model: {_some(strangers)}",
+                    expected=f"class names such as {_some(classes)}",
+                    fix="rename or remove those folders",
+                )
+        if len(names) != self.num_classes:
+            why = "" if classes is None else f" named like the model's classes ({_some(classes)}), or"
+            raise DataError(
+                f"{len(names)} class folders in {self.root} ({_some(names)})",
+                expected=f"folders{why} exactly {self.num_classes} of them, one per class",
+                fix="point to a folder laid out so, or to a flat folder of images to validate without labels",
+            )
+        numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
+        if sorted(numbers) == list(range(len(names))):
+            self._note("folder names are class numbers: folder 0 is class 0, and so on")
+            return {name: int(name) for name in names}
+        self._note(f"labels follow the sorted order of the folder names: {names[0]!r} is class 0")
+        return {name: i for i, name in enumerate(names)}
+
+
+def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Sorted images below each class folder of `root` (folders sorted, empty ones kept), and those directly in it."""
+    if not root.exists():
+        raise DataError(f"no folder {root}", fix="check the path")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file", expected="a folder of images")
+    # Links that lead back to the root or above it are not followed, nor is any folder entered twice for one class.
+    above = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
+    folders: dict[str, list[Path]] = {}
+    loose: list[Path] = []
+    for entry in _scan(root):
+        if _is_folder(entry):
+            if _identity(Path(entry.path)) not in above:
+                folders[entry.name] = _images_below(Path(entry.path), set(above))
+        elif _is_image(entry):
+            loose.append(Path(entry.path))
+    return dict(sorted(folders.items())), sorted(loose)
+
+
+def _images_below(top: Path, seen: set[tuple[int, int]]) -> list[Path]:
+    found, todo = [], [top]
+    while todo:
+        folder = todo.pop()
+        identity = _identity(folder)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        for entry in _scan(folder):
+            if _is_folder(entry):
+                todo.append(Path(entry.path))
+            elif _is_image(entry):
+                found.append(Path(entry.path))
+    return sorted(found)
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    """The entries that are not hidden, sorted, so that what is found does not hang on the file system's order."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        # Leaving an unreadable class folder out would change the accuracy silently.
+        raise DataError(
+            f"cannot read folder {folder}: {error.strerror or error}", fix="check its permissions"
+        ) from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    info = folder.stat()
+    return info.st_dev, info.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """A regular file, or a broken link (so that it is counted as skipped); never a pipe or device, which would hang."""
+    if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+        return False
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return _printable(", ".join(map(repr, names[:count])) + (", ..." if len(names) > count else ""))
+
+
+def _printable(text: str) -> str:
+    """File names may hold bytes that are no UTF-8: they must not break a terminal or a report."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
