@@ -1,1 +1,76 @@
-"""vp_engines: open and run the bundles that vp-export writes."""
+"""vp_engines: open and run the bundles that vp-export writes.
+
+    import vp_engines
+
+    with vp_engines.load("deit_small.vpe") as engine:
+        logits = engine.run(engine.preprocess(["cat.jpg"]))["logits"]
+
+Importing this package imports no engine, no pydantic and no Pillow: each comes when it is first needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vp_engines.errors import (
+    BuildError,
+    BundleCorruptError,
+    BundleError,
+    BundleIncompatibleError,
+    EngineUnavailableError,
+    InputError,
+    VpError,
+)
+
+if TYPE_CHECKING:
+    from vp_engines.bundle import read_manifest, verify_bundle
+    from vp_engines.engine import Engine, load
+
+    __version__: str
+
+__all__ = [
+    "BuildError",
+    "BundleCorruptError",
+    "BundleError",
+    "BundleIncompatibleError",
+    "Engine",
+    "EngineUnavailableError",
+    "InputError",
+    "VpError",
+    "__version__",
+    "load",
+    "read_manifest",
+    "verify_bundle",
+]
+
+_LAZY = {
+    "Engine": "vp_engines.engine",
+    "load": "vp_engines.engine",
+    "read_manifest": "vp_engines.bundle",
+    "verify_bundle": "vp_engines.bundle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _installed_version()
+    elif name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    else:
+        raise AttributeError(f"module 'vp_engines' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vp-export")
+    except PackageNotFoundError:  # run from a checkout
+        return "0+unknown"

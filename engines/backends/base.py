@@ -6,15 +6,19 @@ neither a GPU nor an optional package.
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
-from vp_engines.errors import InputError
+from vp_engines.errors import BuildError, EngineUnavailableError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,25 +138,30 @@ class Runner(ABC):
         Raises:
             InputError: wrong dtype or shape, or the runner is closed.
         """
-        if self._closed:
-            raise InputError("this engine is closed", fix="load the bundle again")
         images = check_input(images, self.inputs[0])
         if self.concurrent:
+            self._check_open()
             return self._run(images)
         with self._lock:
+            self._check_open()  # inside the lock: another thread may have closed it while this one waited
             return self._run(images)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("this engine is closed", fix="load the bundle again")
 
     @abstractmethod
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]: ...
 
-    def _close(self) -> None:
-        """Release the runtime's resources."""
+    def _close(self) -> None:  # noqa: B027 (a hook: a runner with nothing to release leaves it)
+        """Release the runtime's resources. A concurrent runner may have runs in flight: they must end well."""
 
     def close(self) -> None:
         """Release the engine; calling it twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._close()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +179,8 @@ class Backend(ABC):
         opset: newest ONNX opset that the engine takes (None for `source == "program"`).
         precisions: what `build` accepts, the default first.
         extra: the pip extra that installs the runtime.
+        attention_form: how the lowered model should write attention (vp_exporter.attention says what each one is).
+        fixed_batch_range: whether an engine runs only the batch sizes that it was built for (BuildOptions).
     """
 
     name: ClassVar[str]
@@ -177,6 +188,31 @@ class Backend(ABC):
     opset: ClassVar[int | None]
     precisions: ClassVar[tuple[Precision, ...]]
     extra: ClassVar[str]
+    attention_form: ClassVar[Literal["sdpa", "sdpa-square", "explicit"]] = "sdpa"
+    fixed_batch_range: ClassVar[bool] = False
+
+    def check_precision(self, precision: Precision) -> None:
+        """Check that this backend builds in `precision`.
+
+        Raises:
+            BuildError: it does not.
+        """
+        if precision not in self.precisions:
+            raise BuildError(
+                f"engine '{self.name}' has no {precision}",
+                expected=f"one of {', '.join(self.precisions)}",
+                fix="choose another --precision or another --engine",
+            )
+
+    def check_source(self, source: BuildSource) -> None:
+        """Check that `source` has the form and precision that this backend builds from.
+
+        Raises:
+            BuildError: it has not.
+        """
+        self.check_precision(source.precision)
+        if (source.onnx if self.source == "onnx" else source.program) is None:
+            raise BuildError(f"engine '{self.name}' builds from the {self.source} form, which was not lowered")
 
     @abstractmethod
     def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
@@ -217,6 +253,44 @@ class Backend(ABC):
             EngineUnavailableError: the runtime is missing.
             BundleIncompatibleError: the machine does not meet `requirements`.
         """
+
+
+def installed(module: str) -> bool:
+    """Whether `module` can be found, without importing it (torch takes seconds)."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return find_spec(module) is not None
+
+
+def require(module: str, engine: str, extra: str) -> ModuleType:
+    """Import the package that an engine needs.
+
+    Raises:
+        EngineUnavailableError: it is missing or broken; the message names the pip extra.
+    """
+    try:
+        return import_module(module)
+    except (ImportError, OSError) as error:  # OSError: the package is there, a shared library that it needs is not
+        raise EngineUnavailableError(
+            f"engine '{engine}' needs {module}, which does not import ({error})", fix=install_hint(extra)
+        ) from error
+
+
+def install_hint(extra: str) -> str:
+    """The pip command that installs a runtime."""
+    return f"pip install 'vp-export[{extra}]'"
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: "2.11.0+cu130" -> (2, 11, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", version.strip())
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def first_line(text: object, limit: int = 400) -> str:
+    """The first non-empty line of an error message, shortened."""
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[0][:limit] if lines else "no message"
 
 
 def check_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:

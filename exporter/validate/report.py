@@ -131,7 +131,7 @@ class Report:
                 data=data,
                 accuracy=data.accuracy,
                 verdict=data.verdict,
-                status=_STATUS[data.verdict.status],
+                status=_status(data.verdict),
                 figures=_figures(data),
                 checks=[(check, _limit(check), _found(check)) for check in data.verdict.checks],
                 token_chart=charts.token_chart(data.tokens, data.dense_tokens),
@@ -157,7 +157,10 @@ class Report:
         return Path(folder, "report.json"), Path(folder, "report.html")
 
 
-_STATUS = {"passed": "Passed", "failed": "Failed", "unvalidated": "Accuracy not validated"}
+def _status(verdict: Verdict) -> str:
+    if verdict.status == "passed" and not verdict.budget_given:
+        return "Measured"  # nothing was asked that could have failed
+    return {"passed": "Passed", "failed": "Failed", "unvalidated": "Accuracy not validated"}[verdict.status]
 
 
 def _environment() -> jinja2.Environment:

@@ -161,7 +161,7 @@ def _check_speedup(latency: Sequence[LatencyRow], limit: float) -> Check:
     if not latency:
         return Check("min_speedup", limit, None, False, None, "Latency was not measured.")
     needs_claim = limit >= 1
-    worst = min(latency, key=lambda row: (row.claim or not needs_claim, row.speedup.value))
+    worst = min(latency, key=lambda row: row.speedup.value)
     slow = [row for row in latency if row.speedup.value < limit - ROUNDING]
     unproven = [row for row in latency if needs_claim and not row.claim]
     holds = all(row.speedup.low >= limit - ROUNDING for row in latency)

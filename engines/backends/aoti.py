@@ -1,0 +1,200 @@
+"""AOTInductor: torch compiles the exported program to a shared library. The artefact is one model.pt2.
+
+A .pt2 is executable code: `open` is given bytes that the bundle has already verified, and loads those bytes from a
+folder that no other user can reach. It runs only where what it was compiled for is found: torch, processor, device.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vp_engines.backends.base import (
+    Availability,
+    Backend,
+    BuildOptions,
+    BuildResult,
+    BuildSource,
+    Precision,
+    Runner,
+    RunOptions,
+    TensorSpec,
+    first_line,
+    install_hint,
+    installed,
+    require,
+    version_tuple,
+)
+from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ARTEFACT = "model.pt2"
+# Instruction sets that g++ -march=native may use, as /proc/cpuinfo spells them: the library dies of an illegal
+# instruction on a processor that lacks one of those it was compiled with.
+_ISA = ("abm", "adx", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt", "sse4_1", "sse4_2", "vaes")
+_ISA_PREFIXES = ("avx512", "avx_", "amx_", "sve", "asimd", "bf16", "i8mm")
+
+
+class AotInductorBackend(Backend):
+    """Runs a shared library compiled by torch._inductor, on the CPU or on the GPU that it was compiled for."""
+
+    name = "aoti"
+    source = "program"
+    opset = None
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
+    extra = "export"
+
+    def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
+        if not installed("torch"):
+            return Availability(False, f"torch is not installed: {install_hint(self.extra)}")
+        if purpose == "build" and _compiler() is None:
+            return Availability(False, "no C++ compiler: install g++ (or name one in the environment variable CXX)")
+        return Availability(True, "torch is installed")
+
+    def version(self) -> str:
+        return str(require("torch", self.name, self.extra).__version__)
+
+    def build(self, source: BuildSource, out: Path, options: BuildOptions) -> BuildResult:
+        self.check_source(source)
+        torch = require("torch", self.name, self.extra)
+        ready = self.available("build")
+        if not ready.ok:
+            raise EngineUnavailableError(f"engine 'aoti' cannot build: {ready.reason}")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise EngineUnavailableError("no CUDA device that torch can use", fix="build on the GPU, or --device cpu")
+        import torch._inductor as inductor
+
+        # Freezing packs the weights into the layout of the CPU's matrix kernels. Threads are counted when it runs:
+        # by default the number of this machine would be compiled in.
+        configs = {"freezing": True, "cpp.dynamic_threads": True} if options.device == "cpu" else {}
+        path = out / ARTEFACT
+        try:
+            with torch.no_grad():
+                inductor.aoti_compile_and_package(source.program, package_path=str(path), inductor_configs=configs)
+        except Exception as error:  # inductor raises whatever its passes and the compiler do
+            raise BuildError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
+        return BuildResult(ARTEFACT, (ARTEFACT,), _machine(torch, options.device))
+
+    def open(
+        self,
+        artefact: str,
+        files: Mapping[str, bytes],
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        requirements: Mapping[str, Any],
+        options: RunOptions,
+    ) -> Runner:
+        torch = require("torch", self.name, self.extra)
+        device = str(requirements.get("device"))
+        if options.device not in (None, device):
+            raise BundleIncompatibleError(
+                f"this bundle was compiled for {device} and {options.device} was asked for", fix="export it again"
+            )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineUnavailableError("this bundle was compiled for a GPU and torch finds none here")
+        reasons = _mismatches(requirements, _machine(torch, device))
+        if reasons:
+            raise BundleIncompatibleError(
+                f"this bundle was compiled for another machine: {'; '.join(reasons)}", fix="export it again here"
+            )
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        import torch._inductor as inductor
+
+        # mkdtemp: mode 0700, so nobody can change the file between our writing it and torch reading it.
+        folder = tempfile.mkdtemp(prefix="vp-aoti-")
+        path = os.path.join(folder, ARTEFACT)
+        try:
+            with open(path, "wb") as file:
+                file.write(files[artefact])
+            model = inductor.aoti_load_package(path)
+        except Exception as error:  # zip and json errors, RuntimeError from the C++ loader
+            shutil.rmtree(folder, ignore_errors=True)
+            raise BundleCorruptError(f"torch cannot load '{artefact}': {first_line(error)}") from error
+        return AotInductorRunner(model, device, folder, inputs, outputs)
+
+
+class AotInductorRunner(Runner):
+    """A loaded package. Its container hands one instance of the model to one thread at a time and makes the others
+    wait, so threads may enter it together. `RunOptions.threads` sets torch's thread count, which is process-wide."""
+
+    def __init__(
+        self,
+        model: Any,
+        device: str,
+        folder: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        super().__init__(inputs, outputs)
+        self._model, self._device, self._folder = model, device, folder
+
+    def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        import torch
+
+        model = self._model
+        self._check_open()  # closed between the first check and the line above
+        # from_numpy warns about a read-only array; the model only reads it, and a copy would cost more than the view.
+        batch = torch.from_numpy(images if images.flags.writeable else images.copy()).to(self._device)
+        results = model(batch)
+        tensors = (results,) if isinstance(results, torch.Tensor) else tuple(results)
+        named = zip(self.outputs, tensors, strict=True)
+        # clone: on the CPU numpy() is a view of a tensor whose memory the library may still own
+        return {spec.name: tensor.to("cpu", copy=True).numpy() for spec, tensor in named}
+
+    def _close(self) -> None:
+        self._model = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _compiler() -> str | None:
+    """Path of the C++ compiler that inductor will call, or None."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def _machine(torch: Any, device: str) -> dict[str, Any]:
+    """What a package compiled here for `device` depends on."""
+    machine: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "device": device,
+        "platform": f"{platform.system()}-{platform.machine()}".lower(),
+        "cpu_flags": _cpu_flags(),
+    }
+    if device == "cuda":
+        machine["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        machine["cuda"] = str(torch.version.cuda)
+    return machine
+
+
+def _cpu_flags() -> list[str]:
+    """This processor's instruction sets that a compiler may use, sorted; empty where Linux does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    line = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    flags = line.partition(":")[2].split()
+    return sorted({flag for flag in flags if flag in _ISA or flag.startswith(_ISA_PREFIXES)})
+
+
+def _mismatches(required: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Why a package with these requirements must not be loaded on the machine `here`; empty if it may be."""
+    reasons = []
+    # The generated code calls torch's C shim, which is kept stable within a minor release.
+    if version_tuple(str(required.get("torch")))[:2] != version_tuple(str(here["torch"]))[:2]:
+        reasons.append(f"torch {required.get('torch')}, here {here['torch']}")
+    for key in ("platform", "compute_capability", "cuda"):
+        if required.get(key) != here.get(key):
+            reasons.append(f"{key} {required.get(key)}, here {here.get(key)}")
+    missing = sorted(set(required.get("cpu_flags", ())) - set(here["cpu_flags"]))
+    if missing:
+        reasons.append(f"a CPU with {' '.join(missing)}")
+    return reasons

@@ -1,0 +1,147 @@
+"""OpenVINO on the CPU. The artefact is OpenVINO's IR: model.xml and model.bin.
+
+Precision: left alone, the CPU plugin computes in bf16 wherever the processor can. Our contract is that an fp32 bundle
+computes in fp32, so the precision hint always says what the bundle says: --precision bf16 selects the fast path. A
+processor without bf16 (or, for fp16, without AVX512-FP16 or AMX-FP16) computes such a bundle in fp32: right, but no
+faster, with half the file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vp_engines.backends.base import (
+    Availability,
+    Backend,
+    BuildOptions,
+    BuildResult,
+    BuildSource,
+    Precision,
+    Runner,
+    RunOptions,
+    TensorSpec,
+    first_line,
+    install_hint,
+    installed,
+    require,
+    version_tuple,
+)
+from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ARTEFACT, WEIGHTS = "model.xml", "model.bin"
+_HINT = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+class OpenVinoBackend(Backend):
+    """Runs the model with OpenVINO's CPU plugin, tuned for latency."""
+
+    name = "openvino"
+    source = "onnx"
+    opset = 23
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
+    extra = "openvino"
+
+    def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
+        if not installed("openvino"):
+            return Availability(False, f"openvino is not installed: {install_hint(self.extra)}")
+        return Availability(True, "openvino is installed")
+
+    def version(self) -> str:
+        # "2026.4.1-22982-e213a147257-releases/2026/4": the number alone is what a user knows it by.
+        return str(require("openvino", self.name, self.extra).__version__).split("-")[0]
+
+    def build(self, source: BuildSource, out: Path, options: BuildOptions) -> BuildResult:
+        self.check_source(source)
+        ov = require("openvino", self.name, self.extra)
+        core = ov.Core()
+        try:
+            model = core.read_model(str(source.onnx))
+            # Without compress_to_fp16=False it halves fp32 weights behind the caller's back.
+            ov.save_model(model, str(out / ARTEFACT), compress_to_fp16=False)
+            compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": _HINT[source.precision]})
+        except RuntimeError as error:
+            raise BuildError(f"OpenVINO {self.version()} refuses the model: {_reason(error)}") from error
+        notes = []
+        if source.precision != "fp32" and "32" in str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string()):
+            notes.append(f"this CPU has no {source.precision}: OpenVINO computes in fp32 on it, at the speed of fp32")
+        if options.device != "cpu":
+            notes.append("OpenVINO bundles run on the CPU only")
+        requirements = {"openvino": self.version(), "device": "cpu", "precision_hint": _HINT[source.precision]}
+        return BuildResult(ARTEFACT, (ARTEFACT, WEIGHTS), requirements, tuple(notes))
+
+    def open(
+        self,
+        artefact: str,
+        files: Mapping[str, bytes],
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        requirements: Mapping[str, Any],
+        options: RunOptions,
+    ) -> Runner:
+        if options.device not in (None, "cpu"):
+            raise EngineUnavailableError(
+                f"engine 'openvino' was asked for device {options.device}", expected="cpu", fix="use another --engine"
+            )
+        ov = require("openvino", self.name, self.extra)
+        built = str(requirements.get("openvino", "0"))
+        # IR is read by every later version, not by an earlier one.
+        if version_tuple(self.version())[:2] < version_tuple(built)[:2]:
+            raise BundleIncompatibleError(
+                f"openvino {self.version()} is installed", expected=f">= {built}", fix=install_hint(self.extra)
+            )
+        hint = str(requirements.get("precision_hint", "f32"))
+        if hint not in _HINT.values():
+            raise BundleIncompatibleError(f"precision hint '{hint}'", expected=f"one of {', '.join(_HINT.values())}")
+        weights = next((content for name, content in files.items() if name.rsplit("/")[-1] == WEIGHTS), None)
+        if weights is None:
+            raise BundleCorruptError(f"no {WEIGHTS} beside '{artefact}'")
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+        if options.threads is not None:
+            config["INFERENCE_NUM_THREADS"] = options.threads
+        core = ov.Core()
+        try:
+            model = core.read_model(files[artefact], weights)
+            compiled = core.compile_model(model, "CPU", config)
+        except RuntimeError as error:
+            raise BundleCorruptError(f"OpenVINO {self.version()} cannot load '{artefact}': {_reason(error)}") from error
+        found = [sorted(port.names) for port in (*compiled.inputs, *compiled.outputs)]
+        wanted = [spec.name for spec in (*inputs, *outputs)]
+        if len(found) != len(wanted) or not all(name in names for name, names in zip(wanted, found, strict=True)):
+            raise BundleCorruptError(f"'{artefact}' has inputs and outputs {found}", expected=f"{wanted}")
+        return OpenVinoRunner(compiled, inputs, outputs)
+
+
+class OpenVinoRunner(Runner):
+    """A compiled model; each thread has its own infer request, since a request holds its inputs and outputs."""
+
+    def __init__(self, compiled: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        super().__init__(inputs, outputs)
+        self._compiled = compiled
+        self._local = threading.local()
+
+    def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        compiled, local = self._compiled, self._local
+        self._check_open()  # closed between the first check and the line above
+        request = getattr(local, "request", None)
+        if request is None:
+            request = local.request = compiled.create_infer_request()
+        # share_outputs=False copies: the next run of this thread would overwrite the request's own buffers.
+        results = request.infer({0: images}, share_inputs=True, share_outputs=False)
+        return {spec.name: results[index] for index, spec in enumerate(self.outputs)}
+
+    def _close(self) -> None:
+        self._compiled = None
+        self._local = threading.local()
+
+
+def _reason(error: Exception) -> str:
+    """OpenVINO's messages start with where they were raised; the last line with text says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    useful = [line for line in lines if not line.startswith(("Exception from", "Check '", "While "))]
+    return first_line(useful[-1] if useful else error)

@@ -1,0 +1,173 @@
+"""`load(path)`: a bundle on disk -> an engine that runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+from vp_engines.backends import ENGINES, get_backend
+from vp_engines.backends.base import Backend, Runner, RunOptions, TensorSpec
+from vp_engines.bundle import read_bundle
+from vp_engines.errors import BundleIncompatibleError, EngineUnavailableError, InputError
+from vp_engines.manifest import VARIANT_FOLDERS, Manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vp_engines.preprocess import ImageLike
+
+
+class Engine:
+    """A loaded bundle. Any thread may call any method; `close` waits for the runs under way.
+
+    Attributes:
+        manifest: of the bundle that it came from.
+        variant: "reduced" or "dense".
+    """
+
+    def __init__(self, manifest: Manifest, variant: str, runner: Runner) -> None:
+        self.manifest = manifest
+        self.variant = variant
+        self._runner = runner
+        self._running = 0
+        self._closed = False
+        self._idle = threading.Condition()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes of the inputs."""
+        return self._runner.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes of the outputs."""
+        return self._runner.outputs
+
+    def preprocess(self, images: Sequence[ImageLike]) -> np.ndarray:
+        """Image files -> float32 [batch, 3, height, width] for `run`; see `vp_engines.preprocess`.
+
+        Raises:
+            InputError: an image that cannot be read, named.
+        """
+        from vp_engines.preprocess import preprocess
+
+        return preprocess(images, self.manifest.preprocessing)
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Run one batch.
+
+        Args:
+            images: float32 [batch, 3, height, width], preprocessed as the manifest says.
+
+        Returns:
+            One float32 array per output name, axis 0 the batch.
+
+        Raises:
+            InputError: wrong dtype or shape, a batch that the engine was not built for, or the engine is closed.
+        """
+        with self._idle:
+            if self._closed:
+                raise InputError("this engine is closed", fix="load the bundle again")
+            self._running += 1
+        try:
+            self._check_batch(images)
+            return self._runner.run(images)
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+    def _check_batch(self, images: np.ndarray) -> None:
+        sizes = self.manifest.engine.batch
+        shape: tuple[int, ...] = getattr(images, "shape", ())
+        if sizes is not None and len(shape) == 4 and not sizes.min <= shape[0] <= sizes.max:
+            raise InputError(
+                f"the batch has {shape[0]} images",
+                expected=f"{sizes.min} to {sizes.max}",
+                fix="split it, or export with another --max-batch",
+            )
+
+    def close(self) -> None:
+        """Release the engine once no thread runs it; calling it twice is fine."""
+        with self._idle:
+            self._closed = True
+            self._idle.wait_for(lambda: self._running == 0)
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        engine = self.manifest.engine
+        return f"<Engine {self.manifest.name!r} {self.variant}, {engine.name} {engine.precision}>"
+
+
+def load(
+    path: str | Path,
+    *,
+    variant: Literal["reduced", "dense"] = "reduced",
+    device: Literal["cpu", "cuda"] | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Open a bundle: verify every file, check that its engine can run here, and only then deserialise.
+
+    Args:
+        path: the folder NAME.vpe.
+        variant: the reduced model, or the dense one that travels with it for comparison.
+        device: None means what the bundle was built for.
+        threads: CPU threads of one run; None means the runtime's own choice.
+
+    Raises:
+        InputError: an argument that makes no sense.
+        BundleError: no bundle there, or it has no such variant.
+        BundleCorruptError: a file is missing, extra, altered or unsafe.
+        BundleIncompatibleError: a sound bundle that this version or this machine cannot run.
+        EngineUnavailableError: the engine's package or device is missing.
+    """
+    if variant not in VARIANT_FOLDERS:
+        raise InputError(f"variant {variant!r}", expected=f"one of {', '.join(VARIANT_FOLDERS)}")
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"device {device!r}", expected="'cpu', 'cuda' or None")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError(f"threads {threads!r}", expected="a whole number from 1, or None")
+    folder = VARIANT_FOLDERS[variant] + "/"
+    bundle = read_bundle(path, keep=lambda name: name.startswith(folder))
+    manifest = bundle.manifest
+    if variant not in manifest.variants:
+        raise BundleIncompatibleError(
+            f"{path} holds no dense baseline",
+            expected="variant='reduced'",
+            fix="export again without --no-dense to have one",
+        )
+    backend = _usable_backend(manifest)
+    chosen = manifest.variants[variant]
+    runner = backend.open(
+        chosen.artefact.removeprefix(folder),
+        {name.removeprefix(folder): bundle.contents[name] for name in chosen.files},
+        tuple(tensor.spec() for tensor in manifest.inputs),
+        tuple(tensor.spec() for tensor in manifest.outputs),
+        chosen.requirements,
+        RunOptions(device=device, threads=threads),
+    )
+    return Engine(manifest, variant, runner)
+
+
+def _usable_backend(manifest: Manifest) -> Backend:
+    name = manifest.engine.name
+    if name not in ENGINES:
+        raise BundleIncompatibleError(
+            f"the bundle is for the engine {name!r}",
+            expected=f"one of {', '.join(ENGINES)}",
+            fix="upgrade with 'pip install -U vp-export'",
+        )
+    backend = get_backend(name)
+    ok, reason = backend.available("run")
+    if not ok:
+        raise EngineUnavailableError(f"the engine '{name}' of the bundle cannot run here: {reason}")
+    return backend

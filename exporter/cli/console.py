@@ -1,0 +1,113 @@
+"""What the commands share: how they draw progress, and how an error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from vp_engines.errors import VpError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BUG = 70  # EX_SOFTWARE
+T = TypeVar("T")
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+class ConsoleProgress:
+    """Bars and spinners on a terminal, plain lines elsewhere; always on stderr, so that --json stays clean.
+
+    Args:
+        quiet: only warnings.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = stderr.is_terminal and not quiet
+
+    @contextlib.contextmanager
+    def stage(self, description: str) -> Iterator[None]:
+        start = time.perf_counter()
+        if self._live:
+            with self._bars(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bars:
+                bars.add_task(escape(description), total=None)
+                yield
+        else:
+            yield
+        self._say(f"{description}: {time.perf_counter() - start:.1f} s")
+
+    def track(self, items: Iterable[T], *, total: int, description: str) -> Iterator[T]:
+        start = time.perf_counter()
+        if self._live:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            with self._bars(*columns) as bars:
+                task = bars.add_task(escape(description), total=total)
+                for item in items:
+                    yield item
+                    bars.advance(task)
+        else:
+            yield from items
+        self._say(f"{description}: {time.perf_counter() - start:.1f} s")
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    def warn(self, text: str) -> None:
+        stderr.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+    def _bars(self, *columns: Any) -> RichProgress:
+        return RichProgress(*columns, console=stderr, transient=True)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            stderr.print(escape(text), soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def run(command: Callable[[], int], *, debug: bool = False) -> int:
+    """Run a command's body and return its exit code; every error is one line on stderr.
+
+    0 good, 1 a budget was missed, 2 bad input, 3 engine unavailable; 70 a bug of ours, 130 Ctrl-C.
+    """
+    try:
+        return command()
+    except VpError as error:
+        if debug:
+            raise
+        _fail(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left half-written")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `vp-inspect ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}; check the disk and the permissions")
+        return VpError.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        _fail(f"unexpected {type(error).__name__}: {first}; this is a bug: run again with --debug and report it")
+        return EXIT_BUG
+
+
+def _fail(text: str) -> None:
+    stderr.print(f"[red]error:[/] {escape(' '.join(text.split()))}", soft_wrap=True)

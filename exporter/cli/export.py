@@ -1,0 +1,175 @@
+"""vp-export: a timm ViT and a plan in, a checked engine bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vp_exporter.cli import console, options, show
+
+if TYPE_CHECKING:
+    from vp_exporter.models import ViTDescription
+    from vp_exporter.plan import ReductionPlan
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+EPILOG = "Exit codes: 0 good, 1 budget missed (the bundle is written and says so), 2 bad input, 3 engine unavailable."
+
+
+@app.command(epilog=EPILOG)
+def export(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="NAME.vpe", help="The bundle to write.")],
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help=".safetensors or .pth (tensors only).")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Weights from timm's hub.")] = False,
+    random_init: Annotated[
+        bool, typer.Option("--random-init", help="Random weights: for latency studies only.")
+    ] = False,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Reduction plan (JSON).")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Bare mask [depth, patches]: .npy, .npz or .safetensors.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="ort, openvino, aoti, trt-rtx or trt.")] = "ort",
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default the engine's own.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compute_capability: Annotated[
+        str | None, typer.Option(metavar="X.Y", help="Target of trt-rtx, e.g. 8.9; by default this machine's GPU.")
+    ] = None,
+    min_batch: Annotated[int, typer.Option(min=1, help="Smallest batch (TensorRT).")] = 1,
+    opt_batch: Annotated[int, typer.Option(min=1, help="Batch to optimise for (TensorRT).")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch (TensorRT).")] = 64,
+    timing_cache: Annotated[Path | None, typer.Option(help="TensorRT timing cache, read and updated.")] = None,
+    data: options.Data = None,
+    max_drop: options.MaxDrop = None,
+    min_speedup: options.MinSpeedup = None,
+    min_agreement: options.MinAgreement = None,
+    batch: options.Batches = None,
+    seconds: options.Seconds = 4.0,
+    limit: options.Limit = None,
+    strict: options.Strict = False,
+    threads: options.Threads = None,
+    samples: options.Samples = True,
+    validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Compare with dense before writing.")] = True,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Put the dense engine into the bundle.")] = True,
+    num_classes: options.NumClasses = None,
+    model_arg: options.ModelArgs = None,
+    classes: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one a line.")] = None,
+    crop_pct: Annotated[float | None, typer.Option(help="Input size over resized size; by default timm's.")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest or lanczos.")] = None,
+    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Preprocessing mean; by default timm's.")] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Preprocessing std; by default timm's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle at --out.")] = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn a timm ViT and a token-reduction plan into an engine bundle, checked against the dense model."""
+
+    def body() -> int:
+        from vp_engines.backends.base import BuildOptions
+        from vp_engines.bundle import check_target
+        from vp_engines.errors import VpError
+
+        if precision not in (None, "fp32", "fp16", "bf16"):
+            raise VpError(f"--precision is {precision!r}", expected="fp32, fp16 or bf16")
+        if device not in ("cpu", "cuda"):
+            raise VpError(f"--device is {device!r}", expected="cpu or cuda")
+        if not min_batch <= opt_batch <= max_batch:
+            raise VpError(
+                f"--min-batch {min_batch}, --opt-batch {opt_batch}, --max-batch {max_batch}", expected="ascending sizes"
+            )
+        if (plan is None) == (masks is None):
+            raise VpError("no plan is named" if plan is None else "both --plan and --masks are given",
+                          expected="one of --plan FILE.json or --masks FILE.npy")  # fmt: skip
+        check_target(out, force=force)
+        from vp_engines.backends import get_backend
+
+        get_backend(engine)  # before the seconds that torch takes to import
+        from vp_exporter.loading import ModelRequest, load_model
+        from vp_exporter.package import ExportRequest, export_bundle
+        from vp_exporter.preprocessing import PreprocessingOverrides, preprocessing_of
+        from vp_exporter.validate.check import CheckRequest
+        from vp_exporter.validate.verdict import Budget
+
+        progress = console.ConsoleProgress(quiet=quiet)
+        budget = Budget(max_drop, min_speedup, min_agreement)
+        if not validate and (data is not None or not budget.empty):
+            raise VpError("--no-validate is given with --data or a budget", expected="one or the other")
+        if data is None and (max_drop is not None or min_agreement is not None):
+            raise VpError("--max-drop and --min-agreement need images", expected="--data DIR")
+        request = ExportRequest(
+            out=out, engine=engine, precision=precision, dense=dense, force=force,  # type: ignore[arg-type]
+            build=BuildOptions(
+                min_batch, opt_batch, max_batch, device, compute_capability, timing_cache,  # type: ignore[arg-type]
+            ),
+            check=CheckRequest(
+                data=data, budget=budget, batches=tuple(dict.fromkeys(batch or (1, 8))), limit=limit, strict=strict,
+                seconds=seconds, threads=threads, samples=samples,
+            ) if validate else None,
+            classes=_lines(classes),
+        )  # fmt: skip
+        with progress.stage(f"loading {model}"):
+            loaded = load_model(
+                ModelRequest(model, options.parse_model_args(model_arg), weights, pretrained, random_init, num_classes)
+            )
+            overrides = PreprocessingOverrides(
+                crop_pct, interpolation, options.parse_channels(mean, "--mean"), options.parse_channels(std, "--std")
+            )
+            preprocessing = preprocessing_of(loaded.vit, loaded.description, overrides)
+            reduction = read_plan(plan, masks, loaded.description)
+        result = export_bundle(loaded, reduction, preprocessing, request, progress)
+        if as_json:
+            console.print_json(_summary(result, out))
+        else:
+            if result.report is not None:
+                show.report(result.report)
+            ratio = result.manifest.plan.macs_dense / result.manifest.plan.macs_reduced
+            console.stdout.print(f"wrote {out}: MAC ratio {ratio:.3f}, {result.manifest.validation.summary}",
+                                 markup=False, soft_wrap=True)  # fmt: skip
+        return result.report.verdict.exit_code if result.report is not None else 0
+
+    raise typer.Exit(console.run(body, debug=debug))
+
+
+def read_plan(plan: Path | None, masks: Path | None, description: ViTDescription) -> ReductionPlan:
+    """The plan file, or the mask as a plan for this model.
+
+    Raises:
+        PlanError: unreadable, inconsistent or for another model.
+    """
+    from vp_exporter.masks import plan_from_mask, read_mask
+    from vp_exporter.plan import ReductionPlan
+
+    if plan is not None:
+        found = ReductionPlan.load(plan)
+        found.check_model(description)
+        return found
+    assert masks is not None
+    return plan_from_mask(read_mask(masks), description.plan_model())
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _summary(result: Any, out: Path) -> dict[str, Any]:
+    from vp_exporter.validate.report import Report
+
+    return {
+        "bundle": out.name,
+        "manifest": result.manifest.document(),
+        "report": Report(result.report).to_dict() if result.report is not None else None,
+    }
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

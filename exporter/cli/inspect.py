@@ -1,0 +1,113 @@
+"""vp-inspect: what a bundle or a plan holds, and whether it is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vp_exporter.cli import console, options
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog="Exit codes: 0 sound, 2 not.")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle (NAME.vpe), a plan (.json) or a mask.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Check the plan against this timm model.")] = None,
+    num_classes: options.NumClasses = None,
+    model_arg: options.ModelArgs = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Verify a bundle file by file, or check a plan, and show what it says."""
+
+    def body() -> int:
+        from vp_engines.errors import VpError
+
+        if path.is_dir():
+            return _bundle(path, as_json)
+        if not path.exists():
+            raise VpError(f"there is no {path}", expected="a bundle folder, a plan or a mask")
+        from vp_exporter.masks import SUFFIXES
+
+        if path.suffix in SUFFIXES and model is None:
+            raise VpError(f"{path} is a bare mask", expected="--model NAME", fix="a mask does not say what it is for")
+        return _plan(path, model, options.parse_model_args(model_arg), num_classes, as_json)
+
+    raise typer.Exit(console.run(body, debug=debug))
+
+
+def _bundle(path: Path, as_json: bool) -> int:
+    from vp_engines.bundle import verify_bundle
+
+    from vp_exporter.cli import show
+
+    bundle = verify_bundle(path)
+    if as_json:
+        console.print_json({"manifest": bundle.manifest.document(), "digest": bundle.digest})
+        return 0
+    show.manifest(bundle.manifest, bundle.digest)
+    rows = [row if isinstance(row, tuple) else (row, row) for row in bundle.manifest.plan.tokens]
+    grid = [size // patch for size, patch in
+            zip(bundle.manifest.model.img_size, bundle.manifest.model.patch_size, strict=True)]  # fmt: skip
+    show.tokens(rows, max(grid[0] * grid[1], max(row[0] for row in rows)))
+    return 0
+
+
+def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as_json: bool) -> int:
+    from vp_exporter.cli import show
+    from vp_exporter.masks import SUFFIXES, plan_from_mask, read_mask
+    from vp_exporter.plan import ReductionPlan
+
+    description = None
+    if model is not None:
+        from vp_exporter.loading import describe_by_name
+
+        description = describe_by_name(model, args, num_classes)
+    if path.suffix in SUFFIXES:
+        assert description is not None  # the command has asked for --model
+        plan = plan_from_mask(read_mask(path), description.plan_model())
+    else:
+        plan = ReductionPlan.load(path)
+        if description is not None:
+            plan.check_model(description)
+    rows = [(row.attention, row.mlp) for row in plan.tokens()]
+    counts = None
+    if description is not None:
+        from vp_exporter.macs import count_macs
+
+        counts = (count_macs(description).total, count_macs(description, plan).total)
+    if as_json:
+        console.print_json({
+            "plan": plan.to_dict(), "fingerprint": plan.fingerprint(), "tokens": rows,
+            "macs": None if counts is None else {"dense": counts[0], "reduced": counts[1]},
+        })  # fmt: skip
+        return 0
+    target = plan.model
+    facts = [
+        ("method", plan.method or "unnamed"),
+        ("for", f"{target.name}, {'x'.join(map(str, target.image_size))} px, {target.patches} patches "
+                f"and {target.prefix_tokens} prefix tokens, {target.depth} blocks"),
+        ("steps", ", ".join(f"{step.reducer}@{step.block}" for step in plan.steps) or "none"),
+        ("tuned key bias", f"{len(plan.key_bias)} blocks" if plan.key_bias else "none"),
+        ("budget", plan.budget if plan.budget is not None else "not stated"),
+        ("fingerprint", plan.fingerprint()),
+    ]  # fmt: skip
+    if counts is not None:
+        facts.append(("MACs", f"{show.macs(counts[1])} of {show.macs(counts[0])} (ratio {counts[0] / counts[1]:.3f})"))
+    else:
+        facts.append(("MACs", "unknown without the model: pass --model NAME"))
+    show.facts(f"plan {path.name}", facts)
+    show.tokens(rows, target.patches + target.prefix_tokens)
+    return 0
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

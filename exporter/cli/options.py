@@ -1,0 +1,71 @@
+"""Options that several commands take, and how their text is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from vp_engines.errors import VpError
+
+Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="timm model name.")]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument of timm.create_model, e.g. img_size=384."),
+]
+NumClasses = Annotated[
+    int | None, typer.Option(min=0, help="Classes of the head; by default as in the weights. 0: features.")
+]
+Data = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="ImageFolder to validate on (one folder per class, or unlabelled).")
+]
+MaxDrop = Annotated[float | None, typer.Option(help="Budget: top-1 points that may be lost against dense.")]
+MinSpeedup = Annotated[float | None, typer.Option(help="Budget: speed-up over dense, at every batch size timed.")]
+MinAgreement = Annotated[float | None, typer.Option(help="Budget: percent of images classified as by dense.")]
+Batches = Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size to time; repeat for several.")]
+Limit = Annotated[int | None, typer.Option(help="Validate on this many images, evenly spaced over the folder.")]
+Seconds = Annotated[float, typer.Option(min=0.1, help="Seconds of timed work per batch size.")]
+Strict = Annotated[bool, typer.Option(help="Fail on the first image that cannot be decoded.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engines while validating.")]
+Samples = Annotated[bool, typer.Option("--samples/--no-samples", help="Show sample images in the report.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:
+    """`["img_size=384", "class_token=false"]` -> keyword arguments; values are JSON where they parse as JSON.
+
+    Raises:
+        VpError: no `=`, or a key given twice.
+    """
+    args: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise VpError(f"--model-arg is {pair!r}", expected="KEY=VALUE, such as img_size=384")
+        if key in args:
+            raise VpError(f"--model-arg gives {key} twice", expected="one value")
+        try:
+            args[key] = json.loads(text)
+        except ValueError:
+            args[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return args
+
+
+def parse_channels(text: str | None, option: str) -> tuple[float, ...] | None:
+    """`"0.5,0.5,0.5"` -> three numbers.
+
+    Raises:
+        VpError: not three numbers.
+    """
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise VpError(f"{option} is {text!r}", expected="three numbers, such as 0.485,0.456,0.406")
+    return values

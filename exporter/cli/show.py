@@ -1,0 +1,113 @@
+"""How the commands print plans, bundles and verdicts on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from vp_engines.manifest import Manifest
+
+from vp_exporter.cli.console import stdout
+from vp_exporter.validate.latency import LatencyRow
+from vp_exporter.validate.report import ReportData
+
+
+def macs(value: float) -> str:
+    """1234567890 -> "1.235 G"."""
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.3f} {unit}"
+    return f"{value:.0f}"
+
+
+def facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
+    """A two-column table."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in rows:
+        table.add_row(f"[dim]{escape(key)}[/]", escape(str(value)))
+    stdout.print(table)
+
+
+def tokens(rows: Sequence[Sequence[int]], dense: int) -> None:
+    """A bar per block: its tokens against the dense model's.
+
+    Args:
+        rows: (tokens in attention, tokens in MLP) of each block.
+        dense: tokens of the dense model.
+    """
+    table = Table(title="tokens per block", title_justify="left", title_style="bold", box=None, show_header=False)
+    for block, (attention, mlp) in enumerate(rows):
+        width = round(40 * attention / dense)
+        label = str(attention) if attention == mlp else f"{attention} > {mlp}"
+        table.add_row(f"[dim]{block:3d}[/]", label, f"[cyan]{'█' * width}[/][dim]{'░' * (40 - width)}[/]")
+    stdout.print(table)
+
+
+def latency(rows: Sequence[LatencyRow]) -> None:
+    """Dense against reduced, a row per batch size."""
+    table = Table(title="latency, median ms", title_justify="left", title_style="bold", box=None)
+    for column in ("batch", "dense", "reduced", "speed-up", "95% interval", "MAC ratio", "efficiency", "claim"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.batch), f"{row.dense.median:.2f}", f"{row.reduced.median:.2f}", f"{row.speedup.value:.3f}x",
+            f"{row.speedup.low:.3f}-{row.speedup.high:.3f}", f"{row.mac_ratio:.3f}" if row.mac_ratio else "-",
+            f"{row.efficiency:.3f}" if row.efficiency else "-", row.outcome,
+        )  # fmt: skip
+    stdout.print(table)
+
+
+def report(data: ReportData) -> None:
+    """Verdict first, then what it rests on."""
+    colour = {"passed": "green", "failed": "red", "unvalidated": "yellow"}[data.verdict.status]
+    stdout.print(f"[bold {colour}]{data.verdict.status}[/]: {escape(data.verdict.headline)}", soft_wrap=True)
+    for check in data.verdict.checks:
+        mark = "[green]ok[/]  " if check.passed else "[red]miss[/]"
+        stdout.print(f"  {mark} {escape(check.explanation)}", soft_wrap=True)
+    if data.latency:
+        latency(data.latency)
+    if (found := data.accuracy) is not None:
+        rows: list[tuple[str, Any]] = [("images", found.images if not found.skipped else
+                                        f"{found.images} ({found.skipped} skipped)")]  # fmt: skip
+        if found.top1_difference is not None:
+            change = found.top1_difference
+            rows += [
+                ("top-1 dense", f"{found.dense_top1:.2f}%"),
+                ("top-1 reduced", f"{found.reduced_top1:.2f}%"),
+                ("difference", f"{change.value:+.2f} points, 95% interval {change.low:+.2f} to {change.high:+.2f}"),
+            ]
+        rows.append(("agreement", f"{found.agreement.value:.2f}%"))
+        if found.kl is not None:
+            rows.append(("KL to dense", f"{found.kl.value:.4f} nats"))
+        if found.parity is not None and found.parity.max_abs is not None:
+            rows.append(("engine against PyTorch", f"max abs logit difference {found.parity.max_abs:.2g}"))
+        facts("accuracy", rows)
+    for text in data.warnings:
+        stdout.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+
+
+def manifest(info: Manifest, digest: str) -> None:
+    """What a bundle is."""
+    plan, engine, batch = info.plan, info.engine, info.engine.batch
+    size = sum(entry.size for entry in info.files) / 1e6
+    facts(
+        f"bundle {escape(info.name)}",
+        [
+            ("model", f"{info.model.name}, {info.model.num_classes or 'no'} classes, weights {info.model.weights_source}"),
+            ("engine", f"{engine.name} {engine.version}, {engine.precision}, {engine.device}"
+                       + (f", batch {batch.min}-{batch.max}" if batch else "")),
+            ("input", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.inputs)),
+            ("output", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.outputs)),
+            ("plan", f"{plan.method}, {plan.fingerprint[:12]}"),
+            ("MACs", f"{macs(plan.macs_reduced)} of {macs(plan.macs_dense)} "
+                     f"(ratio {plan.macs_dense / plan.macs_reduced:.3f})"),
+            ("variants", ", ".join(info.variants)),
+            ("validation", f"accuracy {info.validation.accuracy}, latency {info.validation.latency}"),
+            ("", info.validation.summary),
+            ("files", f"{len(info.files)}, {size:.1f} MB, every one verified"),
+            ("created", f"{info.created} by {info.tool.name} {info.tool.version}"),
+            ("digest", digest),
+        ],
+    )  # fmt: skip

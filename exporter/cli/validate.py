@@ -1,0 +1,83 @@
+"""vp-validate: check a bundle's claim again, on your machine and your images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vp_exporter.cli import console, options
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog="Exit codes: 0 good, 1 budget missed, 2 bad input, 3 engine unavailable.")
+def validate(
+    bundle: Annotated[Path, typer.Argument(metavar="NAME.vpe", help="The bundle.")],
+    data: options.Data = None,
+    max_drop: options.MaxDrop = None,
+    min_speedup: options.MinSpeedup = None,
+    min_agreement: options.MinAgreement = None,
+    batch: options.Batches = None,
+    seconds: options.Seconds = 4.0,
+    limit: options.Limit = None,
+    strict: options.Strict = False,
+    threads: options.Threads = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default as the bundle was built.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="OTHER.vpe", help="Baseline: another bundle in place of the dense engine.")
+    ] = None,
+    samples: options.Samples = True,
+    report: Annotated[Path | None, typer.Option(metavar="DIR", help="Write report.json and report.html there.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Put the new report into the bundle.")] = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run a bundle against its dense baseline: accuracy on --data, latency on this machine."""
+
+    def body() -> int:
+        import vp_engines
+        from vp_engines.bundle import update_bundle
+        from vp_engines.errors import EngineUnavailableError
+
+        from vp_exporter.cli import show
+        from vp_exporter.package import report_files, validation_fields
+        from vp_exporter.validate.check import CheckRequest, check_bundle
+        from vp_exporter.validate.report import Report
+        from vp_exporter.validate.verdict import Budget
+
+        request = CheckRequest(
+            data=data, budget=Budget(max_drop, min_speedup, min_agreement),
+            batches=tuple(dict.fromkeys(batch or (1, 8))), limit=limit, strict=strict, seconds=seconds,
+            against=against, device=device, threads=threads, samples=samples,
+        )  # fmt: skip
+        manifest = vp_engines.verify_bundle(bundle).manifest
+        from vp_engines.backends import get_backend
+
+        ready = get_backend(manifest.engine.name).available("run")
+        if not ready.ok:
+            raise EngineUnavailableError(f"the engine '{manifest.engine.name}' cannot run here: {ready.reason}")
+        found = check_bundle(bundle, request, progress=console.ConsoleProgress(quiet=quiet))
+        if report is not None:
+            report.mkdir(parents=True, exist_ok=True)
+            Report(found).write(report)
+        if update:
+            update_bundle(bundle, files=report_files(found), validation=validation_fields(found))
+        if as_json:
+            console.print_json(Report(found).to_dict())
+        else:
+            show.report(found)
+        return found.verdict.exit_code
+
+    raise typer.Exit(console.run(body, debug=debug))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""One export from end to end: lower the model, build its engine and the dense one, check them, write the bundle."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vp_engines.backends import get_backend
+from vp_engines.backends.base import Backend, BuildOptions, BuildResult, BuildSource, Precision
+from vp_engines.bundle import check_target, write_bundle
+from vp_engines.errors import EngineUnavailableError, VpError
+from vp_engines.manifest import VARIANT_FOLDERS, Manifest, Preprocessing
+
+from vp_exporter.loading import LoadedModel
+from vp_exporter.lowering import export_program, lower_onnx, signature
+from vp_exporter.macs import count_macs
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.progress import SILENT, Progress
+from vp_exporter.reduced import ReducedViT
+from vp_exporter.validate.check import CheckRequest, check_bundle, open_data
+from vp_exporter.validate.report import Report, ReportData
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Attributes:
+        engine: a name in vp_engines.backends.ENGINES.
+        precision: None takes the engine's default.
+        build: batch profile, device, compute capability.
+        dense: put the dense engine into the bundle, so that anyone can check the claim again.
+        check: how to validate; None hands the bundle over unvalidated.
+        classes: class names, in the order of the logits.
+        force: replace what is at `out`.
+    """
+
+    out: Path
+    engine: str = "ort"
+    precision: Precision | None = None
+    build: BuildOptions = field(default_factory=BuildOptions)
+    dense: bool = True
+    check: CheckRequest | None = field(default_factory=CheckRequest)
+    classes: Sequence[str] | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The bundle's manifest and, where it was validated, its report."""
+
+    manifest: Manifest
+    report: ReportData | None
+
+
+def export_bundle(
+    model: LoadedModel,
+    plan: ReductionPlan,
+    preprocessing: Preprocessing,
+    request: ExportRequest,
+    progress: Progress = SILENT,
+) -> ExportResult:
+    """Export a model under a plan.
+
+    A budget that is missed does not raise: the bundle is written and says so, and `ExportResult.report.verdict` tells.
+
+    Raises:
+        VpError: with nothing written.
+    """
+    check_target(request.out, force=request.force)
+    plan.check_model(model.description, model.weights_sha256)
+    backend = get_backend(request.engine)
+    precision = request.precision or backend.precisions[0]
+    ready = backend.available("build")
+    if not ready.ok:
+        raise EngineUnavailableError(f"engine '{request.engine}' cannot build here: {ready.reason}")
+    if request.classes is not None and len(request.classes) != model.description.num_classes:
+        raise VpError(
+            f"{len(request.classes)} class names are given", expected=f"{model.description.num_classes}, one per class"
+        )
+    if request.check is not None and request.check.data is not None and not model.description.num_classes:
+        raise VpError(
+            "--data needs a classifier, and this model has no classes", expected="a model with classes",
+            fix="leave out --data to time it only",
+        )  # fmt: skip
+    backend.check_precision(precision)
+    data = None
+    if request.check is not None:
+        data = open_data(request.check, preprocessing, request.classes, model.description.num_classes, progress)
+    if not plan.reduces:
+        progress.warn("the plan removes no token: the reduced engine will be the dense one")
+
+    with tempfile.TemporaryDirectory(prefix="vp-export-") as scratch:
+        work = Path(scratch)
+        files: dict[str, Path | bytes] = {"plan.json": plan.dumps().encode()}
+        variants: dict[str, Any] = {}
+        plans = {"reduced": plan, "dense": None}
+        for variant in ("reduced", "dense") if request.dense else ("reduced",):
+            reduced = ReducedViT(model.vit, model.description, plans[variant])
+            folder = work / VARIANT_FOLDERS[variant]
+            folder.mkdir()
+            with progress.stage(f"building the {variant} engine ({request.engine}, {precision})"):
+                result = _build(backend, reduced, precision, request.build, folder, work)
+            for note in result.notes if variant == "reduced" else ():
+                progress.note(note)
+            prefix = VARIANT_FOLDERS[variant] + "/"
+            files |= {prefix + name: folder / name for name in result.files}
+            variants[variant] = {
+                "artefact": prefix + result.artefact,
+                "files": [prefix + name for name in result.files],
+                "requirements": result.requirements,
+                "notes": list(result.notes),
+            }
+        reduced = ReducedViT(model.vit, model.description, plan)
+        fields = _manifest_fields(model, plan, preprocessing, request, backend, precision, reduced, variants)
+        report = None
+        if request.check is not None:
+            # The check runs on a bundle in the scratch folder: the very bytes that are handed over, nothing sooner.
+            trial = work / request.out.name
+            write_bundle(trial, files=files, **fields)
+            report = check_bundle(
+                trial, request.check, data=data, reference=_reference(reduced), notes=variants["reduced"]["notes"],
+                progress=progress,
+            )  # fmt: skip
+            files |= report_files(report)
+            fields["validation"] = validation_fields(report)
+        with progress.stage("writing the bundle"):
+            manifest = write_bundle(request.out, files=files, force=request.force, **fields)
+    return ExportResult(manifest, report)
+
+
+def report_files(report: ReportData) -> dict[str, bytes]:
+    """The report as files of a bundle."""
+    page = Report(report)
+    return {"report.json": page.to_json().encode(), "report.html": page.to_html().encode()}
+
+
+def validation_fields(report: ReportData) -> dict[str, str]:
+    """The manifest's `validation` for a report."""
+    status = report.verdict.status
+    return {
+        "accuracy": "unvalidated" if report.accuracy is None and status != "failed" else status,
+        "latency": "measured" if report.latency else "unmeasured",
+        "summary": report.verdict.headline,
+    }
+
+
+def _build(
+    backend: Backend, reduced: ReducedViT, precision: Precision, options: BuildOptions, folder: Path, work: Path
+) -> BuildResult:
+    ready = reduced.for_export(precision, backend.attention_form)
+    inputs, outputs = signature(ready)
+    if backend.source == "program":
+        program = export_program(ready)
+        return backend.build(BuildSource(precision, inputs, outputs, program=program), folder, options)
+    assert backend.opset is not None
+    onnx = lower_onnx(ready, work / f"{folder.name}.onnx", opset=backend.opset)
+    blocks = reduced.description.depth if precision != "fp32" else 0  # no engine has a fused kernel for fp32
+    return backend.build(BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=blocks), folder, options)
+
+
+def _manifest_fields(
+    model: LoadedModel,
+    plan: ReductionPlan,
+    preprocessing: Preprocessing,
+    request: ExportRequest,
+    backend: Backend,
+    precision: Precision,
+    reduced: ReducedViT,
+    variants: dict[str, Any],
+) -> dict[str, Any]:
+    description = model.description
+    inputs, outputs = signature(reduced)
+    build = request.build
+    batch = {"min": build.min_batch, "opt": build.opt_batch, "max": build.max_batch}
+    return {
+        "name": request.out.name.removesuffix(".vpe"),
+        "engine": {
+            "name": backend.name, "version": backend.version(), "precision": precision, "device": build.device,
+            "batch": batch if backend.fixed_batch_range else None,
+        },  # fmt: skip
+        "variants": variants,
+        "inputs": [vars(spec) for spec in inputs],
+        "outputs": [vars(spec) for spec in outputs],
+        "preprocessing": preprocessing,
+        "classes": request.classes,
+        "model": {
+            "name": description.name,
+            "num_classes": description.num_classes,
+            "img_size": description.image_size,
+            "patch_size": description.patch_size,
+            "weights_sha256": model.weights_sha256,
+            "weights_source": model.weights_source,
+        },
+        "plan": {
+            "path": "plan.json",
+            "fingerprint": plan.fingerprint(),
+            "method": plan.method or "unnamed",
+            "macs_dense": count_macs(description).total,
+            "macs_reduced": count_macs(description, plan).total,
+            "tokens": [[row.attention, row.mlp] for row in plan.tokens()],
+        },
+        "validation": {"accuracy": "unvalidated", "latency": "unmeasured", "summary": "Not validated."},
+        "kernels": "portable",
+    }
+
+
+def _reference(reduced: ReducedViT) -> Callable[[np.ndarray], np.ndarray]:
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            logits: np.ndarray = reduced(torch.from_numpy(images)).numpy()
+        return logits
+
+    return run

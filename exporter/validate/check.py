@@ -1,0 +1,238 @@
+"""Check a bundle: both its engines over the same images and the same clock, to a report and a verdict.
+
+vp-export runs this on the bundle that it is about to hand over, vp-validate on one that somebody has: same code, same
+bytes, so the proof in the bundle is a proof of the bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import vp_engines
+from vp_engines.backends import get_backend
+from vp_engines.errors import BundleError
+from vp_engines.manifest import Manifest, Preprocessing
+from vp_engines.preprocess import preprocess
+
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.progress import SILENT, Progress
+from vp_exporter.validate.accuracy import Accuracy, evaluate
+from vp_exporter.validate.data import ImageFolder
+from vp_exporter.validate.latency import LatencyRow, compare, environment
+from vp_exporter.validate.report import ReportData
+from vp_exporter.validate.verdict import Budget, judge
+
+SAMPLES = 6
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What to check.
+
+    Attributes:
+        data: an ImageFolder; None leaves accuracy unvalidated.
+        budget: sets the verdict.
+        batches: batch sizes to time; empty times nothing.
+        batch_size: of the accuracy pass.
+        seconds: of timed work per batch size.
+        limit, strict: of the images (vp_exporter.validate.data.ImageFolder).
+        against: another bundle whose reduced engine is the baseline in place of the bundle's own dense one.
+        device, threads: of both engines.
+        samples: show sample images in the report; off where the images must not be copied.
+    """
+
+    data: Path | None = None
+    budget: Budget = Budget()
+    batches: Sequence[int] = (1, 8)
+    batch_size: int = 32
+    seconds: float = 4.0
+    limit: int | None = None
+    strict: bool = False
+    against: Path | None = None
+    device: str | None = None
+    threads: int | None = None
+    samples: bool = True
+
+
+def open_data(
+    request: CheckRequest,
+    preprocessing: Preprocessing,
+    classes: Sequence[str] | None,
+    num_classes: int,
+    progress: Progress = SILENT,
+) -> ImageFolder | None:
+    """The images to check on, if any; opened early, a bad folder is found before the long work.
+
+    Raises:
+        DataError: missing, empty, unreadable, or classes that do not fit.
+    """
+    if request.data is None:
+        return None
+    return ImageFolder(
+        request.data,
+        lambda path: preprocess([path], preprocessing)[0],
+        classes=classes,
+        num_classes=num_classes,
+        strict=request.strict,
+        limit=request.limit,
+        progress=progress,
+    )
+
+
+def check_bundle(
+    path: Path,
+    request: CheckRequest,
+    *,
+    data: ImageFolder | None = None,
+    reference: Callable[[np.ndarray], np.ndarray] | None = None,
+    notes: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> ReportData:
+    """Compare the reduced engine of a bundle with the dense one.
+
+    Args:
+        data: of `open_data`, where it is open already.
+        reference: the reduced model in PyTorch, for the engine's parity with it.
+        notes: lines for the report.
+
+    Raises:
+        VpError: the bundle, the data or the engine cannot be used.
+    """
+    manifest = vp_engines.read_manifest(path)
+    plan = ReductionPlan.loads((path / manifest.plan.path).read_bytes())
+    notes, warnings = list(notes), []
+    accuracy: Accuracy | None = None
+    latency: list[LatencyRow] | None = None
+    ready = get_backend(manifest.engine.name).available("run")
+    has_baseline = request.against is not None or "dense" in manifest.variants
+    if data is None:
+        data = open_data(request, manifest.preprocessing, manifest.classes, manifest.model.num_classes, progress)
+    if not ready.ok:
+        warnings.append(f"The engine was built but not run: {ready.reason}. Neither speed nor accuracy is measured.")
+    elif not has_baseline:
+        if data is not None or not request.budget.empty:
+            raise BundleError(
+                "the bundle holds no dense baseline to compare with", expected="a baseline",
+                fix="export again without --no-dense, or name another bundle with --against",
+            )  # fmt: skip
+        warnings.append("The bundle holds no dense baseline: neither speed-up nor accuracy is measured.")
+    else:
+        with contextlib.ExitStack() as stack:
+            with progress.stage("loading both engines"):
+                reduced = stack.enter_context(_load(path, "reduced", request))
+                dense = stack.enter_context(
+                    _load(request.against, "reduced", request) if request.against else _load(path, "dense", request)
+                )
+            if data is not None:
+                accuracy = evaluate(
+                    dense, reduced, data, batch_size=_fitting(manifest, request.batch_size), reference=reference,
+                    progress=progress,
+                )  # fmt: skip
+                notes += data.notes
+            batches = [size for size in request.batches if size == _fitting(manifest, size)]
+            if len(batches) < len(request.batches):
+                warnings.append("Batch sizes that the engine was not built for are not timed.")
+            if batches:
+                latency = compare(
+                    dense, reduced, image_shape=manifest.preprocessing.input_size, batches=batches,
+                    min_seconds=request.seconds, macs_dense=manifest.plan.macs_dense,
+                    macs_reduced=manifest.plan.macs_reduced, progress=progress,
+                )  # fmt: skip
+    if data is not None and data.skipped:
+        warnings.append(f"{len(data.skipped)} images could not be decoded and were skipped: {_some(data.skipped)}.")
+    if request.against:
+        notes.append(f"The baseline is the bundle {request.against.name}, not this bundle's own dense engine.")
+    return _report_data(manifest, plan, request, data, accuracy, latency, notes, warnings)
+
+
+def _load(path: Path, variant: str, request: CheckRequest) -> vp_engines.Engine:
+    return vp_engines.load(path, variant=variant, device=request.device, threads=request.threads)  # type: ignore[arg-type]
+
+
+def _fitting(manifest: Manifest, size: int) -> int:
+    """The batch size nearest to `size` that the engine was built for."""
+    sizes = manifest.engine.batch
+    return size if sizes is None else min(max(size, sizes.min), sizes.max)
+
+
+def _report_data(
+    manifest: Manifest,
+    plan: ReductionPlan,
+    request: CheckRequest,
+    data: ImageFolder | None,
+    accuracy: Accuracy | None,
+    latency: list[LatencyRow] | None,
+    notes: list[str],
+    warnings: list[str],
+) -> ReportData:
+    rows = plan.tokens()
+    stages = []
+    for block, row in enumerate(rows):
+        if row.positions is not None and (block == 0 or row.positions != rows[block - 1].positions):
+            stages.append((block, row.positions))
+    rows_of = manifest.preprocessing.input_size
+    grid = (rows_of[1] // manifest.model.patch_size[0], rows_of[2] // manifest.model.patch_size[1])
+    engine = manifest.engine
+    return ReportData(
+        model={
+            "name": manifest.model.name,
+            "image size": "x".join(map(str, manifest.model.img_size)),
+            "patch size": "x".join(map(str, manifest.model.patch_size)),
+            "classes": manifest.model.num_classes,
+            "weights": manifest.model.weights_source,
+            "weights sha256": manifest.model.weights_sha256,
+        },
+        engine={
+            "name": engine.name,
+            "version": engine.version,
+            "precision": engine.precision,
+            "device": engine.device,
+            "kernels": manifest.kernels,
+        },
+        plan={
+            "method": plan.method,
+            "fingerprint": plan.fingerprint(),
+            "budget": plan.budget,
+            "tuned key bias": f"{len(plan.key_bias)} blocks" if plan.key_bias else "none",
+        },
+        tokens=[
+            {"block": block, "attention": row.attention, "mlp": row.mlp} for block, row in enumerate(plan.tokens())
+        ],
+        prefix_tokens=plan.prefix_tokens,
+        macs={"dense": manifest.plan.macs_dense, "reduced": manifest.plan.macs_reduced},
+        verdict=judge(accuracy, latency, request.budget),
+        accuracy=accuracy,
+        latency=latency,
+        grid=grid,
+        kept_stages=stages,
+        samples=_samples(manifest, data) if data is not None and request.samples else (),
+        environment=environment(
+            engine=engine.name,
+            engine_version=engine.version,
+            device=request.device or engine.device,
+            threads=request.threads,
+        ),  # fmt: skip
+        notes=notes,
+        warnings=warnings,
+    )
+
+
+def _samples(manifest: Manifest, data: ImageFolder) -> list[np.ndarray]:
+    """A few images as the model sees them: uint8 [H, W, 3], evenly spaced over the data."""
+    skipped = {name for name, _ in data.skipped}
+    paths = [path for path in data.paths if str(path.relative_to(data.root)) not in skipped]
+    chosen = [paths[i * len(paths) // SAMPLES] for i in range(min(SAMPLES, len(paths)))]
+    pixels = preprocess(chosen, manifest.preprocessing)
+    mean, std = (np.asarray(v, np.float32).reshape(1, 3, 1, 1) for v in
+                 (manifest.preprocessing.mean, manifest.preprocessing.std))  # fmt: skip
+    pictures = np.clip((pixels * std + mean) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return list(pictures.transpose(0, 2, 3, 1))
+
+
+def _some(skipped: Sequence[tuple[str, str]]) -> str:
+    names = [name for name, _ in skipped[:3]]
+    return ", ".join(names) + (", ..." if len(skipped) > 3 else "")
