@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# "sdpa": torch's fused attention, which the ONNX exporter turns into one Attention node. "sdpa-square": the same, its
-# mask repeated for every query, because ONNX Runtime's Attention does not broadcast it. "explicit": MatMul, Softmax,
-# MatMul, for engines without a fused kernel (TensorRT in fp32 refuses the Attention node).
-AttentionForm = Literal["sdpa", "sdpa-square", "explicit"]
+# "sdpa": torch's fused attention; the ONNX exporter turns it into one Attention node on [B, H, N, d], which TensorRT
+#   fuses with the qkv projection's bias (the packed form costs it 24 kernels more).
+# "packed": ONNX Attention on [B, N, H * d], without the transposes and slices of the other: 3 to 6% faster on ONNX
+#   Runtime. Its mask is repeated for every query, because that kernel does not broadcast it.
+# "explicit": MatMul, Softmax, MatMul, for engines without the operator.
+AttentionForm = Literal["sdpa", "packed", "explicit"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, form: AttentionForm = "sdpa") -> Tensor:
@@ -20,19 +22,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, form: At
     Args:
         q, k, v: [B, H, N, d].
         key_bias: float32 [1 or B, N], added to every query's logit of that key; -inf removes the key; None is zero.
-        form: how to write it.
+        form: "sdpa" or "explicit".
 
     Returns:
         [B, N, H * d], contiguous, as the output projection reads it.
     """
     heads, tokens, width = q.shape[1], q.shape[2], q.shape[3]
     mask = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
-    if form != "explicit":
-        if mask is not None and form == "sdpa-square":
-            mask = mask.expand(-1, -1, tokens, -1)
+    if form == "sdpa":
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
         logits = (q * width**-0.5) @ k.transpose(-2, -1)
         out = torch.softmax(logits if mask is None else logits + mask, dim=-1) @ v
     # -1 for the batch keeps a dynamic batch out of the exported graph: no Shape node.
     return out.transpose(1, 2).reshape(-1, tokens, heads * width)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, key_bias: Tensor | None) -> Tensor:
+    """The same on tensors whose heads lie side by side, as the projection wrote them.
+
+    Args:
+        q, k, v: [B, N, H * d].
+        key_bias: as for `attention`.
+
+    Returns:
+        [B, N, H * d].
+    """
+    mask = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype).expand(-1, -1, q.shape[1], -1)
+    # torch's own spelling of the ONNX operator: the exporter leaves it as one node, eager mode computes it.
+    out: Tensor = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads)[0]
+    return out

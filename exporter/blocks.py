@@ -12,7 +12,7 @@ from timm.layers import LayerScale
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor
 
-from vp_exporter.attention import AttentionForm, attention
+from vp_exporter.attention import AttentionForm, attention, packed_attention
 
 
 class PatchEmbedding(nn.Module):
@@ -120,16 +120,25 @@ class ReducedBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         layer = self.block[0].attn
-        heads, tokens = layer.num_heads, x.shape[1]
-        if layer.qkv is None:  # EVA-02's separate projections
+        heads, width, tokens = layer.num_heads, layer.head_dim, x.shape[1]
+        separate = layer.qkv is None  # EVA-02's projections
+        if self.attention_form == "packed":
             q, k, v = (
-                project(x).reshape(-1, tokens, heads, layer.head_dim).transpose(1, 2)
-                for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+                (project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+                if separate
+                else _qkv(layer, x).split(heads * width, dim=-1)
             )
+            q, k = (_norm_heads(norm, t, heads, width) for norm, t in ((layer.q_norm, q), (layer.k_norm, k)))
+            out = packed_attention(q, k, v, heads, self.key_bias)
         else:
-            qkv = _qkv(layer, x).reshape(-1, tokens, 3, heads, layer.head_dim).permute(2, 0, 3, 1, 4)
-            q, k, v = qkv.unbind(0)
-        out = attention(layer.q_norm(q), layer.k_norm(k), v, self.key_bias, self.attention_form)
+            if separate:
+                q, k, v = (
+                    project(x).reshape(-1, tokens, heads, width).transpose(1, 2)
+                    for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+                )
+            else:
+                q, k, v = _qkv(layer, x).reshape(-1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+            out = attention(layer.q_norm(q), layer.k_norm(k), v, self.key_bias, self.attention_form)
         out = layer.norm(out)
         if layer.gate is not None:
             out = out * layer.gate(x).sigmoid()
@@ -204,6 +213,13 @@ def _qkv(layer: nn.Module, x: Tensor) -> Tensor:
     if getattr(layer, "q_bias", None) is not None:  # EVA: the key has no bias
         bias = torch.cat((layer.q_bias, layer.k_bias, layer.v_bias))
     return F.linear(x, layer.qkv.weight, bias)
+
+
+def _norm_heads(norm: nn.Module, x: Tensor, heads: int, width: int) -> Tensor:
+    """Apply a per-head norm to [B, N, H * d]."""
+    if isinstance(norm, nn.Identity):
+        return x
+    return norm(x.reshape(-1, x.shape[1], heads, width)).reshape(-1, x.shape[1], heads * width)
 
 
 def _pool(x: Tensor, kind: str) -> Tensor:

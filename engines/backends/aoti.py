@@ -10,9 +10,9 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from vp_engines.backends.base import (
     Availability,
@@ -106,15 +106,13 @@ class AotInductorBackend(Backend):
             )
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        import torch._inductor as inductor
-
         # mkdtemp: mode 0700, so nobody can change the file between our writing it and torch reading it.
         folder = tempfile.mkdtemp(prefix="vp-aoti-")
         path = os.path.join(folder, ARTEFACT)
         try:
             with open(path, "wb") as file:
                 file.write(files[artefact])
-            model = inductor.aoti_load_package(path)
+            model = _load(torch, path)
         except Exception as error:  # zip and json errors, RuntimeError from the C++ loader
             shutil.rmtree(folder, ignore_errors=True)
             raise BundleCorruptError(f"torch cannot load '{artefact}': {first_line(error)}") from error
@@ -122,8 +120,9 @@ class AotInductorBackend(Backend):
 
 
 class AotInductorRunner(Runner):
-    """A loaded package. Its container hands one instance of the model to one thread at a time and makes the others
-    wait, so threads may enter it together. `RunOptions.threads` sets torch's thread count, which is process-wide."""
+    """A loaded package. Threads may enter it together, and are served one after the other: torch keeps Python's global
+    lock during a run, so other Python threads wait too. `RunOptions.threads` sets torch's thread count, which is
+    process-wide."""
 
     def __init__(
         self,
@@ -152,6 +151,22 @@ class AotInductorRunner(Runner):
     def _close(self) -> None:
         self._model = None
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _load(torch: Any, path: str) -> Callable[[Any], Any]:
+    """The package at `path` as a function from one tensor to its outputs.
+
+    torch._inductor.aoti_load_package ends in the C++ loader that is called here, after importing the compiler (seconds)
+    and after a look for pickled programs, which our packages do not have and which nobody should unpickle.
+    """
+    loader = getattr(getattr(torch._C, "_aoti", None), "AOTIModelPackageLoader", None)
+    if loader is None:
+        import torch._inductor as inductor
+
+        return cast("Callable[[Any], Any]", inductor.aoti_load_package(path))
+    # model name, run_single_threaded, num_runners, device_index (-1: the current device)
+    package = loader(path, "model", False, 1, -1)
+    return lambda batch: package.boxed_run([batch])
 
 
 def _compiler() -> str | None:

@@ -188,7 +188,7 @@ class Backend(ABC):
     opset: ClassVar[int | None]
     precisions: ClassVar[tuple[Precision, ...]]
     extra: ClassVar[str]
-    attention_form: ClassVar[Literal["sdpa", "sdpa-square", "explicit"]] = "sdpa"
+    attention_form: ClassVar[Literal["sdpa", "packed", "explicit"]] = "sdpa"
     fixed_batch_range: ClassVar[bool] = False
 
     def check_precision(self, precision: Precision) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
 from vp_engines.errors import VpError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it

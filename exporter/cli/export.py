@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vp_exporter.models import ViTDescription
     from vp_exporter.plan import ReductionPlan
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 EPILOG = "Exit codes: 0 good, 1 budget missed (the bundle is written and says so), 2 bad input, 3 engine unavailable."
 
@@ -51,7 +51,7 @@ def export(
     strict: options.Strict = False,
     threads: options.Threads = None,
     samples: options.Samples = True,
-    validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Compare with dense before writing.")] = True,
+    validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Compare with dense, then write.")] = True,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Put the dense engine into the bundle.")] = True,
     num_classes: options.NumClasses = None,
     model_arg: options.ModelArgs = None,
@@ -70,7 +70,7 @@ def export(
     def body() -> int:
         from vp_engines.backends.base import BuildOptions
         from vp_engines.bundle import check_target
-        from vp_engines.errors import VpError
+        from vp_engines.errors import EngineUnavailableError, VpError
 
         if precision not in (None, "fp32", "fp16", "bf16"):
             raise VpError(f"--precision is {precision!r}", expected="fp32, fp16 or bf16")
@@ -86,19 +86,22 @@ def export(
         check_target(out, force=force)
         from vp_engines.backends import get_backend
 
-        get_backend(engine)  # before the seconds that torch takes to import
+        ready = get_backend(engine).available("build")  # before the seconds that torch takes to import
+        if not ready.ok:
+            raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
         from vp_exporter.loading import ModelRequest, load_model
         from vp_exporter.package import ExportRequest, export_bundle
         from vp_exporter.preprocessing import PreprocessingOverrides, preprocessing_of
         from vp_exporter.validate.check import CheckRequest
-        from vp_exporter.validate.verdict import Budget
 
         progress = console.ConsoleProgress(quiet=quiet)
-        budget = Budget(max_drop, min_speedup, min_agreement)
+        budget = options.read_budget(max_drop, min_speedup, min_agreement, data)
         if not validate and (data is not None or not budget.empty):
             raise VpError("--no-validate is given with --data or a budget", expected="one or the other")
-        if data is None and (max_drop is not None or min_agreement is not None):
-            raise VpError("--max-drop and --min-agreement need images", expected="--data DIR")
+        if not dense and (data is not None or not budget.empty):
+            raise VpError(
+                "--no-dense leaves nothing to compare with for --data or a budget", expected="one or the other"
+            )
         request = ExportRequest(
             out=out, engine=engine, precision=precision, dense=dense, force=force,  # type: ignore[arg-type]
             build=BuildOptions(
@@ -151,9 +154,16 @@ def read_plan(plan: Path | None, masks: Path | None, description: ViTDescription
 
 
 def _lines(path: Path | None) -> list[str] | None:
+    from vp_engines.errors import VpError
+
     if path is None:
         return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise VpError(f"cannot read {path}: {why}", expected="class names, one a line", fix="check --classes") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _summary(result: Any, out: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import typer
 
 from vp_exporter.cli import console, options
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(epilog="Exit codes: 0 sound, 2 not.")
@@ -41,7 +41,6 @@ def inspect(
 
 def _bundle(path: Path, as_json: bool) -> int:
     from vp_engines.bundle import verify_bundle
-
     from vp_exporter.cli import show
 
     bundle = verify_bundle(path)

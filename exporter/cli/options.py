@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from vp_engines.errors import VpError
+
+if TYPE_CHECKING:
+    from vp_exporter.validate.verdict import Budget
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="timm model name.")]
 ModelArgs = Annotated[
@@ -69,3 +73,22 @@ def parse_channels(text: str | None, option: str) -> tuple[float, ...] | None:
     if len(values) != 3:
         raise VpError(f"{option} is {text!r}", expected="three numbers, such as 0.485,0.456,0.406")
     return values
+
+
+def read_budget(
+    max_drop: float | None, min_speedup: float | None, min_agreement: float | None, data: Path | None
+) -> Budget:
+    """The budget that the options state.
+
+    Raises:
+        VpError: a limit out of its range, or one that needs images where there are none.
+    """
+    from vp_exporter.validate.verdict import Budget
+
+    try:
+        budget = Budget(max_drop, min_speedup, min_agreement)
+    except VpError as error:
+        raise VpError("--" + error.found.replace("_", "-"), expected=error.expected) from error
+    if data is None and (max_drop is not None or min_agreement is not None):
+        raise VpError("--max-drop and --min-agreement need images", expected="--data DIR")
+    return budget

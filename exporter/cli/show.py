@@ -52,7 +52,7 @@ def latency(rows: Sequence[LatencyRow]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            str(row.batch), f"{row.dense.median:.2f}", f"{row.reduced.median:.2f}", f"{row.speedup.value:.3f}x",
+            str(row.batch), f"{row.dense.median_ms:.2f}", f"{row.reduced.median_ms:.2f}", f"{row.speedup.value:.3f}x",
             f"{row.speedup.low:.3f}-{row.speedup.high:.3f}", f"{row.mac_ratio:.3f}" if row.mac_ratio else "-",
             f"{row.efficiency:.3f}" if row.efficiency else "-", row.outcome,
         )  # fmt: skip

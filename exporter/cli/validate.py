@@ -9,7 +9,7 @@ import typer
 
 from vp_exporter.cli import console, options
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(epilog="Exit codes: 0 good, 1 budget missed, 2 bad input, 3 engine unavailable.")
@@ -40,19 +40,19 @@ def validate(
     def body() -> int:
         import vp_engines
         from vp_engines.bundle import update_bundle
-        from vp_engines.errors import EngineUnavailableError
-
+        from vp_engines.errors import EngineUnavailableError, VpError
         from vp_exporter.cli import show
         from vp_exporter.package import report_files, validation_fields
         from vp_exporter.validate.check import CheckRequest, check_bundle
         from vp_exporter.validate.report import Report
-        from vp_exporter.validate.verdict import Budget
 
         request = CheckRequest(
-            data=data, budget=Budget(max_drop, min_speedup, min_agreement),
+            data=data, budget=options.read_budget(max_drop, min_speedup, min_agreement, data),
             batches=tuple(dict.fromkeys(batch or (1, 8))), limit=limit, strict=strict, seconds=seconds,
             against=against, device=device, threads=threads, samples=samples,
         )  # fmt: skip
+        if report is not None and report.exists() and not report.is_dir():
+            raise VpError(f"--report {report} is a file", expected="a folder, or a name for a new one")
         manifest = vp_engines.verify_bundle(bundle).manifest
         from vp_engines.backends import get_backend
 

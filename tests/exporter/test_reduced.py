@@ -72,7 +72,8 @@ def test_oracle(kind: str, first: bool, scales: bool) -> None:
         torch.testing.assert_close(reduced(images), output, atol=1e-5, rtol=1e-5)
         # What is lowered is the folded copy: it must be the same function.
         torch.testing.assert_close(reduced.for_export()(images), output, atol=2e-5, rtol=2e-5)
-        torch.testing.assert_close(reduced.for_export("fp32", "explicit")(images), output, atol=2e-5, rtol=2e-5)
+        for form in ("explicit", "packed"):
+            torch.testing.assert_close(reduced.for_export("fp32", form)(images), output, atol=2e-5, rtol=2e-5)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +74,23 @@ def test_private_folder_that_goes_away(built: Built, tmp_path: Path, monkeypatch
     with pytest.raises(BundleCorruptError):
         open_((built[0], {"model.pt2": b""}))
     assert not list(tmp_path.glob("vp-aoti-*"))
+
+
+def test_opens_without_the_compiler_of_torch(built: Built, vit: nn.Module, tmp_path: Path) -> None:
+    """Importing torch._inductor takes seconds; where torch has no direct loader, it is still the way."""
+    code = (
+        "import sys; from pathlib import Path; from vp_engines.backends.aoti import AotInductorBackend, _machine;"
+        "from vp_engines.backends.base import RunOptions; import torch; artefact = Path(sys.argv[1]).read_bytes();"
+        "AotInductorBackend().open('a', {'a': artefact}, (), (), _machine(torch, 'cpu'), RunOptions()).close();"
+        "assert 'torch._inductor' not in sys.modules"
+    )
+    path = tmp_path / "model.pt2"
+    path.write_bytes(built[1]["model.pt2"])
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    old_way = aoti._load(SimpleNamespace(_C=None), str(path))
+    images = torch.from_numpy(tiny_vit.some_images(2))
+    with torch.no_grad():
+        torch.testing.assert_close(old_way(images), vit(images), atol=1e-4, rtol=0)
 
 
 def test_threads(built: Built) -> None:

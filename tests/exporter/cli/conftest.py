@@ -1,0 +1,42 @@
+"""One export for the whole session; every test that changes a bundle gets a copy of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.exporter.cli.samples import Inputs, argv, call, export_options, write_inputs
+from vp_engines.bundle import read_manifest, update_bundle
+from vp_exporter.cli.export import app
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def exported(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle validated on the images: do not change it."""
+    out = tmp_path_factory.mktemp("exported") / "tiny.vpe"
+    result = call(app, *argv(export_options(inputs, out, data=inputs.data, max_drop=50)))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="session")
+def without_dense(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same bundle without its dense baseline."""
+    out = tmp_path_factory.mktemp("without") / "tiny.vpe"
+    shutil.copytree(exported, out)
+    variants = dict(read_manifest(out).variants)
+    update_bundle(out, files=dict.fromkeys(variants.pop("dense").files), variants=variants)
+    return out
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(exported, tmp_path / "copy.vpe"))
