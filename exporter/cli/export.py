@@ -162,7 +162,7 @@ def _lines(path: Path | None) -> list[str] | None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise VpError(f"cannot read {path}: {why}", expected="class names, one a line", fix="check --classes") from error
+        raise VpError(f"cannot read {path}: {why}", expected="a class name a line", fix="check --classes") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from vp_engines.manifest import Manifest
 
+from vp_engines.manifest import Manifest
 from vp_exporter.cli.console import stdout
 from vp_exporter.validate.latency import LatencyRow
 from vp_exporter.validate.report import ReportData

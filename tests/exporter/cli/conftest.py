@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.exporter.cli.samples import Inputs, argv, call, export_options, write_inputs
+from vp_engines.backends.base import BuildResult
 from vp_engines.bundle import read_manifest, update_bundle
 from vp_exporter.cli.export import app
 
@@ -40,3 +42,17 @@ def without_dense(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def bundle(exported: Path, tmp_path: Path) -> Path:
     """A copy to change."""
     return Path(shutil.copytree(exported, tmp_path / "copy.vpe"))
+
+
+@pytest.fixture
+def ready_engines(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowering takes seconds: hand out the engines of `exported`, for tests of what happens around it."""
+    variants = {Path(variant.artefact).parts[0]: variant for variant in read_manifest(exported).variants.values()}
+
+    def build(backend: Any, reduced: Any, precision: str, options: Any, folder: Path, work: Path) -> BuildResult:
+        shutil.copytree(exported / folder.name, folder, dirs_exist_ok=True)
+        found = variants[folder.name]
+        files = tuple(name.split("/", 1)[1] for name in found.files)
+        return BuildResult(found.artefact.split("/", 1)[1], files, dict(found.requirements))
+
+    monkeypatch.setattr("vp_exporter.package._build", build)

@@ -220,9 +220,9 @@ EXPORT = [
     Case("crop-pct-0", {"crop_pct": 0}, 2, r"--crop-pct is 0.0; expected above 0 and at most 1"),
     Case("bad-interpolation", {"interpolation": "cubic"}, 2, r"--interpolation is 'cubic'; expected one of bicubic,"),
     Case("classes-missing", {"classes": lambda w: w.root / "no.txt"}, 2,
-         r"cannot read .*no.txt: No such file.*; expected class names, one a line; check --classes"),
+         r"cannot read .*no.txt: No such file.*; expected a class name a line; check --classes"),
     Case("classes-binary", {"classes": lambda w: w.file("c.txt", b"\xff\xfe")}, 2,
-         r"cannot read .*c.txt: it is not UTF-8 text; expected class names, one a line"),
+         r"cannot read .*c.txt: it is not UTF-8 text; expected a class name a line"),
     Case("classes-too-few", {"classes": lambda w: w.file("c.txt", "cat\ndog\n")}, 2,
          r"2 class names are given; expected 3, one per class"),
     # images and budgets
@@ -254,10 +254,7 @@ EXPORT = [
          r"folder is not a bundle; remove it yourself or choose another name"),
     Case("force-with-bad-mask", {"out": lambda w: w.bundle, "force": True,
                                  "masks": lambda w: w.mask(lambda m: set_entry(m, np.nan))}, 2, r"mask holds nan"),
-]  # fmt: skip
-
-# Found only when the images are read, after both engines are built.
-LATE = [
+    # found only when the images are read, after both engines are built
     Case("data-all-corrupt", {"data": lambda w: w.folder("a/0.png", "b/0.png", "c/0.png")}, 2,
          r"none of the 3 images in .*folder can be decoded, the first \(a/0.png\) because: .*; point to a folder"),
     Case("one-corrupt-strict", {"data": lambda w: (w.images("a", "b", "c"), w.file("pictures/a/bad.jpg", "x"))[0],
@@ -277,10 +274,8 @@ def resolve(work: Work, options: dict[str, Any]) -> dict[str, Any]:
     return {key: value(work) if callable(value) else value for key, value in options.items()}
 
 
-@pytest.mark.parametrize("case", [
-    *(pytest.param(case, id=case.id) for case in EXPORT),
-    *(pytest.param(case, id=case.id, marks=pytest.mark.slow) for case in LATE),
-])  # fmt: skip
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in EXPORT])
+@pytest.mark.usefixtures("ready_engines")
 def test_export_refuses(case: Case, work: Work) -> None:
     words = argv(export_options(work.inputs, **{"out": work.out, "quiet": True, **resolve(work, case.options)}))
     before = snapshot(work.root)
@@ -384,7 +379,8 @@ VALIDATE = [
     Words("negative-budget", lambda w: [w.bundle, "--min-speedup", "-2"], 2, r"--min-speedup is -2.0; expected a"),
     Words("max-drop-without-data", lambda w: [w.bundle, "--max-drop", "1"], 2, r"need images; expected --data DIR"),
     Words("bad-device", lambda w: [w.bundle, "--device", "tpu"], 2, r"device.* 'tpu'; expected .*cpu.*cuda"),
-    Words("report-on-a-file", lambda w: [w.bundle, "--report", w.inputs.plan], 2, r"plan.json is a file; expected a folder"),
+    Words("report-on-a-file", lambda w: [w.bundle, "--report", w.inputs.plan], 2,
+          r"--report .*plan.json is a file; expected a folder"),
     Words("no-onnxruntime", lambda w: [w.bundle, *argv({"": w.without("onnxruntime")})], 3,
           r"engine 'ort' cannot run here: onnxruntime is not installed: pip install 'vp-export\[cpu\]'"),
 ]  # fmt: skip

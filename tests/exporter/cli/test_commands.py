@@ -1,0 +1,270 @@
+"""The three commands when all is well, and when a budget is missed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vp_engines
+from tests.exporter.cli.samples import (
+    FAST,
+    NAME,
+    Inputs,
+    argv,
+    call,
+    create,
+    export_options,
+    mask,
+    model_args,
+)
+from vp_engines.bundle import read_manifest, verify_bundle
+from vp_exporter.cli import export, inspect, validate
+from vp_exporter.loading import ModelRequest, load_model
+from vp_exporter.masks import plan_from_mask
+from vp_exporter.models import describe
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.reduced import ReducedViT
+
+SCRIPTS = Path(sys.executable).parent
+MODEL = argv({"--model": NAME, "--model-arg": model_args()})
+
+
+def batch(size: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((size, 3, 64, 64), dtype=np.float32)
+
+
+def reduced_vit(inputs: Inputs) -> ReducedViT:
+    args = dict(word.split("=") for word in model_args())
+    model = load_model(ModelRequest(NAME, {key: int(value) for key, value in args.items()}, inputs.weights))
+    return ReducedViT(model.vit, model.description, ReductionPlan.load(inputs.plan))
+
+
+def test_engine_computes_what_pytorch_does(exported: Path, inputs: Inputs) -> None:
+    images = batch()
+    with vp_engines.load(exported) as engine, torch.no_grad():
+        logits = engine.run(images)["logits"]
+        wanted = reduced_vit(inputs)(torch.from_numpy(images)).numpy()
+    assert logits.shape == (3, 3)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4)
+
+
+def test_exported_bundle_says_what_it_is(exported: Path, inputs: Inputs) -> None:
+    manifest = verify_bundle(exported).manifest
+    assert (manifest.name, manifest.model.name, manifest.model.num_classes) == ("tiny", NAME, 3)
+    assert manifest.model.weights_source == "weights.safetensors"
+    assert (manifest.engine.name, manifest.engine.precision) == ("ort", "fp32")
+    assert [row if isinstance(row, int) else row[0] for row in manifest.plan.tokens] == [13, 9]
+    assert (manifest.validation.accuracy, manifest.validation.latency) == ("passed", "measured")
+    report = json.loads((exported / "report.json").read_text())
+    assert report["accuracy"]["images"] == 24
+    assert report["accuracy"]["dense_top1"] == 100
+    assert report["accuracy"]["parity"]["max_abs"] < 1e-4
+    assert str(inputs.data) not in (exported / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_plan_gives_the_bundle_of_its_mask_as_json(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "new.vpe"
+    options = export_options(inputs, out, masks=None, plan=inputs.plan, data=inputs.data, json=True)
+    result = call(export.app, *argv(options))
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["bundle"] == "new.vpe"
+    assert found["manifest"]["plan"]["fingerprint"] == read_manifest(exported).plan.fingerprint
+    assert found["manifest"]["plan"]["method"] == "test"
+    assert found["report"] == json.loads((out / "report.json").read_text())
+    assert "building the reduced engine (ort, fp32)" in result.stderr
+    assert str(tmp_path) not in result.stdout
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_force_replaces(bundle: Path, inputs: Inputs) -> None:
+    before = verify_bundle(bundle).digest
+    result = call(export.app, *argv(export_options(inputs, bundle, force=True, no_validate=True)))
+    assert result.exit_code == 0
+    after = verify_bundle(bundle)
+    assert after.digest != before
+    assert after.manifest.validation.accuracy == "unvalidated"
+    assert after.manifest.validation.latency == "unmeasured"
+    assert not (bundle / "report.json").exists()
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_force_without_a_bundle_writes_one(inputs: Inputs, tmp_path: Path) -> None:
+    options = export_options(inputs, tmp_path / "new.vpe", force=True, no_validate=True)
+    assert call(export.app, *argv(options)).exit_code == 0
+    verify_bundle(tmp_path / "new.vpe")
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_quiet_prints_the_verdict_alone(inputs: Inputs, tmp_path: Path) -> None:
+    result = call(export.app, *argv(export_options(inputs, tmp_path / "new.vpe", data=inputs.data, quiet=True)))
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert result.stdout.startswith("passed: ")
+    assert f"wrote {tmp_path / 'new.vpe'}: MAC ratio 1.486" in result.stdout
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_missed_budget_writes_the_bundle_and_says_so(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "slow.vpe"
+    result = call(export.app, *argv(export_options(inputs, out, data=inputs.data, min_speedup=100)))
+    assert result.exit_code == 1
+    assert result.stdout.startswith("failed: Failed the speed budget")
+    assert f"wrote {out}" in result.stdout
+    manifest = verify_bundle(out).manifest
+    assert manifest.validation.accuracy == "failed"
+    assert "Failed the speed budget" in manifest.validation.summary
+    assert json.loads((out / "report.json").read_text())["verdict"]["status"] == "failed"
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_corrupt_image_is_named_and_counted(inputs: Inputs, tmp_path: Path) -> None:
+    data, out = tmp_path / "images", tmp_path / "new.vpe"
+    shutil.copytree(inputs.data, data)
+    (data / "b" / "broken.jpg").write_bytes(b"this is no image")
+    result = call(export.app, *argv(export_options(inputs, out, data=data, quiet=True)))
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: skipped b/broken.jpg: ")
+    assert result.stderr.count("\n") == 1
+    report = json.loads((out / "report.json").read_text())
+    assert (report["accuracy"]["images"], report["accuracy"]["skipped"]) == (24, 1)
+    assert any("1 images could not be decoded" in text and "b/broken.jpg" in text for text in report["warnings"])
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_unlabelled_images_give_agreement(inputs: Inputs, tmp_path: Path) -> None:
+    options = export_options(inputs, tmp_path / "new.vpe", data=inputs.data / "a", min_agreement=50)
+    result = call(export.app, *argv(options))
+    assert result.exit_code == 0
+    assert "100.00% of answers the same (no labels" in result.stdout
+
+
+@pytest.mark.slow
+def test_features_without_images_are_timed_only(tmp_path: Path, inputs: Inputs) -> None:
+    out = tmp_path / "features.vpe"
+    options = export_options(inputs, out, weights=None, random_init=True, num_classes=0)
+    result = call(export.app, *argv(options))
+    assert result.exit_code == 0
+    assert "Accuracy not validated" in result.stdout
+    manifest = verify_bundle(out).manifest
+    assert (manifest.validation.accuracy, manifest.validation.latency) == ("unvalidated", "measured")
+    assert manifest.model.num_classes == 0
+    assert manifest.model.weights_source == "random"
+    with vp_engines.load(out) as engine:
+        (features,) = engine.run(batch()).values()
+    assert features.shape == (3, 64)
+
+
+@pytest.mark.slow
+def test_no_dense_leaves_the_baseline_out(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "small.vpe"
+    result = call(export.app, *argv(export_options(inputs, out, no_dense=True)))
+    assert result.exit_code == 0
+    assert list(verify_bundle(out).manifest.variants) == ["reduced"]
+    assert not (out / "dense").exists()
+    assert "neither speed-up nor accuracy is measured" in result.stdout
+    with pytest.raises(vp_engines.BundleIncompatibleError, match="export again without --no-dense"):
+        vp_engines.load(out, variant="dense")
+
+
+@pytest.mark.slow
+def test_openvino(inputs: Inputs, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    out = tmp_path / "ov.vpe"
+    result = call(export.app, *argv(export_options(inputs, out, engine="openvino", precision="fp32", data=inputs.data)))
+    assert result.exit_code == 0, result.output
+    images = batch()
+    with vp_engines.load(out) as engine, torch.no_grad():
+        wanted = reduced_vit(inputs)(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(engine.run(images)["logits"], wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_installed_scripts(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "new.vpe"
+    options = argv(export_options(inputs, out, data=inputs.data, json=True))
+    done = subprocess.run([SCRIPTS / "vp-export", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bundle"] == "new.vpe"
+    assert "Warning" not in done.stderr
+    done = subprocess.run([SCRIPTS / "vp-inspect", out], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([SCRIPTS / "vp-validate", out, *FAST, "--quiet"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_inspect_bundle(exported: Path) -> None:
+    result = call(inspect.app, exported)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    for text in ("bundle tiny", NAME, "ort", "dense, reduced", "every one verified", verify_bundle(exported).digest):
+        assert text in result.stdout
+
+
+def test_inspect_bundle_as_json(exported: Path) -> None:
+    found = json.loads(call(inspect.app, exported, "--json").stdout)
+    assert found["digest"] == verify_bundle(exported).digest
+    assert found["manifest"]["name"] == "tiny"
+
+
+def test_inspect_plan(inputs: Inputs) -> None:
+    result = call(inspect.app, inputs.plan)
+    assert result.exit_code == 0
+    assert "static@0, static@1" in result.stdout
+    assert "pass --model NAME" in result.stdout
+    assert "ratio 1.486" in call(inspect.app, inputs.plan, *MODEL).stdout
+
+
+def test_inspect_mask(inputs: Inputs) -> None:
+    result = call(inspect.app, inputs.mask, *MODEL, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["tokens"] == [[13, 13], [9, 9]]
+    assert found["plan"]["steps"] == plan_from_mask(mask(), describe(create(), NAME).plan_model()).to_dict()["steps"]
+    assert found["macs"]["dense"] > found["macs"]["reduced"]
+
+
+def test_validate_holds_a_budget(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
+    budget = ["--max-drop", "50", "--min-speedup", "0.01", "--min-agreement", "50"]
+    words = [*FAST, "--data", inputs.data, *budget, "--report", tmp_path / "deep" / "report"]
+    result = call(validate.app, exported, *words)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("passed: Within budget")
+    assert result.stdout.count("\n  ok ") == 4
+    report = json.loads((tmp_path / "deep" / "report" / "report.json").read_text())
+    assert report["verdict"]["status"] == "passed"
+    assert (tmp_path / "deep" / "report" / "report.html").read_text().startswith("<!")
+
+
+def test_validate_misses_a_budget(exported: Path) -> None:
+    result = call(validate.app, exported, *FAST, "--min-speedup", "100", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["verdict"]["status"] == "failed"
+
+
+def test_validate_updates_the_bundle(bundle: Path, exported: Path) -> None:
+    result = call(validate.app, bundle, *FAST, "--min-speedup", "100", "--update", "--json")
+    assert result.exit_code == 1
+    after = verify_bundle(bundle)
+    assert after.digest != verify_bundle(exported).digest
+    assert after.manifest.validation.accuracy == "failed"
+    assert json.loads((bundle / "report.json").read_text()) == json.loads(result.stdout)
+    assert (bundle / "engine/model.onnx").read_bytes() == (exported / "engine/model.onnx").read_bytes()
+
+
+def test_validate_against_another_bundle(without_dense: Path, exported: Path, inputs: Inputs) -> None:
+    words = [*FAST, "--data", inputs.data, "--against", exported, "--json"]
+    result = call(validate.app, without_dense, *words)
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["accuracy"]["agreement"]["value"] == 100
+    assert any("The baseline is the bundle tiny.vpe" in note for note in report["notes"])

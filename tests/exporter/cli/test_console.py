@@ -1,0 +1,124 @@
+"""Help, tracebacks on request, and errors that nobody thought of."""
+
+from __future__ import annotations
+
+import errno
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.exporter.cli.samples import Inputs, argv, call, check_error, export_options, snapshot
+from vp_engines.errors import VpError
+from vp_exporter.cli import console, export, inspect, validate
+
+
+@pytest.mark.parametrize("command", [export, inspect, validate], ids=["export", "inspect", "validate"])
+def test_help_tells_the_exit_codes(command: Any) -> None:
+    result = call(command.app, "--help")
+    assert result.exit_code == 0
+    assert re.search(r"Exit codes: 0 \w+,.* 2 ", " ".join(result.stdout.split()))
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "[depth, patches]" in result.stdout or command is not export
+
+
+@pytest.mark.parametrize("name", ["export", "inspect", "validate"])
+def test_help_does_not_wait_for_torch(name: str) -> None:
+    code = (
+        f"import sys; from vp_exporter.cli import {name} as command; sys.argv = ['x', '--help']\n"
+        "try: command.main()\n"
+        "finally: print([m for m in ('torch', 'timm', 'onnx', 'onnxruntime', 'openvino') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", [[], ["--model", "x"], ["--batch", "0"], ["--nonsense"]])
+def test_usage_errors_exit_2(words: list[str]) -> None:
+    result = call(export.app, *words)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback(inputs: Inputs, tmp_path: Path) -> None:
+    words = argv(export_options(inputs, tmp_path / "new.vpe", mean="1,2", debug=True))
+    with pytest.raises(VpError, match="--mean is '1,2'"):
+        call(export.app, *words)
+    code = "from vp_exporter.cli.export import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--model", "x", "--out", tmp_path / "x.vpe", "--debug"], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "no plan is named" in done.stderr
+
+
+def test_unexpected_error_is_called_a_bug(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("vp_exporter.package.export_bundle", fail)
+    words = argv(export_options(inputs, tmp_path / "new.vpe", quiet=True))
+    check_error(
+        call(export.app, *words), 70,
+        r"unexpected RuntimeError: first line; this is a bug: run again with --debug and report it",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError):
+        call(export.app, *words, "--debug")
+
+
+def test_refused_disk_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/some/file")
+
+    assert console.run(fail) == 2
+    assert capsys.readouterr().err == (
+        "error: /some/file: No space left on device; check the disk and the permissions\n"
+    )
+
+
+def test_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise KeyboardInterrupt
+
+    assert console.run(fail) == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing was left half-written\n"
+
+
+def test_messages_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise VpError("the mask has shape [2, 16] [bold]", expected="no\nbreaks")
+
+    assert console.run(fail) == 2
+    assert capsys.readouterr().err == "error: the mask has shape [2, 16] [bold]; expected no breaks\n"
+    console.ConsoleProgress().warn("[red]a[/]")
+    console.ConsoleProgress().note("[red]b[/]")
+    assert capsys.readouterr().err == "warning: [red]a[/]\n[red]b[/]\n"
+
+
+def test_reader_that_leaves_early_is_no_error(exported: Path) -> None:
+    code = f"from vp_exporter.cli.inspect import main; import sys; sys.argv = ['x', {str(exported)!r}]; main()"
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = subprocess.run([sys.executable, "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_disk_full_while_writing(bundle: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("os.fsync", full)
+    words = argv(export_options(inputs, bundle, force=True, no_validate=True, quiet=True))
+    check_error(
+        call(export.app, *words), 2, r"cannot write .*copy.vpe: No space left on device; nothing was left behind"
+    )
+    assert snapshot(tmp_path) == before
