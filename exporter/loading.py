@@ -111,7 +111,9 @@ def known_model(name: str) -> None:
 
     near = difflib.get_close_matches(name.split(".", 1)[0], timm.list_models(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-    raise UnsupportedModelError(f"timm {timm.__version__} has no model {name!r}", expected="a timm model name", fix=hint)
+    raise UnsupportedModelError(
+        f"timm {timm.__version__} has no model {name!r}", expected="a timm model name", fix=hint
+    )
 
 
 def _create(request: ModelRequest, args: Mapping[str, Any]) -> nn.Module:

@@ -92,7 +92,7 @@ def describe(model: nn.Module, name: str) -> ViTDescription:
     embed: PatchEmbed = vit.patch_embed
     distilled = type(vit) is VisionTransformerDistilled
     patch_macs = embed.proj.weight.numel()
-    head_fixed = sum(layer.weight.numel() for layer in (vit.head, getattr(vit, "head_dist", None)) if _linear(layer))
+    head_fixed = _linear_macs(vit.head) + _linear_macs(getattr(vit, "head_dist", None))
     head_per_token = 0
     if vit.attn_pool is not None:
         pool: AttentionPoolLatent = vit.attn_pool
@@ -164,13 +164,8 @@ def _block_refusal(block: nn.Module) -> str | None:
     return None
 
 
-def _linear(module: object) -> bool:
-    return isinstance(module, nn.Linear)
-
-
 def _linear_macs(module: nn.Module | None) -> int:
     """Multiply-accumulates per token of the linear layers inside a module."""
     if module is None:
         return 0
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
-

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from vp_engines.backends import get_backend
-from vp_engines.backends.base import Backend, BuildOptions, BuildResult, BuildSource, Precision
+from vp_engines.backends.base import Backend, BuildOptions, BuildSource, Precision
 from vp_engines.bundle import check_target, write_bundle
 from vp_engines.errors import EngineUnavailableError, VpError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest, Preprocessing
-
 from vp_exporter.loading import LoadedModel
 from vp_exporter.lowering import export_program, lower_onnx, signature
 from vp_exporter.macs import count_macs
@@ -85,9 +85,10 @@ def export_bundle(
         )
     if request.check is not None and request.check.data is not None and not model.description.num_classes:
         raise VpError(
-            "--data needs a classifier, and this model has no classes", expected="a model with classes",
+            "--data needs a classifier, and this model has no classes",
+            expected="a model with classes",
             fix="leave out --data to time it only",
-        )  # fmt: skip
+        )
     backend.check_precision(precision)
     data = None
     if request.check is not None:
@@ -104,8 +105,10 @@ def export_bundle(
             reduced = ReducedViT(model.vit, model.description, plans[variant])
             folder = work / VARIANT_FOLDERS[variant]
             folder.mkdir()
+            with progress.stage(f"lowering the {variant} model"):
+                source = _lower(backend, reduced, precision, work / f"{variant}.onnx")
             with progress.stage(f"building the {variant} engine ({request.engine}, {precision})"):
-                result = _build(backend, reduced, precision, request.build, folder, work)
+                result = backend.build(source, folder, request.build)
             for note in result.notes if variant == "reduced" else ():
                 progress.note(note)
             prefix = VARIANT_FOLDERS[variant] + "/"
@@ -124,9 +127,13 @@ def export_bundle(
             trial = work / request.out.name
             write_bundle(trial, files=files, **fields)
             report = check_bundle(
-                trial, request.check, data=data, reference=_reference(reduced), notes=variants["reduced"]["notes"],
+                trial,
+                request.check,
+                data=data,
+                reference=_reference(reduced),
+                notes=variants["reduced"]["notes"],
                 progress=progress,
-            )  # fmt: skip
+            )
             files |= report_files(report)
             fields["validation"] = validation_fields(report)
         with progress.stage("writing the bundle"):
@@ -150,18 +157,16 @@ def validation_fields(report: ReportData) -> dict[str, str]:
     }
 
 
-def _build(
-    backend: Backend, reduced: ReducedViT, precision: Precision, options: BuildOptions, folder: Path, work: Path
-) -> BuildResult:
+def _lower(backend: Backend, reduced: ReducedViT, precision: Precision, onnx: Path) -> BuildSource:
+    """The form of the model that the backend builds from."""
     ready = reduced.for_export(precision, backend.attention_form)
     inputs, outputs = signature(ready)
+    blocks = reduced.description.depth
     if backend.source == "program":
-        program = export_program(ready)
-        return backend.build(BuildSource(precision, inputs, outputs, program=program), folder, options)
+        return BuildSource(precision, inputs, outputs, program=export_program(ready), attention_blocks=blocks)
     assert backend.opset is not None
-    onnx = lower_onnx(ready, work / f"{folder.name}.onnx", opset=backend.opset)
-    blocks = reduced.description.depth if precision != "fp32" else 0  # no engine has a fused kernel for fp32
-    return backend.build(BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=blocks), folder, options)
+    lower_onnx(ready, onnx, opset=backend.opset)
+    return BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=blocks)
 
 
 def _manifest_fields(
@@ -181,9 +186,12 @@ def _manifest_fields(
     return {
         "name": request.out.name.removesuffix(".vpe"),
         "engine": {
-            "name": backend.name, "version": backend.version(), "precision": precision, "device": build.device,
+            "name": backend.name,
+            "version": backend.version(),
+            "precision": precision,
+            "device": build.device,
             "batch": batch if backend.fixed_batch_range else None,
-        },  # fmt: skip
+        },
         "variants": variants,
         "inputs": [vars(spec) for spec in inputs],
         "outputs": [vars(spec) for spec in outputs],

@@ -360,7 +360,9 @@ def _bias_from(data: Any) -> dict[int, tuple[float, ...]]:
         try:
             rows[int(key)] = tuple(float(v) for v in row)
         except OverflowError as error:
-            raise PlanError(f"key_bias of block {key} holds a number out of range", expected="finite numbers") from error
+            raise PlanError(
+                f"key_bias of block {key} holds a number out of range", expected="finite numbers"
+            ) from error
     return rows
 
 

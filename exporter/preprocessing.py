@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.nn as nn
 from timm.data import resolve_model_data_config
+
 from vp_engines.errors import VpError
 from vp_engines.manifest import Preprocessing
-
 from vp_exporter.models import ViTDescription
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
@@ -61,11 +61,13 @@ def preprocessing_of(
     scaled = (math.floor(height / crop_pct), math.floor(width / crop_pct))
     crop_mode = config.get("crop_mode") or "center"
     square = scaled[0] == scaled[1] and crop_mode == "center"
-    return Preprocessing(
-        input_size=(3, height, width),
-        resize=scaled[0] if square else scaled,
-        crop_mode=crop_mode if crop_mode in ("center", "squash", "border") else "center",
-        interpolation=interpolation,
-        mean=tuple(overrides.mean or config["mean"]),
-        std=tuple(overrides.std or config["std"]),
+    return Preprocessing.model_validate(
+        {
+            "input_size": (3, height, width),
+            "resize": scaled[0] if square else scaled,
+            "crop_mode": crop_mode,
+            "interpolation": interpolation,
+            "mean": tuple(overrides.mean or config["mean"]),
+            "std": tuple(overrides.std or config["std"]),
+        }
     )

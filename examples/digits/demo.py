@@ -47,11 +47,29 @@ def main() -> int:
     names.write_text("".join(f"{digit}\n" for digit in range(10)))
     kwargs = {key: value for key, value in model.MODEL_KWARGS.items() if key != "num_classes"}
     code = run(
-        "export", "--model", model.MODEL_NAME,
+        "export",
+        "--model",
+        model.MODEL_NAME,
         *(word for key, value in kwargs.items() for word in ("--model-arg", f"{key}={value}")),
-        "--weights", model.WEIGHTS, "--masks", model.MASK, "--classes", names, "--crop-pct", str(model.CROP_PCT),
-        "--engine", args.engine, "--data", images, *BUDGET, "--threads", "2", "--out", bundle, "--force",
-    )  # fmt: skip
+        "--weights",
+        model.WEIGHTS,
+        "--masks",
+        model.MASK,
+        "--classes",
+        names,
+        "--crop-pct",
+        str(model.CROP_PCT),
+        "--engine",
+        args.engine,
+        "--data",
+        images,
+        *BUDGET,
+        "--threads",
+        "2",
+        "--out",
+        bundle,
+        "--force",
+    )
     if code not in (0, 1):
         return code
     code = max(code, run("inspect", bundle))
@@ -63,7 +81,9 @@ def main() -> int:
         scores = engine.run(engine.preprocess(digits))[engine.outputs[0].name]
         for path, row in zip(digits, scores, strict=True):
             print(f"  {path.parent.name}/{path.name}: {int(row.argmax())}")
-    print(f"\nopen {(bundle / 'report.html').relative_to(Path.cwd())} in a browser; {time.perf_counter() - start:.0f} s")
+    print(
+        f"\nopen {(bundle / 'report.html').relative_to(Path.cwd())} in a browser; {time.perf_counter() - start:.0f} s"
+    )
     return code
 
 

@@ -21,8 +21,16 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BUG = 70  # EX_SOFTWARE
 T = TypeVar("T")
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """Goes on in silence once nobody reads (`vp-export ... | head`): the exit code stays the verdict's."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+stdout = _Console(highlight=False)
+stderr = _Console(stderr=True, highlight=False)
 
 
 class ConsoleProgress:
@@ -76,7 +84,11 @@ class ConsoleProgress:
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    try:
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stdout.on_broken_pipe()
 
 
 def run(command: Callable[[], int], *, debug: bool = False) -> int:
@@ -94,9 +106,6 @@ def run(command: Callable[[], int], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         _fail("interrupted; nothing was left half-written")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `vp-inspect ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if debug:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -68,7 +68,7 @@ def export(
     """Turn a timm ViT and a token-reduction plan into an engine bundle, checked against the dense model."""
 
     def body() -> int:
-        from vp_engines.backends.base import BuildOptions
+        from vp_engines.backends.base import BuildOptions, Precision
         from vp_engines.bundle import check_target
         from vp_engines.errors import EngineUnavailableError, VpError
 
@@ -81,8 +81,10 @@ def export(
                 f"--min-batch {min_batch}, --opt-batch {opt_batch}, --max-batch {max_batch}", expected="ascending sizes"
             )
         if (plan is None) == (masks is None):
-            raise VpError("no plan is named" if plan is None else "both --plan and --masks are given",
-                          expected="one of --plan FILE.json or --masks FILE.npy")  # fmt: skip
+            raise VpError(
+                "no plan is named" if plan is None else "both --plan and --masks are given",
+                expected="one of --plan FILE.json or --masks FILE.npy",
+            )
         check_target(out, force=force)
         from vp_engines.backends import get_backend
 
@@ -103,16 +105,33 @@ def export(
                 "--no-dense leaves nothing to compare with for --data or a budget", expected="one or the other"
             )
         request = ExportRequest(
-            out=out, engine=engine, precision=precision, dense=dense, force=force,  # type: ignore[arg-type]
+            out=out,
+            engine=engine,
+            precision=cast(Precision | None, precision),
+            dense=dense,
+            force=force,
             build=BuildOptions(
-                min_batch, opt_batch, max_batch, device, compute_capability, timing_cache,  # type: ignore[arg-type]
+                min_batch,
+                opt_batch,
+                max_batch,
+                cast(Literal["cpu", "cuda"], device),
+                compute_capability,
+                timing_cache,
             ),
             check=CheckRequest(
-                data=data, budget=budget, batches=tuple(dict.fromkeys(batch or (1, 8))), limit=limit, strict=strict,
-                seconds=seconds, threads=threads, samples=samples,
-            ) if validate else None,
+                data=data,
+                budget=budget,
+                batches=tuple(dict.fromkeys(batch or (1, 8))),
+                limit=limit,
+                strict=strict,
+                seconds=seconds,
+                threads=threads,
+                samples=samples,
+            )
+            if validate
+            else None,
             classes=_lines(classes),
-        )  # fmt: skip
+        )
         with progress.stage(f"loading {model}"):
             loaded = load_model(
                 ModelRequest(model, options.parse_model_args(model_arg), weights, pretrained, random_init, num_classes)
@@ -129,8 +148,8 @@ def export(
             if result.report is not None:
                 show.report(result.report)
             ratio = result.manifest.plan.macs_dense / result.manifest.plan.macs_reduced
-            console.stdout.print(f"wrote {out}: MAC ratio {ratio:.3f}, {result.manifest.validation.summary}",
-                                 markup=False, soft_wrap=True)  # fmt: skip
+            unchecked = "" if result.report is not None else ", not validated"
+            console.stdout.print(f"wrote {out} (MAC ratio {ratio:.3f}{unchecked})", markup=False, soft_wrap=True)
         return result.report.verdict.exit_code if result.report is not None else 0
 
     raise typer.Exit(console.run(body, debug=debug))

@@ -49,8 +49,10 @@ def _bundle(path: Path, as_json: bool) -> int:
         return 0
     show.manifest(bundle.manifest, bundle.digest)
     rows = [row if isinstance(row, tuple) else (row, row) for row in bundle.manifest.plan.tokens]
-    grid = [size // patch for size, patch in
-            zip(bundle.manifest.model.img_size, bundle.manifest.model.patch_size, strict=True)]  # fmt: skip
+    grid = [
+        size // patch
+        for size, patch in zip(bundle.manifest.model.img_size, bundle.manifest.model.patch_size, strict=True)
+    ]
     show.tokens(rows, max(grid[0] * grid[1], max(row[0] for row in rows)))
     return 0
 
@@ -79,21 +81,28 @@ def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as
 
         counts = (count_macs(description).total, count_macs(description, plan).total)
     if as_json:
-        console.print_json({
-            "plan": plan.to_dict(), "fingerprint": plan.fingerprint(), "tokens": rows,
-            "macs": None if counts is None else {"dense": counts[0], "reduced": counts[1]},
-        })  # fmt: skip
+        console.print_json(
+            {
+                "plan": plan.to_dict(),
+                "fingerprint": plan.fingerprint(),
+                "tokens": rows,
+                "macs": None if counts is None else {"dense": counts[0], "reduced": counts[1]},
+            }
+        )
         return 0
     target = plan.model
     facts = [
         ("method", plan.method or "unnamed"),
-        ("for", f"{target.name}, {'x'.join(map(str, target.image_size))} px, {target.patches} patches "
-                f"and {target.prefix_tokens} prefix tokens, {target.depth} blocks"),
+        (
+            "for",
+            f"{target.name}, {'x'.join(map(str, target.image_size))} px, {target.patches} patches "
+            f"and {target.prefix_tokens} prefix tokens, {target.depth} blocks",
+        ),
         ("steps", ", ".join(f"{step.reducer}@{step.block}" for step in plan.steps) or "none"),
         ("tuned key bias", f"{len(plan.key_bias)} blocks" if plan.key_bias else "none"),
         ("budget", plan.budget if plan.budget is not None else "not stated"),
         ("fingerprint", plan.fingerprint()),
-    ]  # fmt: skip
+    ]
     if counts is not None:
         facts.append(("MACs", f"{show.macs(counts[1])} of {show.macs(counts[0])} (ratio {counts[0] / counts[1]:.3f})"))
     else:

@@ -24,7 +24,9 @@ def macs(value: float) -> str:
 
 def facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
     """A two-column table."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
     for key, value in rows:
         table.add_row(f"[dim]{escape(key)}[/]", escape(str(value)))
     stdout.print(table)
@@ -52,10 +54,15 @@ def latency(rows: Sequence[LatencyRow]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            str(row.batch), f"{row.dense.median_ms:.2f}", f"{row.reduced.median_ms:.2f}", f"{row.speedup.value:.3f}x",
-            f"{row.speedup.low:.3f}-{row.speedup.high:.3f}", f"{row.mac_ratio:.3f}" if row.mac_ratio else "-",
-            f"{row.efficiency:.3f}" if row.efficiency else "-", row.outcome,
-        )  # fmt: skip
+            str(row.batch),
+            f"{row.dense.median_ms:.2f}",
+            f"{row.reduced.median_ms:.2f}",
+            f"{row.speedup.value:.3f}x",
+            f"{row.speedup.low:.3f}-{row.speedup.high:.3f}",
+            f"{row.mac_ratio:.3f}" if row.mac_ratio else "-",
+            f"{row.efficiency:.3f}" if row.efficiency else "-",
+            row.outcome,
+        )
     stdout.print(table)
 
 
@@ -69,8 +76,9 @@ def report(data: ReportData) -> None:
     if data.latency:
         latency(data.latency)
     if (found := data.accuracy) is not None:
-        rows: list[tuple[str, Any]] = [("images", found.images if not found.skipped else
-                                        f"{found.images} ({found.skipped} skipped)")]  # fmt: skip
+        rows: list[tuple[str, Any]] = [
+            ("images", found.images if not found.skipped else f"{found.images} ({found.skipped} skipped)")
+        ]
         if found.top1_difference is not None:
             change = found.top1_difference
             rows += [
@@ -95,14 +103,23 @@ def manifest(info: Manifest, digest: str) -> None:
     facts(
         f"bundle {escape(info.name)}",
         [
-            ("model", f"{info.model.name}, {info.model.num_classes or 'no'} classes, weights {info.model.weights_source}"),
-            ("engine", f"{engine.name} {engine.version}, {engine.precision}, {engine.device}"
-                       + (f", batch {batch.min}-{batch.max}" if batch else "")),
+            (
+                "model",
+                f"{info.model.name}, {info.model.num_classes or 'no'} classes, weights {info.model.weights_source}",
+            ),
+            (
+                "engine",
+                f"{engine.name} {engine.version}, {engine.precision}, {engine.device}"
+                + (f", batch {batch.min}-{batch.max}" if batch else ""),
+            ),
             ("input", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.inputs)),
             ("output", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.outputs)),
             ("plan", f"{plan.method}, {plan.fingerprint[:12]}"),
-            ("MACs", f"{macs(plan.macs_reduced)} of {macs(plan.macs_dense)} "
-                     f"(ratio {plan.macs_dense / plan.macs_reduced:.3f})"),
+            (
+                "MACs",
+                f"{macs(plan.macs_reduced)} of {macs(plan.macs_dense)} "
+                f"(ratio {plan.macs_dense / plan.macs_reduced:.3f})",
+            ),
             ("variants", ", ".join(info.variants)),
             ("validation", f"accuracy {info.validation.accuracy}, latency {info.validation.latency}"),
             ("", info.validation.summary),
@@ -110,4 +127,4 @@ def manifest(info: Manifest, digest: str) -> None:
             ("created", f"{info.created} by {info.tool.name} {info.tool.version}"),
             ("digest", digest),
         ],
-    )  # fmt: skip
+    )

@@ -47,10 +47,17 @@ def validate(
         from vp_exporter.validate.report import Report
 
         request = CheckRequest(
-            data=data, budget=options.read_budget(max_drop, min_speedup, min_agreement, data),
-            batches=tuple(dict.fromkeys(batch or (1, 8))), limit=limit, strict=strict, seconds=seconds,
-            against=against, device=device, threads=threads, samples=samples,
-        )  # fmt: skip
+            data=data,
+            budget=options.read_budget(max_drop, min_speedup, min_agreement, data),
+            batches=tuple(dict.fromkeys(batch or (1, 8))),
+            limit=limit,
+            strict=strict,
+            seconds=seconds,
+            against=against,
+            device=device,
+            threads=threads,
+            samples=samples,
+        )
         if report is not None and report.exists() and not report.is_dir():
             raise VpError(f"--report {report} is a file", expected="a folder, or a name for a new one")
         manifest = vp_engines.verify_bundle(bundle).manifest

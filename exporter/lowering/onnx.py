@@ -37,9 +37,16 @@ def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23) -> Path:
     with _quiet():
         # From the module and not from our exported program: only so does the batch axis keep its name.
         exported = torch.onnx.export(
-            model, (example_images(model),), dynamic_shapes=dynamic_batch(), opset_version=opset, dynamo=True,
-            input_names=[INPUT], output_names=[model.output_name], optimize=True, verbose=False,
-        )  # fmt: skip
+            model,
+            (example_images(model),),
+            dynamic_shapes=dynamic_batch(),
+            opset_version=opset,
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[model.output_name],
+            optimize=True,
+            verbose=False,
+        )
     assert exported is not None
     _strip(exported.model)
     exported.model.producer_name = PRODUCER
@@ -66,9 +73,10 @@ def check_onnx(path: Path, model: ReducedViT) -> None:
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
         if value.name != spec.name or axes != list(spec.shape):
             raise BuildError(
-                f"the ONNX file has {value.name} {axes}", expected=f"{spec.name} {list(spec.shape)}",
+                f"the ONNX file has {value.name} {axes}",
+                expected=f"{spec.name} {list(spec.shape)}",
                 fix=f"the axis {BATCH!r} must stay dynamic: report this",
-            )  # fmt: skip
+            )
 
 
 def _strip(model: object) -> None:

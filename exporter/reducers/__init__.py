@@ -26,7 +26,7 @@ def step_from_dict(entry: Any) -> Step:
     block, reducer = entry.get("block"), entry.get("reducer")
     if isinstance(block, bool) or not isinstance(block, int):
         raise PlanError(f"a step has block {block!r}", expected="a 0-based block number")
-    if reducer not in REDUCERS:
+    if not isinstance(reducer, str) or reducer not in REDUCERS:
         raise PlanError(
             f"the step at block {block} has the reducer {reducer!r}",
             expected=f"one of {', '.join(REDUCERS)}",

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
 import vp_engines
 from vp_engines.backends import get_backend
 from vp_engines.errors import BundleError
 from vp_engines.manifest import Manifest, Preprocessing
 from vp_engines.preprocess import preprocess
-
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.progress import SILENT, Progress
 from vp_exporter.validate.accuracy import Accuracy, evaluate
@@ -46,7 +46,7 @@ class CheckRequest:
     """
 
     data: Path | None = None
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     batches: Sequence[int] = (1, 8)
     batch_size: int = 32
     seconds: float = 4.0
@@ -116,9 +116,10 @@ def check_bundle(
     elif not has_baseline:
         if data is not None or not request.budget.empty:
             raise BundleError(
-                "the bundle holds no dense baseline to compare with", expected="a baseline",
+                "the bundle holds no dense baseline to compare with",
+                expected="a baseline",
                 fix="export again without --no-dense, or name another bundle with --against",
-            )  # fmt: skip
+            )
         warnings.append("The bundle holds no dense baseline: neither speed-up nor accuracy is measured.")
     else:
         with contextlib.ExitStack() as stack:
@@ -129,19 +130,28 @@ def check_bundle(
                 )
             if data is not None:
                 accuracy = evaluate(
-                    dense, reduced, data, batch_size=_fitting(manifest, request.batch_size), reference=reference,
+                    dense,
+                    reduced,
+                    data,
+                    batch_size=_fitting(manifest, request.batch_size),
+                    reference=reference,
                     progress=progress,
-                )  # fmt: skip
+                )
                 notes += data.notes
             batches = [size for size in request.batches if size == _fitting(manifest, size)]
             if len(batches) < len(request.batches):
                 warnings.append("Batch sizes that the engine was not built for are not timed.")
             if batches:
                 latency = compare(
-                    dense, reduced, image_shape=manifest.preprocessing.input_size, batches=batches,
-                    min_seconds=request.seconds, macs_dense=manifest.plan.macs_dense,
-                    macs_reduced=manifest.plan.macs_reduced, progress=progress,
-                )  # fmt: skip
+                    dense,
+                    reduced,
+                    image_shape=manifest.preprocessing.input_size,
+                    batches=batches,
+                    min_seconds=request.seconds,
+                    macs_dense=manifest.plan.macs_dense,
+                    macs_reduced=manifest.plan.macs_reduced,
+                    progress=progress,
+                )
     if data is not None and data.skipped:
         warnings.append(f"{len(data.skipped)} images could not be decoded and were skipped: {_some(data.skipped)}.")
     if request.against:
@@ -215,7 +225,7 @@ def _report_data(
             engine_version=engine.version,
             device=request.device or engine.device,
             threads=request.threads,
-        ),  # fmt: skip
+        ),
         notes=notes,
         warnings=warnings,
     )
@@ -227,8 +237,9 @@ def _samples(manifest: Manifest, data: ImageFolder) -> list[np.ndarray]:
     paths = [path for path in data.paths if str(path.relative_to(data.root)) not in skipped]
     chosen = [paths[i * len(paths) // SAMPLES] for i in range(min(SAMPLES, len(paths)))]
     pixels = preprocess(chosen, manifest.preprocessing)
-    mean, std = (np.asarray(v, np.float32).reshape(1, 3, 1, 1) for v in
-                 (manifest.preprocessing.mean, manifest.preprocessing.std))  # fmt: skip
+    mean, std = (
+        np.asarray(v, np.float32).reshape(1, 3, 1, 1) for v in (manifest.preprocessing.mean, manifest.preprocessing.std)
+    )
     pictures = np.clip((pixels * std + mean) * 255 + 0.5, 0, 255).astype(np.uint8)
     return list(pictures.transpose(0, 2, 3, 1))
 

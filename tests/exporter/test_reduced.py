@@ -160,7 +160,7 @@ def test_low_precision_error_is_at_most_twice_torch(precision: str) -> None:
 
 
 def test_wrong_model_is_refused() -> None:
-    vit, description = tiny_vit()
+    _, description = tiny_vit()
     plan = random_plan(description.plan_model())
     other = timm.create_model("vit_tiny_patch16_224", depth=DEPTH, embed_dim=64, num_heads=4, img_size=96)
     with pytest.raises(PlanError, match=r"image_size \[64, 64\].*expected \[96, 96\]"):

@@ -221,7 +221,7 @@ def test_inspect_plan(inputs: Inputs) -> None:
     assert result.exit_code == 0
     assert "static@0, static@1" in result.stdout
     assert "pass --model NAME" in result.stdout
-    assert "ratio 1.486" in call(inspect.app, inputs.plan, *MODEL).stdout
+    assert "ratio 1.486" in call(inspect.app, inputs.plan, *MODEL, "--num-classes", "3").stdout
 
 
 def test_inspect_mask(inputs: Inputs) -> None:

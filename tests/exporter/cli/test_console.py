@@ -51,8 +51,10 @@ def test_debug_shows_the_traceback(inputs: Inputs, tmp_path: Path) -> None:
         call(export.app, *words)
     code = "from vp_exporter.cli.export import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "--model", "x", "--out", tmp_path / "x.vpe", "--debug"], capture_output=True, text=True
-    )  # fmt: skip
+        [sys.executable, "-c", code, "--model", "x", "--out", tmp_path / "x.vpe", "--debug"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "no plan is named" in done.stderr
@@ -101,13 +103,15 @@ def test_messages_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "warning: [red]a[/]\n[red]b[/]\n"
 
 
-def test_reader_that_leaves_early_is_no_error(exported: Path) -> None:
-    code = f"from vp_exporter.cli.inspect import main; import sys; sys.argv = ['x', {str(exported)!r}]; main()"
-    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
-    reader.wait()
-    done = subprocess.run([sys.executable, "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
-    assert done.stderr == ""
-    assert done.returncode == 0
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+def test_reader_that_leaves_early_does_not_change_the_exit_code(exported: Path, flags: list[str]) -> None:
+    code = (
+        f"from vp_exporter.cli.inspect import main; import sys; sys.argv = ['x', {str(exported)!r}, *{flags}]; main()"
+    )
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
+        reader.wait()
+        done = subprocess.run([sys.executable, "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.usefixtures("ready_engines")

@@ -1,0 +1,135 @@
+"""A process that dies, is stopped or runs out of disk: the old bundle or the new one, never a part."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.exporter.cli.samples import Inputs, argv, call, export_options
+from vp_engines.bundle import verify_bundle
+from vp_exporter.cli.export import app
+
+SCRIPT = Path(sys.executable).with_name("vp-export")
+
+# vp-export with ready-made engines (see `ready_engines`) that kills itself at the n-th fsync of the bundle's writing.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from vp_engines.backends.base import BuildResult
+import vp_exporter.package as package
+
+engines, doomed = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+def build(backend, reduced, precision, options, folder, work):
+    shutil.copytree(engines / folder.name, folder, dirs_exist_ok=True)
+    return BuildResult("model.onnx", ("model.onnx",), {})
+
+count, fsync = 0, os.fsync
+
+def dying(fd):
+    global count
+    count += 1
+    if count == doomed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(fd)
+
+package._build, os.fsync = build, dying
+from vp_exporter.cli.export import main
+main()
+"""
+
+
+def check_nothing_left(folder: Path) -> None:
+    """Nothing beside the temporary folder, and nothing of ours in it (torch and ONNX Runtime leave caches there)."""
+    assert [path.name for path in folder.iterdir()] == ["tmp"]
+    assert list((folder / "tmp").glob("vp-*")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("nth", "old"), [(1, False), (5, False), (3, True), (8, True)])
+@pytest.mark.usefixtures("ready_engines")
+def test_killed_while_writing(
+    nth: int, old: bool, exported: Path, bundle: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    if not old:
+        bundle = tmp_path / "new.vpe"
+    before = verify_bundle(bundle).digest if old else None
+    words = argv(export_options(inputs, bundle, force=True, no_validate=True, quiet=True))
+    done = subprocess.run([sys.executable, "-c", KILLED, exported, str(nth), *words], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if old or bundle.exists():
+        digest = verify_bundle(bundle).digest
+        assert nth == 8 or digest == before  # the last fsync comes after the new bundle is in place
+    assert call(app, *words).exit_code == 0
+    assert verify_bundle(bundle).digest != before
+    left = {path.name for path in tmp_path.iterdir()} - {"copy.vpe"}
+    assert left == (set() if old else {"new.vpe"})
+
+
+@pytest.mark.slow
+def test_file_size_limit(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [SCRIPT, *argv(export_options(inputs, tmp_path / "new.vpe", no_validate=True, quiet=True))],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        env={"TMPDIR": str(tmp_path / "tmp"), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    check_nothing_left(tmp_path)
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_full_disk(inputs: Inputs, tmp_path: Path) -> None:
+    """A real full file system, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        result = call(app, *argv(export_options(inputs, disk / "new.vpe", no_validate=True, quiet=True)))
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: cannot write ")
+        assert "No space left on device" in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_interrupted_while_building(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    words = argv(export_options(inputs, tmp_path / "new.vpe"))
+    with subprocess.Popen(
+        [SCRIPT, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"TMPDIR": str(tmp_path / "tmp"), "PATH": "/usr/bin:/bin"},
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("building the reduced engine"):
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 130
+    assert rest == "error: interrupted; nothing was left half-written\n"
+    check_nothing_left(tmp_path)
