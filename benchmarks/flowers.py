@@ -250,8 +250,8 @@ def main() -> None:
             f"Machine: {facts['cpu']}, {facts['cores']} cores, {THREADS} threads, no GPU; {facts['platform']}, Python "
             f"{facts['python']}. Date: {facts['date'][:10]}. Shared machine: read the ratios, not the milliseconds.",
             "",
-            f"Plan: {KEEP} of 196 patches, chosen at random (seed {SEED}), from block 0 on. Nothing is searched: the table",
-            "measures engines, not the choice of patches. Inputs are the same for both, runs are interleaved, figures",
+            f"Plan: {KEEP} of 196 patches, chosen at random (seed {SEED}), from block 0 on. Nothing is searched: the",
+            "table measures engines, not the choice of patches. Inputs are the same for both, runs are interleaved, figures",
             "are medians; brackets hold 95% intervals. Efficiency = speed-up / MAC ratio.",
             "",
             "## Latency, fp32",

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,13 +130,21 @@ class ReductionPlan:
                     expected=f"{tokens[block].attention}, one for each of its {self.model.prefix_tokens} prefix tokens "
                     f"and {tokens[block].attention - self.model.prefix_tokens} surviving patches",
                 )
-            bad = next((v for v in row if not isinstance(v, int | float) or not math.isfinite(v)), None)
+            bad = next((v for v in row if not _is_number(v) or not math.isfinite(v)), None)
             if bad is not None:
                 raise PlanError(
                     f"key_bias of block {block} holds {bad!r}",
                     expected="finite numbers",
                     fix="to remove a token, drop it with a static step",
                 )
+        # Floats throughout: 0 and 0.0 are one bias, and must give one fingerprint.
+        rows = {block: tuple(float(v) for v in row) for block, row in self.key_bias.items()}
+        object.__setattr__(self, "key_bias", rows)
+        for name in ("budget", "provenance"):
+            try:
+                json.dumps(getattr(self, name), allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise PlanError(f"{name} of the plan does not fit JSON: {error}", expected="JSON values") from error
 
     def _check_steps(self) -> None:
         depth, patches = self.model.depth, self.model.patches
@@ -261,7 +270,7 @@ class ReductionPlan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise PlanError(f"this is no plan: its format is {found!r}", expected=f"{FORMAT!r}")
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or data["version"] != VERSION:  # True is no version, though True == 1
             raise PlanError(
                 f"the plan has version {data.get('version')!r}", expected=f"{VERSION}", fix="upgrade vp-export"
             )
@@ -352,9 +361,9 @@ def _bias_from(data: Any) -> dict[int, tuple[float, ...]]:
         raise PlanError(f"key_bias of the plan is {data!r}", expected="an object: block -> list of numbers")
     rows = {}
     for key, row in data.items():
-        if not str(key).isascii() or not str(key).isdigit() or not isinstance(row, Sequence) or isinstance(row, str):
+        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", str(key)) or not isinstance(row, Sequence) or isinstance(row, str):
             raise PlanError(f"key_bias holds {key!r}: {str(row)[:40]}", expected="block number -> list of numbers")
-        odd = next((v for v in row if isinstance(v, bool) or not isinstance(v, int | float)), None)
+        odd = next((v for v in row if not _is_number(v)), None)
         if odd is not None:
             raise PlanError(f"key_bias of block {key} holds {odd!r}", expected="finite numbers")
         try:
@@ -364,6 +373,10 @@ def _bias_from(data: Any) -> dict[int, tuple[float, ...]]:
                 f"key_bias of block {key} holds a number out of range", expected="finite numbers"
             ) from error
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:

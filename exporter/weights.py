@@ -47,13 +47,25 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        head = path.open("rb").read(4)
-        kind = "a pickle or zip checkpoint" if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") else "damaged"
+        if _is_checkpoint(path):
+            raise WeightsError(
+                f"{path} is not safetensors: it looks like a pickle or zip checkpoint",
+                expected="a safetensors file",
+                fix="convert it with safetensors.torch.save_file, or name it .pth if it is a checkpoint of tensors",
+            ) from error
         raise WeightsError(
-            f"{path} is not safetensors: it looks like {kind}" if kind != "damaged" else f"{path} is damaged: {error}",
-            expected="a safetensors file",
-            fix="convert it with safetensors.torch.save_file, or name it .pth if it is a checkpoint of tensors",
+            f"{path} is damaged: {error}", expected="a safetensors file", fix="copy or download it again"
         ) from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file starts as torch.save writes: a zip archive, or a pickle of protocol 2 or later."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2)
+    except OSError:
+        return False
+    return head == b"PK" or (head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -66,8 +78,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 expected="tensors only",
                 fix="save the state dict alone, best as .safetensors; it is never loaded otherwise",
             ) from error
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"cannot read {path}: {first}", expected="a torch checkpoint") from error
+        # Short, and never a bare number: torch raises KeyError(101) for the byte "e", and EOFError() for no bytes.
+        first = (str(error).splitlines() or [""])[0].split(". ")[0]
+        reason = first if isinstance(error, OSError | RuntimeError) and first else "it is damaged, or no checkpoint"
+        raise WeightsError(
+            f"cannot read {path}: {reason}", expected="a file that torch.save wrote", fix="copy or download it again"
+        ) from error
     for key in _WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]

@@ -71,7 +71,7 @@ def test_bundle_holds_what_was_exported(model: LoadedModel, plan: ReductionPlan,
     assert json.loads((out / "report.json").read_text())["accuracy"] is None
     images = np.random.default_rng(0).standard_normal((2, 3, 64, 64), dtype=np.float32)
     for variant, steps in (("reduced", plan), ("dense", None)):
-        with vp_engines.load(out, variant=variant) as engine, torch.no_grad():  # type: ignore[arg-type]
+        with vp_engines.load(out, variant=variant) as engine, torch.no_grad():
             wanted = ReducedViT(model.vit, model.description, steps)(torch.from_numpy(images)).numpy()
             np.testing.assert_allclose(engine.run(images)["logits"], wanted, atol=1e-4)
 
@@ -90,7 +90,7 @@ def test_refused_before_anything_is_built(
     change: dict, error: type[VpError], message: str, model: LoadedModel, plan: ReductionPlan,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(package, "_build", lambda *args: pytest.fail("built"))
+    monkeypatch.setattr(package, "_lower", lambda *args: pytest.fail("built"))
     with pytest.raises(error, match=message):
         run(model, plan, replace(ExportRequest(tmp_path / "tiny.vpe"), **change))
     assert list(tmp_path.iterdir()) == []
@@ -114,7 +114,7 @@ def test_failed_build_leaves_nothing(
     def refuse(*args: object) -> None:
         raise BuildError("the engine refuses")
 
-    monkeypatch.setattr(package, "_build", refuse)
+    monkeypatch.setattr(package, "_lower", refuse)
     with pytest.raises(BuildError, match="the engine refuses"):
         run(model, plan, ExportRequest(tmp_path / "tiny.vpe"))
     assert list(tmp_path.iterdir()) == []
@@ -126,7 +126,7 @@ def test_plan_that_removes_nothing_is_pointed_out(
     def refuse(*args: object) -> None:
         raise BuildError("the engine refuses")
 
-    monkeypatch.setattr(package, "_build", refuse)
+    monkeypatch.setattr(package, "_lower", refuse)
     notes = Notes()
     with pytest.raises(BuildError):
         run(model, ReductionPlan(plan.model), ExportRequest(tmp_path / "tiny.vpe", check=None), notes)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.exporter.cli.samples import Inputs, argv, call, export_options, write_inputs
 from vp_engines.backends.base import BuildResult
+from vp_engines.backends.ort import OnnxRuntimeBackend
 from vp_engines.bundle import read_manifest, update_bundle
 from vp_exporter.cli.export import app
 
@@ -49,10 +50,11 @@ def ready_engines(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lowering takes seconds: hand out the engines of `exported`, for tests of what happens around it."""
     variants = {Path(variant.artefact).parts[0]: variant for variant in read_manifest(exported).variants.values()}
 
-    def build(backend: Any, reduced: Any, precision: str, options: Any, folder: Path, work: Path) -> BuildResult:
+    def build(self: OnnxRuntimeBackend, source: Any, folder: Path, options: Any) -> BuildResult:
         shutil.copytree(exported / folder.name, folder, dirs_exist_ok=True)
         found = variants[folder.name]
         files = tuple(name.split("/", 1)[1] for name in found.files)
         return BuildResult(found.artefact.split("/", 1)[1], files, dict(found.requirements))
 
-    monkeypatch.setattr("vp_exporter.package._build", build)
+    monkeypatch.setattr("vp_exporter.package._lower", lambda *args: None)
+    monkeypatch.setattr(OnnxRuntimeBackend, "build", build)

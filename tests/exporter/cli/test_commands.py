@@ -235,7 +235,7 @@ def test_inspect_mask(inputs: Inputs) -> None:
 
 def test_validate_holds_a_budget(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
     budget = ["--max-drop", "50", "--min-speedup", "0.01", "--min-agreement", "50"]
-    words = [*FAST, "--data", inputs.data, *budget, "--report", tmp_path / "deep" / "report"]
+    words: list[str | Path] = [*FAST, "--data", inputs.data, *budget, "--report", tmp_path / "deep" / "report"]
     result = call(validate.app, exported, *words)
     assert result.exit_code == 0
     assert result.stdout.startswith("passed: Within budget")
@@ -262,7 +262,7 @@ def test_validate_updates_the_bundle(bundle: Path, exported: Path) -> None:
 
 
 def test_validate_against_another_bundle(without_dense: Path, exported: Path, inputs: Inputs) -> None:
-    words = [*FAST, "--data", inputs.data, "--against", exported, "--json"]
+    words: list[str | Path] = [*FAST, "--data", inputs.data, "--against", exported, "--json"]
     result = call(validate.app, without_dense, *words)
     assert result.exit_code == 0
     report = json.loads(result.stdout)

@@ -22,11 +22,12 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 from vp_engines.backends.base import BuildResult
+from vp_engines.backends.ort import OnnxRuntimeBackend
 import vp_exporter.package as package
 
 engines, doomed = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
 
-def build(backend, reduced, precision, options, folder, work):
+def build(self, source, folder, options):
     shutil.copytree(engines / folder.name, folder, dirs_exist_ok=True)
     return BuildResult("model.onnx", ("model.onnx",), {})
 
@@ -39,7 +40,7 @@ def dying(fd):
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(fd)
 
-package._build, os.fsync = build, dying
+package._lower, OnnxRuntimeBackend.build, os.fsync = lambda *args: None, build, dying
 from vp_exporter.cli.export import main
 main()
 """

@@ -221,4 +221,4 @@ def test_data_is_opened_before_the_engines(tmp_path: Path, loaded: list, images:
 
 
 def test_no_data_opens_nothing() -> None:
-    assert open_data(CheckRequest(), None, None, CLASSES) is None  # type: ignore[arg-type]
+    assert open_data(CheckRequest(), None, None, CLASSES) is None
