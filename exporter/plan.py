@@ -130,10 +130,10 @@ class ReductionPlan:
                     expected=f"{tokens[block].attention}, one for each of its {self.model.prefix_tokens} prefix tokens "
                     f"and {tokens[block].attention - self.model.prefix_tokens} surviving patches",
                 )
-            bad = next((v for v in row if not _is_number(v) or not math.isfinite(v)), None)
-            if bad is not None:
+            bad = [v for v in row if not _is_number(v) or not math.isfinite(v)]
+            if bad:
                 raise PlanError(
-                    f"key_bias of block {block} holds {bad!r}",
+                    f"key_bias of block {block} holds {bad[0]!r}",
                     expected="finite numbers",
                     fix="to remove a token, drop it with a static step",
                 )
@@ -363,9 +363,9 @@ def _bias_from(data: Any) -> dict[int, tuple[float, ...]]:
     for key, row in data.items():
         if not re.fullmatch(r"0|[1-9][0-9]{0,8}", str(key)) or not isinstance(row, Sequence) or isinstance(row, str):
             raise PlanError(f"key_bias holds {key!r}: {str(row)[:40]}", expected="block number -> list of numbers")
-        odd = next((v for v in row if not _is_number(v)), None)
-        if odd is not None:
-            raise PlanError(f"key_bias of block {key} holds {odd!r}", expected="finite numbers")
+        odd = [v for v in row if not _is_number(v)]
+        if odd:
+            raise PlanError(f"key_bias of block {key} holds {odd[0]!r}", expected="finite numbers")
         try:
             rows[int(key)] = tuple(float(v) for v in row)
         except OverflowError as error:

@@ -28,10 +28,10 @@ class StaticStep(Step):
         keep = fields["keep"]
         if not isinstance(keep, Sequence) or isinstance(keep, str):
             raise PlanError(f"keep of the static step at block {block} is {keep!r}", expected="a list of positions")
-        odd = next((value for value in keep if isinstance(value, bool) or not isinstance(value, int)), None)
-        if odd is not None:
+        odd = [value for value in keep if isinstance(value, bool) or not isinstance(value, int)]
+        if odd:
             raise PlanError(
-                f"keep of the static step at block {block} holds {odd!r}", expected="whole numbers: patch positions"
+                f"keep of the static step at block {block} holds {odd[0]!r}", expected="whole numbers: patch positions"
             )
         return cls(block=block, keep=tuple(keep))
 

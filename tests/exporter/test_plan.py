@@ -227,6 +227,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "duplicate": (with_keep((1, [2, 2])), "holds a position twice", "strictly ascending", ""),
     "empty": (with_keep((1, [])), "static step at block 1 keeps no patch", "at least 1", "keep one patch"),
     "keep-bool": (with_keep((1, [0, True])), "block 1 holds True", "whole numbers", ""),
+    "keep-holds-null": (with_keep((1, [0, None])), "block 1 holds None", "whole numbers", ""),
     "keep-float": (with_keep((1, [0.0])), "block 1 holds 0.0", "whole numbers", ""),
     "keep-text": (with_keep((1, "0123")), "keep of the static step at block 1 is '0123'", "a list of positions", ""),
     "keep-null": (with_keep((1, None)), "block 1 is None", "a list of positions", ""),

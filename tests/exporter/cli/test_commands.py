@@ -110,7 +110,7 @@ def test_quiet_prints_the_verdict_alone(inputs: Inputs, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     assert result.stdout.startswith("passed: ")
-    assert f"wrote {tmp_path / 'new.vpe'}: MAC ratio 1.486" in result.stdout
+    assert f"wrote {tmp_path / 'new.vpe'} (MAC ratio 1.486)" in result.stdout
 
 
 @pytest.mark.usefixtures("ready_engines")
