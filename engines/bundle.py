@@ -182,6 +182,12 @@ def _open_inside(root: int, path: str) -> Iterator[IO[bytes]]:
 
 
 def _read_manifest(root: int) -> tuple[Manifest, str]:
+    if not any(name == MANIFEST_NAME for name in os.listdir(root)):
+        raise BundleCorruptError(
+            f"{MANIFEST_NAME} is missing: this folder is not a bundle, or not a whole one",
+            expected="a folder that vp-export wrote",
+            fix="check the path, or export again",
+        )
     with _open_inside(root, MANIFEST_NAME) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_MANIFEST_BYTES:

@@ -201,9 +201,10 @@ class PlanInfo(_Part):
 
 
 class ValidationInfo(_Part):
-    """The verdict of the validation that is in the report, in words."""
+    """The verdict of the validation that is in the report, what it rests on, and in words."""
 
-    accuracy: Literal["passed", "failed", "unvalidated"]
+    status: Literal["passed", "failed", "unvalidated"]
+    accuracy: Literal["measured", "unmeasured"]
     latency: Literal["measured", "unmeasured"]
     summary: Text
 

@@ -65,6 +65,9 @@ def load_model(request: ModelRequest) -> LoadedModel:
             expected="one of --weights FILE, --pretrained (from timm's hub) or --random-init (latency studies only)",
         )
     known_model(request.name)
+    hidden = sorted({"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(request.args))
+    if hidden:  # timm would load weights behind our back, a pickle perhaps, and the manifest would not know
+        raise WeightsError(f"--model-arg names {hidden[0]}", expected="weights by --weights or --pretrained only")
     args, state = dict(request.args), None
     if request.weights is not None:
         state, _ = weight_files.read_weights(request.weights)

@@ -25,6 +25,13 @@ from vp_exporter.reduced import ReducedViT
 from vp_exporter.validate.check import CheckRequest, check_bundle, open_data
 from vp_exporter.validate.report import Report, ReportData
 
+NOT_VALIDATED = {
+    "status": "unvalidated",
+    "accuracy": "unmeasured",
+    "latency": "unmeasured",
+    "summary": "Not validated.",
+}
+
 
 @dataclass(frozen=True)
 class ExportRequest:
@@ -93,6 +100,8 @@ def export_bundle(
     data = None
     if request.check is not None:
         data = open_data(request.check, preprocessing, request.classes, model.description.num_classes, progress)
+        if data is not None:
+            next(data.batches(1))  # a folder without one sound image is found now, not after the build
     if not plan.reduces:
         progress.warn("the plan removes no token: the reduced engine will be the dense one")
 
@@ -151,7 +160,8 @@ def validation_fields(report: ReportData) -> dict[str, str]:
     """The manifest's `validation` for a report."""
     status = report.verdict.status
     return {
-        "accuracy": "unvalidated" if report.accuracy is None and status != "failed" else status,
+        "status": status,
+        "accuracy": "measured" if report.accuracy is not None else "unmeasured",
         "latency": "measured" if report.latency else "unmeasured",
         "summary": report.verdict.headline,
     }
@@ -213,7 +223,7 @@ def _manifest_fields(
             "macs_reduced": count_macs(description, plan).total,
             "tokens": [[row.attention, row.mlp] for row in plan.tokens()],
         },
-        "validation": {"accuracy": "unvalidated", "latency": "unmeasured", "summary": "Not validated."},
+        "validation": NOT_VALIDATED,
         "kernels": "portable",
     }
 

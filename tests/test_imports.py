@@ -7,10 +7,25 @@ import sys
 
 import pytest
 
-HEAVY = (
-    "torch timm onnx onnxscript onnxruntime openvino tensorrt tensorrt_rtx polygraphy pydantic PIL matplotlib typer "
-    "rich jinja2 triton cuda"
-).split()
+HEAVY = [
+    "torch",
+    "timm",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "polygraphy",
+    "pydantic",
+    "PIL",
+    "matplotlib",
+    "typer",
+    "rich",
+    "jinja2",
+    "triton",
+    "cuda",
+]
 
 
 @pytest.mark.parametrize("package", ["vp_exporter", "vp_kernels", "vp_engines", "vp_engines.backends"])

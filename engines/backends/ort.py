@@ -7,10 +7,12 @@ stored as lowered and optimised when opened.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vp_engines.backends.base import (
@@ -60,7 +62,7 @@ class OnnxRuntimeBackend(Backend):
         return Availability(True, "onnxruntime is installed")
 
     def version(self) -> str:
-        return str(require("onnxruntime", self.name, self.extra).__version__)
+        return str(_onnxruntime(self).__version__)
 
     def build(self, source: BuildSource, out: Path, options: BuildOptions) -> BuildResult:
         self.check_source(source)
@@ -106,7 +108,7 @@ class OnnxRuntimeBackend(Backend):
         requirements: Mapping[str, Any],
         options: RunOptions,
     ) -> Runner:
-        ort = require("onnxruntime", self.name, self.extra)
+        ort = _onnxruntime(self)
         oldest = str(requirements.get("onnxruntime_min", "0"))
         if version_tuple(ort.__version__) < version_tuple(oldest):
             raise BundleIncompatibleError(
@@ -123,6 +125,13 @@ class OnnxRuntimeBackend(Backend):
         if found != wanted:
             raise BundleCorruptError(f"'{artefact}' has inputs and outputs {found}", expected=f"{wanted}")
         return OnnxRuntimeRunner(session, inputs, outputs)
+
+
+def _onnxruntime(backend: OnnxRuntimeBackend) -> ModuleType:
+    """Import ONNX Runtime. Its wheels carry telemetry, which leaves a file in the temporary folder on import: off,
+    unless the user has set it otherwise."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return require("onnxruntime", backend.name, backend.extra)
 
 
 class OnnxRuntimeRunner(Runner):

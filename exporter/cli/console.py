@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -52,6 +53,7 @@ class ConsoleProgress:
                 bars.add_task(escape(description), total=None)
                 yield
         else:
+            self._say(f"{description} ...")  # in a log, the start of a long step is worth a line of its own
             yield
         self._say(f"{description}: {time.perf_counter() - start:.1f} s")
 
@@ -65,6 +67,7 @@ class ConsoleProgress:
                     yield item
                     bars.advance(task)
         else:
+            self._say(f"{description} ...")
             yield from items
         self._say(f"{description}: {time.perf_counter() - start:.1f} s")
 
@@ -89,6 +92,27 @@ def print_json(data: Any) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         stdout.on_broken_pipe()
+
+
+def main(app: typer.Typer) -> NoReturn:
+    """Run a command line; a usage error is one line like every other."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not one of Click's: typer carries its own copy of them
+            raise
+        text = error.format_message().rstrip(".")
+        _fail(f"{text}; --help lists the options")
+        sys.exit(VpError.exit_code)
+
+
+def show_version(wanted: bool) -> None:
+    """Callback of --version."""
+    if wanted:
+        import vp_engines
+
+        stdout.print(f"vp-export {vp_engines.__version__}")
+        raise typer.Exit
 
 
 def run(command: Callable[[], int], *, debug: bool = False) -> int:

@@ -64,6 +64,7 @@ def export(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
+    version: options.Version = False,
 ) -> None:
     """Turn a timm ViT and a token-reduction plan into an engine bundle, checked against the dense model."""
 
@@ -146,7 +147,7 @@ def export(
             console.print_json(_summary(result, out))
         else:
             if result.report is not None:
-                show.report(result.report)
+                show.report(result.report, brief=quiet)
             ratio = result.manifest.plan.macs_dense / result.manifest.plan.macs_reduced
             unchecked = "" if result.report is not None else ", not validated"
             console.stdout.print(f"wrote {out} (MAC ratio {ratio:.3f}{unchecked})", markup=False, soft_wrap=True)
@@ -197,7 +198,7 @@ def _summary(result: Any, out: Path) -> dict[str, Any]:
 
 def main() -> None:
     """The console script."""
-    app()
+    console.main(app)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def inspect(
     model_arg: options.ModelArgs = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
+    version: options.Version = False,
 ) -> None:
     """Verify a bundle file by file, or check a plan, and show what it says."""
 
@@ -103,8 +104,9 @@ def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as
         ("budget", plan.budget if plan.budget is not None else "not stated"),
         ("fingerprint", plan.fingerprint()),
     ]
-    if counts is not None:
-        facts.append(("MACs", f"{show.macs(counts[1])} of {show.macs(counts[0])} (ratio {counts[0] / counts[1]:.3f})"))
+    if counts is not None and description is not None:
+        ratio = f"{show.macs(counts[1])} of {show.macs(counts[0])} (ratio {counts[0] / counts[1]:.3f})"
+        facts.append(("MACs", f"{ratio}, with a head of {description.num_classes} classes"))
     else:
         facts.append(("MACs", "unknown without the model: pass --model NAME"))
     show.facts(f"plan {path.name}", facts)
@@ -114,7 +116,7 @@ def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as
 
 def main() -> None:
     """The console script."""
-    app()
+    console.main(app)
 
 
 if __name__ == "__main__":

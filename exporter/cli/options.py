@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vp_engines.errors import VpError
+from vp_exporter.cli import console
 
 if TYPE_CHECKING:
     from vp_exporter.validate.verdict import Budget
@@ -27,14 +28,20 @@ Data = Annotated[
 MaxDrop = Annotated[float | None, typer.Option(help="Budget: top-1 points that may be lost against dense.")]
 MinSpeedup = Annotated[float | None, typer.Option(help="Budget: speed-up over dense, at every batch size timed.")]
 MinAgreement = Annotated[float | None, typer.Option(help="Budget: percent of images classified as by dense.")]
-Batches = Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size to time; repeat for several.")]
+Batches = Annotated[
+    list[int] | None,
+    typer.Option("--batch", min=1, help="Batch size to time; repeat for several (by default 1 and 8)."),
+]
 Limit = Annotated[int | None, typer.Option(help="Validate on this many images, evenly spaced over the folder.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Seconds of timed work per batch size.")]
 Strict = Annotated[bool, typer.Option(help="Fail on the first image that cannot be decoded.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engines while validating.")]
 Samples = Annotated[bool, typer.Option("--samples/--no-samples", help="Show sample images in the report.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict's line.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Version = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=console.show_version, help="Show the version and stop.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 

@@ -66,10 +66,12 @@ def latency(rows: Sequence[LatencyRow]) -> None:
     stdout.print(table)
 
 
-def report(data: ReportData) -> None:
-    """Verdict first, then what it rests on."""
+def report(data: ReportData, *, brief: bool = False) -> None:
+    """Verdict first, then (unless `brief`) what it rests on."""
     colour = {"passed": "green", "failed": "red", "unvalidated": "yellow"}[data.verdict.status]
     stdout.print(f"[bold {colour}]{data.verdict.status}[/]: {escape(data.verdict.headline)}", soft_wrap=True)
+    if brief:
+        return
     for check in data.verdict.checks:
         mark = "[green]ok[/]  " if check.passed else "[red]miss[/]"
         stdout.print(f"  {mark} {escape(check.explanation)}", soft_wrap=True)
@@ -121,7 +123,10 @@ def manifest(info: Manifest, digest: str) -> None:
                 f"(ratio {plan.macs_dense / plan.macs_reduced:.3f})",
             ),
             ("variants", ", ".join(info.variants)),
-            ("validation", f"accuracy {info.validation.accuracy}, latency {info.validation.latency}"),
+            (
+                "validation",
+                f"{info.validation.status}; accuracy {info.validation.accuracy}, latency {info.validation.latency}",
+            ),
             ("", info.validation.summary),
             ("files", f"{len(info.files)}, {size:.1f} MB, every one verified"),
             ("created", f"{info.created} by {info.tool.name} {info.tool.version}"),

@@ -34,6 +34,7 @@ def validate(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
+    version: options.Version = False,
 ) -> None:
     """Run a bundle against its dense baseline: accuracy on --data, latency on this machine."""
 
@@ -75,7 +76,7 @@ def validate(
         if as_json:
             console.print_json(Report(found).to_dict())
         else:
-            show.report(found)
+            show.report(found, brief=quiet)
         return found.verdict.exit_code
 
     raise typer.Exit(console.run(body, debug=debug))
@@ -83,7 +84,7 @@ def validate(
 
 def main() -> None:
     """The console script."""
-    app()
+    console.main(app)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def check_bundle(
                     progress=progress,
                 )
     if data is not None and data.skipped:
-        warnings.append(f"{len(data.skipped)} images could not be decoded and were skipped: {_some(data.skipped)}.")
+        warnings.append(f"Skipped {_count(len(data.skipped))} that could not be decoded: {_some(data.skipped)}.")
     if request.against:
         notes.append(f"The baseline is the bundle {request.against.name}, not this bundle's own dense engine.")
     return _report_data(manifest, plan, request, data, accuracy, latency, notes, warnings)
@@ -244,6 +244,10 @@ def _samples(manifest: Manifest, data: ImageFolder) -> list[np.ndarray]:
     return list(pictures.transpose(0, 2, 3, 1))
 
 
+def _count(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
+
+
 def _some(skipped: Sequence[tuple[str, str]]) -> str:
-    names = [name for name, _ in skipped[:3]]
-    return ", ".join(names) + (", ..." if len(skipped) > 3 else "")
+    names = ", ".join(name for name, _ in skipped[:3])
+    return f"{names} and {len(skipped) - 3} more" if len(skipped) > 3 else names

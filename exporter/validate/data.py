@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vp_engines.errors import VpError
 from vp_exporter.errors import DataError
 from vp_exporter.progress import SILENT, Progress
 
@@ -169,7 +170,7 @@ class ImageFolder:
                 try:
                     image = future.result()
                 except Exception as error:
-                    self._skip(self.paths[i], f"{type(error).__name__}: {error}", error)
+                    self._skip(self.paths[i], _reason(error), error)
                     continue
                 if shape is None:
                     shape = image.shape
@@ -192,7 +193,7 @@ class ImageFolder:
         if self._strict:
             raise DataError(
                 f"{name} in {self.root} cannot be decoded: {reason}",
-                fix="repair or remove it, or run without strict to skip such files",
+                fix="repair or remove it, or leave out --strict to skip such files",
             ) from cause
         self.skipped.append((name, reason))
         if name not in self._warned:
@@ -227,10 +228,10 @@ class ImageFolder:
                     fix="rename or remove those folders",
                 )
         if len(names) != self.num_classes:
-            why = "" if classes is None else f" named like the model's classes ({_some(classes)}), or"
+            named = "" if classes is None else f"folders named like the model's classes ({_some(classes)}), or "
             raise DataError(
                 f"{len(names)} class folders in {self.root} ({_some(names)})",
-                expected=f"folders{why} exactly {self.num_classes} of them, one per class",
+                expected=f"{named}exactly {self.num_classes} folders, one per class",
                 fix="point to a folder laid out so, or to a flat folder of images to validate without labels",
             )
         numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
@@ -308,6 +309,11 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     except OSError:
         return True
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be decoded. Our own errors say it in a sentence; others need the name of their kind."""
+    return error.found if isinstance(error, VpError) else f"{type(error).__name__}: {error}"
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

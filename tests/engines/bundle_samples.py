@@ -58,7 +58,12 @@ _FIELDS: dict[str, Any] = {
         "macs_reduced": 600,
         "tokens": [5, 5, [4, 3]],
     },
-    "validation": {"accuracy": "unvalidated", "latency": "unmeasured", "summary": "not validated"},
+    "validation": {
+        "status": "unvalidated",
+        "accuracy": "unmeasured",
+        "latency": "unmeasured",
+        "summary": "not validated",
+    },
     "kernels": "portable",
 }
 

@@ -410,13 +410,13 @@ def test_of_two_exports_without_force_one_wins(tmp_path: Path) -> None:
 def test_update_changes_what_is_asked_and_keeps_the_rest(tmp_path: Path) -> None:
     out = tmp_path / "a.vpe"
     old = write_sample(out)
-    verdict = {"accuracy": "passed", "latency": "measured", "summary": "1.4 x faster"}
+    verdict = {"status": "passed", "accuracy": "measured", "latency": "measured", "summary": "1.4 x faster"}
     new = update_bundle(
         out, files={"report.json": b"new", "report.html": b"<p>", "empty.txt": None}, validation=verdict
     )
     bundle = read_bundle(out)
     assert bundle.manifest == new
-    assert new.validation.accuracy == "passed"
+    assert new.validation.status == "passed"
     assert new.model_dump(exclude={"files", "validation"}) == old.model_dump(exclude={"files", "validation"})
     expected = {**FILES, "report.json": b"new", "report.html": b"<p>"}
     del expected["empty.txt"]

@@ -187,7 +187,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"cannot read the plan .*none\.json: No such file"):
         ReductionPlan.load(tmp_path / "none.json")
-    with pytest.raises(PlanError, match="cannot read the plan .*directory"):
+    with pytest.raises(PlanError, match=r"cannot read the plan .*directory"):
         ReductionPlan.load(tmp_path)
     with pytest.raises(PlanError, match=r"cannot write .*No such file.*choose another place"):
         read(as_json()).save(tmp_path / "nowhere" / "plan.json")
@@ -303,7 +303,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "bias-no-list": (as_json(key_bias={"3": 1.0}), "key_bias holds '3': 1.0", "list of numbers", ""),
     "bias-block-outside": (as_json(key_bias={"4": [0.0]}), "key_bias names block 4", "0 to 3", ""),
     "bias-block-text": (as_json(key_bias={"three": [0.0]}), "key_bias holds 'three'", "block number", ""),
-    "bias-block-twice": (as_json(key_bias={"3": [0, 0, 0], "03": [0, 0, 1]}), "key_bias holds '03'", "block number", ""),
+    "bias-block-twice": (
+        as_json(key_bias={"3": [0, 0, 0], "03": [0, 0, 1]}),
+        "key_bias holds '03'",
+        "block number",
+        "",
+    ),
     "bias-block-endless": (as_json(key_bias={"9" * 5000: [0.0]}), "key_bias holds '999", "block number", ""),
     "bias-list": (as_json(key_bias=[[0.0]]), "key_bias of the plan is [[0.0]]", "block -> list", ""),
     "method": (as_json(method=None), "method of the plan is None", "text", ""),

@@ -231,7 +231,7 @@ EXPORT = [
     Case("data-a-file", {"data": lambda w: w.inputs.mask}, 2, r"mask.npy is a file; expected a folder of images"),
     Case("data-unreadable", {"data": unreadable}, 2, r"cannot read folder .*b: Permission denied; check its"),
     Case("data-of-four-classes", {"data": lambda w: w.images("a", "b", "c", "d")}, 2,
-         r"4 class folders in .* \('a', 'b', 'c', ...\); expected folders exactly 3 of them.*; point to a folder"),
+         r"4 class folders in .* \('a', 'b', 'c', ...\); expected exactly 3 folders, one per class; point to a folder"),
     Case("data-limit-0", {"data": lambda w: w.inputs.data, "limit": 0}, 2,
          r"an image limit of 0; expected 1 or more; leave it out"),
     Case("data-without-classes", {"data": lambda w: w.inputs.data, "weights": None, "random_init": True,
@@ -259,7 +259,7 @@ EXPORT = [
          r"none of the 3 images in .*folder can be decoded, the first \(a/0.png\) because: .*; point to a folder"),
     Case("one-corrupt-strict", {"data": lambda w: (w.images("a", "b", "c"), w.file("pictures/a/bad.jpg", "x"))[0],
                                 "strict": True}, 2,
-         r"a/bad.jpg in .*pictures cannot be decoded: .*; repair or remove it, or run without strict"),
+         r"a/bad.jpg in .*pictures cannot be decoded: .*; repair or remove it, or leave out --strict"),
 ]  # fmt: skip
 
 

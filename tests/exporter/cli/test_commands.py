@@ -61,7 +61,11 @@ def test_exported_bundle_says_what_it_is(exported: Path, inputs: Inputs) -> None
     assert manifest.model.weights_source == "weights.safetensors"
     assert (manifest.engine.name, manifest.engine.precision) == ("ort", "fp32")
     assert [row if isinstance(row, int) else row[0] for row in manifest.plan.tokens] == [13, 9]
-    assert (manifest.validation.accuracy, manifest.validation.latency) == ("passed", "measured")
+    assert (manifest.validation.status, manifest.validation.accuracy, manifest.validation.latency) == (
+        "passed",
+        "measured",
+        "measured",
+    )
     report = json.loads((exported / "report.json").read_text())
     assert report["accuracy"]["images"] == 24
     assert report["accuracy"]["dense_top1"] == 100
@@ -91,7 +95,7 @@ def test_force_replaces(bundle: Path, inputs: Inputs) -> None:
     assert result.exit_code == 0
     after = verify_bundle(bundle)
     assert after.digest != before
-    assert after.manifest.validation.accuracy == "unvalidated"
+    assert after.manifest.validation.status == "unvalidated"
     assert after.manifest.validation.latency == "unmeasured"
     assert not (bundle / "report.json").exists()
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
@@ -121,7 +125,7 @@ def test_missed_budget_writes_the_bundle_and_says_so(inputs: Inputs, tmp_path: P
     assert result.stdout.startswith("failed: Failed the speed budget")
     assert f"wrote {out}" in result.stdout
     manifest = verify_bundle(out).manifest
-    assert manifest.validation.accuracy == "failed"
+    assert manifest.validation.status == "failed"
     assert "Failed the speed budget" in manifest.validation.summary
     assert json.loads((out / "report.json").read_text())["verdict"]["status"] == "failed"
 
@@ -137,7 +141,7 @@ def test_corrupt_image_is_named_and_counted(inputs: Inputs, tmp_path: Path) -> N
     assert result.stderr.count("\n") == 1
     report = json.loads((out / "report.json").read_text())
     assert (report["accuracy"]["images"], report["accuracy"]["skipped"]) == (24, 1)
-    assert any("1 images could not be decoded" in text and "b/broken.jpg" in text for text in report["warnings"])
+    assert any("1 image that could not be decoded" in text and "b/broken.jpg" in text for text in report["warnings"])
 
 
 @pytest.mark.usefixtures("ready_engines")
@@ -156,7 +160,11 @@ def test_features_without_images_are_timed_only(tmp_path: Path, inputs: Inputs) 
     assert result.exit_code == 0
     assert "Accuracy not validated" in result.stdout
     manifest = verify_bundle(out).manifest
-    assert (manifest.validation.accuracy, manifest.validation.latency) == ("unvalidated", "measured")
+    assert (manifest.validation.status, manifest.validation.accuracy, manifest.validation.latency) == (
+        "unvalidated",
+        "unmeasured",
+        "measured",
+    )
     assert manifest.model.num_classes == 0
     assert manifest.model.weights_source == "random"
     with vp_engines.load(out) as engine:
@@ -256,7 +264,7 @@ def test_validate_updates_the_bundle(bundle: Path, exported: Path) -> None:
     assert result.exit_code == 1
     after = verify_bundle(bundle)
     assert after.digest != verify_bundle(exported).digest
-    assert after.manifest.validation.accuracy == "failed"
+    assert after.manifest.validation.status == "failed"
     assert json.loads((bundle / "report.json").read_text()) == json.loads(result.stdout)
     assert (bundle / "engine/model.onnx").read_bytes() == (exported / "engine/model.onnx").read_bytes()
 

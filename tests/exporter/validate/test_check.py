@@ -16,7 +16,7 @@ import vp_engines
 from vp_engines.backends.base import Availability
 from vp_engines.bundle import write_bundle
 from vp_engines.errors import BundleError, VpError
-from vp_exporter.package import report_files, validation_fields
+from vp_exporter.package import NOT_VALIDATED, report_files, validation_fields
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep
 from vp_exporter.validate import check
@@ -94,7 +94,7 @@ def make_bundle(folder: Path, *, dense: bool = True, batch: dict[str, int] | Non
                "weights_sha256": "0" * 64, "weights_source": "made up"},
         plan={"path": "plan.json", "fingerprint": plan.fingerprint(), "method": "test", "macs_dense": 10,
               "macs_reduced": 8, "tokens": [[5, 5], [4, 4]]},
-        validation={"accuracy": "unvalidated", "latency": "unmeasured", "summary": "Not validated."},
+        validation=NOT_VALIDATED,
         kernels="portable",
     )  # fmt: skip
     return folder / "b.vpe"
@@ -113,7 +113,7 @@ def test_images_give_accuracy_and_samples(tmp_path: Path, images: Path, loaded: 
     assert found.samples[0][16, 16].tolist() == [200, 0, 0]
     assert found.kept_stages == [(0, (0, 1, 2, 3)), (1, (0, 1, 3))]
     assert found.grid == (2, 2)
-    assert validation_fields(found)["accuracy"] == "passed"
+    assert validation_fields(found)["status"] == "passed"
     assert set(report_files(found)) == {"report.json", "report.html"}
 
 
@@ -122,7 +122,7 @@ def test_without_images_accuracy_is_unvalidated(tmp_path: Path, loaded: list) ->
     assert found.accuracy is None
     assert found.samples == ()
     fields = validation_fields(found)
-    assert (fields["accuracy"], fields["latency"]) == ("unvalidated", "measured")
+    assert (fields["accuracy"], fields["latency"]) == ("unmeasured", "measured")
 
 
 def test_samples_can_be_left_out(tmp_path: Path, images: Path, loaded: list) -> None:
@@ -144,7 +144,7 @@ def test_wrong_engine_fails(tmp_path: Path, images: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(vp_engines, "load", lambda path, variant, **options: FakeEngine(wrong=variant == "reduced"))
     found = check_bundle(make_bundle(tmp_path / "x"), CheckRequest(data=images, budget=Budget(1), **QUICK))
     assert found.verdict.exit_code == 1
-    assert validation_fields(found)["accuracy"] == "failed"
+    assert validation_fields(found)["status"] == "failed"
 
 
 @pytest.mark.parametrize("request_", [{"data": True}, {"budget": Budget(min_speedup=1.1)}], ids=["data", "budget"])
@@ -191,7 +191,7 @@ def test_skipped_images_are_counted(tmp_path: Path, images: Path, loaded: list) 
     for i in range(4):
         (images / "a" / f"bad{i}.png").write_bytes(b"no image")
     found = check_bundle(make_bundle(tmp_path / "x"), CheckRequest(data=images, **QUICK))
-    text = "4 images could not be decoded and were skipped: a/bad0.png, a/bad1.png, a/bad2.png, ...."
+    text = "Skipped 4 images that could not be decoded: a/bad0.png, a/bad1.png, a/bad2.png and 1 more."
     assert found.warnings == [text]
     assert len(found.samples) == check.SAMPLES
 
