@@ -133,5 +133,5 @@ def test_interrupted_while_building(inputs: Inputs, tmp_path: Path) -> None:
         rest = process.stderr.read()
         assert process.wait(60) == 130
     assert rest.splitlines()[-1] == "error: interrupted; nothing was left half-written"
-        assert "Traceback" not in rest
+    assert "Traceback" not in rest
     check_nothing_left(tmp_path)
