@@ -134,6 +134,11 @@ def refusal(model: nn.Module) -> str | None:
         return f"its class {kind.__name__} is not a plain ViT"
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patch embedding {type(model.patch_embed).__name__} is a network of its own"
+    embed = model.patch_embed
+    if embed.dynamic_img_pad and any(
+        side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)
+    ):
+        return "its patch embedding pads the image to whole patches"
     if getattr(model, "rope", None) is not None:
         return "it has rotary position embeddings"
     if model.global_pool not in POOLS:

@@ -97,6 +97,7 @@ def export_bundle(
             fix="leave out --data to time it only",
         )
     backend.check_precision(precision)
+    backend.check_options(request.build)
     data = None
     if request.check is not None:
         data = open_data(request.check, preprocessing, request.classes, model.description.num_classes, progress)

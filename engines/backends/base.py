@@ -180,6 +180,7 @@ class Backend(ABC):
         precisions: what `build` accepts, the default first.
         extra: the pip extra that installs the runtime.
         attention_form: how the lowered model should write attention (vp_exporter.attention says what each one is).
+        devices: what it runs on, the default first.
         fixed_batch_range: whether an engine runs only the batch sizes that it was built for (BuildOptions).
     """
 
@@ -189,6 +190,7 @@ class Backend(ABC):
     precisions: ClassVar[tuple[Precision, ...]]
     extra: ClassVar[str]
     attention_form: ClassVar[Literal["sdpa", "packed", "explicit"]] = "sdpa"
+    devices: ClassVar[tuple[Literal["cpu", "cuda"], ...]] = ("cpu", "cuda")
     fixed_batch_range: ClassVar[bool] = False
 
     def check_precision(self, precision: Precision) -> None:
@@ -202,6 +204,19 @@ class Backend(ABC):
                 f"engine '{self.name}' has no {precision}",
                 expected=f"one of {', '.join(self.precisions)}",
                 fix="choose another --precision or another --engine",
+            )
+
+    def check_options(self, options: BuildOptions) -> None:
+        """Check what can be checked of the options before the model is lowered.
+
+        Raises:
+            BuildError: `build` would refuse them.
+        """
+        if options.device not in self.devices:
+            raise BuildError(
+                f"engine '{self.name}' was asked for device {options.device}",
+                expected=" or ".join(self.devices),
+                fix="choose another --device or another --engine",
             )
 
     def check_source(self, source: BuildSource) -> None:

@@ -44,6 +44,7 @@ class OpenVinoBackend(Backend):
     name = "openvino"
     source = "onnx"
     opset = 23
+    devices: ClassVar[tuple[Literal["cpu", "cuda"], ...]] = ("cpu",)
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
     extra = "openvino"
 

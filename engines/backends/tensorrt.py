@@ -59,6 +59,7 @@ class _Polygraphy(Backend):
     source = "onnx"
     opset = 23
     precisions: ClassVar[tuple[Precision, ...]] = ("fp16", "bf16", "fp32")
+    devices: ClassVar[tuple[Literal["cpu", "cuda"], ...]] = ("cuda",)
     fixed_batch_range = True
     module: ClassVar[str]
     rtx: ClassVar[bool]
@@ -74,6 +75,10 @@ class _Polygraphy(Backend):
 
     def version(self) -> str:
         return str(require(self.module, self.name, self.extra).__version__)
+
+    def check_options(self, options: BuildOptions) -> None:
+        super().check_options(options)
+        self._target(options)
 
     def build(self, source: BuildSource, out: Path, options: BuildOptions) -> BuildResult:
         self.check_source(source)

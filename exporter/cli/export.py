@@ -33,7 +33,7 @@ def export(
     ] = None,
     engine: Annotated[str, typer.Option(help="ort, openvino, aoti, trt-rtx or trt.")] = "ort",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default the engine's own.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the engine's own.")] = None,
     compute_capability: Annotated[
         str | None, typer.Option(metavar="X.Y", help="Target of trt-rtx, e.g. 8.9; by default this machine's GPU.")
     ] = None,
@@ -75,7 +75,7 @@ def export(
 
         if precision not in (None, "fp32", "fp16", "bf16"):
             raise VpError(f"--precision is {precision!r}", expected="fp32, fp16 or bf16")
-        if device not in ("cpu", "cuda"):
+        if device not in (None, "cpu", "cuda"):
             raise VpError(f"--device is {device!r}", expected="cpu or cuda")
         if not min_batch <= opt_batch <= max_batch:
             raise VpError(
@@ -89,7 +89,8 @@ def export(
         check_target(out, force=force)
         from vp_engines.backends import get_backend
 
-        ready = get_backend(engine).available("build")  # before the seconds that torch takes to import
+        backend = get_backend(engine)
+        ready = backend.available("build")  # before the seconds that torch takes to import
         if not ready.ok:
             raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
         from vp_exporter.loading import ModelRequest, load_model
@@ -115,7 +116,7 @@ def export(
                 min_batch,
                 opt_batch,
                 max_batch,
-                cast(Literal["cpu", "cuda"], device),
+                cast(Literal["cpu", "cuda"], device or backend.devices[0]),
                 compute_capability,
                 timing_cache,
             ),

@@ -114,6 +114,7 @@ def manifest(info: Manifest, digest: str) -> None:
                 f"{engine.name} {engine.version}, {engine.precision}, {engine.device}"
                 + (f", batch {batch.min}-{batch.max}" if batch else ""),
             ),
+            ("needs", ", ".join(f"{key} {value}" for key, value in info.variants["reduced"].requirements.items())),
             ("input", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.inputs)),
             ("output", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.outputs)),
             ("plan", f"{plan.method}, {plan.fingerprint[:12]}"),
