@@ -33,5 +33,11 @@ check: lint typecheck test  ## what CI runs
 demo: setup  ## digits ViT + searched mask -> ORT engine -> checked against dense -> report
 	$(BIN)/python examples/digits/demo.py
 
+bench: setup  ## the flowers ViT-S/16 on every engine that runs here (needs ../shared)
+	$(BIN)/python benchmarks/flowers.py --out docs/results/flowers.md
+
+support-table: setup  ## regenerate docs/models.md
+	$(BIN)/python -m vp_exporter.support > docs/models.md
+
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info

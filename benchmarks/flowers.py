@@ -10,12 +10,10 @@ interleaved over the same inputs. The dense baseline is also timed against the p
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -71,19 +69,23 @@ def export(engine: str, precision: str, mask: Path, out: Path, extra: Iterable[s
         *IMAGENET,
         *extra,
     ]
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        wall = time.perf_counter() - start
-        log.seek(0)
-        text = log.read()
-    if process.returncode:
-        raise SystemExit(f"vp-export --engine {engine} failed with exit code {process.returncode}:\n{text}")
-    built = re.search(r"building the reduced engine .*: ([0-9.]+) s", text)
+    done = subprocess.run([sys.executable, "-c", WATCH, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"vp-export --engine {engine} failed with exit code {done.returncode}:\n{done.stderr}")
+    wall, memory = map(float, done.stdout.split())
+    built = re.search(r"building the reduced engine .*: ([0-9.]+) s", done.stderr)
     assert built is not None
-    return wall, usage.ru_maxrss / 2**20, float(built[1])
+    return wall, memory, float(built[1])
+
+
+# A small process in between: a child's peak memory starts at its parent's, which here has held a whole model.
+WATCH = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
+sys.exit(code)
+"""
 
 
 def plain_onnx(model: LoadedModel, path: Path) -> Any:

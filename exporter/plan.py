@@ -29,8 +29,7 @@ from vp_exporter.reducers import StaticStep, Step, Tokens, step_from_dict
 if TYPE_CHECKING:
     from vp_exporter.models import ViTDescription
 
-FORMAT = "vp-plan"
-VERSION = 1
+FORMAT, VERSION = "vp-plan", 1
 _FIELDS = {
     "format", "version", "model", "method", "steps", "key_bias", "proportional_attention", "budget", "provenance",
 }  # fmt: skip
@@ -58,10 +57,11 @@ class PlanModel:
     weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        for key, low in (("prefix_tokens", 0), ("depth", 1), ("patches", 1)):
+        # The upper ends are far above any ViT: a hostile plan must not make us count to ten billion.
+        for key, low, high in (("prefix_tokens", 0, 10_000), ("depth", 1, 1_000), ("patches", 1, 1_000_000)):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise PlanError(f"model.{key} of the plan is {value!r}", expected=f"a whole number of at least {low}")
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise PlanError(f"model.{key} of the plan is {value!r}", expected=f"a whole number, {low} to {high}")
         for key in ("image_size", "patch_size"):
             value = getattr(self, key)
             if len(value) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in value):

@@ -119,6 +119,14 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> N
             f"{source} {what} {names[0]}{more}", expected=f"the {len(wanted)} parameters of the model",
             fix="name the model that the weights belong to",
         )  # fmt: skip
+    whole = (name for name, tensor in weights.items() if not tensor.is_floating_point())
+    quantised = next((name for name in whole if wanted[name].is_floating_point()), None)
+    if quantised:
+        raise WeightsError(
+            f"{quantised} in {source} has dtype {str(weights[quantised].dtype).removeprefix('torch.')}",
+            expected="floating-point weights",
+            fix="name the checkpoint from before quantisation",
+        )
     broken = next((n for n, t in weights.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
     if broken:
         raise WeightsError(f"{broken} in {source} holds NaN or infinity", expected="finite weights")

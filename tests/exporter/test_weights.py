@@ -174,6 +174,15 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, state: State, 
         assert ran.exists()
 
 
+def test_quantised_weights_are_refused() -> None:
+    """int8 weights of the right shape would load, and mean nothing."""
+    model = make()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["head.weight"] = (state["head.weight"] * 100).to(torch.int8)
+    with pytest.raises(WeightsError, match=r"head.weight in q.safetensors has dtype int8; expected floating-point"):
+        load_into(model, state, "q.safetensors")
+
+
 def test_a_whole_module_is_refused(tmp_path: Path) -> None:
     torch.save(make(), tmp_path / "module.pth")
     with pytest.raises(WeightsError, match=r"pickled objects.*save the state dict alone"):
