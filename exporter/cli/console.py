@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
@@ -47,6 +49,7 @@ class ConsoleProgress:
 
     @contextlib.contextmanager
     def stage(self, description: str) -> Iterator[None]:
+        _stop_if_interrupted()
         start = time.perf_counter()
         if self._live:
             with self._bars(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bars:
@@ -55,6 +58,7 @@ class ConsoleProgress:
         else:
             self._say(f"{description} ...")  # in a log, the start of a long step is worth a line of its own
             yield
+        _stop_if_interrupted()
         self._say(f"{description}: {time.perf_counter() - start:.1f} s")
 
     def track(self, items: Iterable[T], *, total: int, description: str) -> Iterator[T]:
@@ -65,10 +69,13 @@ class ConsoleProgress:
                 task = bars.add_task(escape(description), total=total)
                 for item in items:
                     yield item
+                    _stop_if_interrupted()
                     bars.advance(task)
         else:
             self._say(f"{description} ...")
-            yield from items
+            for item in items:
+                yield item
+                _stop_if_interrupted()
         self._say(f"{description}: {time.perf_counter() - start:.1f} s")
 
     def note(self, text: str) -> None:
@@ -121,7 +128,8 @@ def run(command: Callable[[], int], *, debug: bool = False) -> int:
     0 good, 1 a budget was missed, 2 bad input, 3 engine unavailable; 70 a bug of ours, 130 Ctrl-C.
     """
     try:
-        return command()
+        with _noting_interrupts():
+            return command()
     except VpError as error:
         if debug:
             raise
@@ -141,6 +149,35 @@ def run(command: Callable[[], int], *, debug: bool = False) -> int:
         first = (str(error).splitlines() or [""])[0]
         _fail(f"unexpected {type(error).__name__}: {first}; this is a bug: run again with --debug and report it")
         return EXIT_BUG
+
+
+_interrupts: list[int] = []
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[None]:
+    """Remember a Ctrl-C. Python raises it wherever the program stands, and where that is a callback from C code (torch
+    tracing a model is full of them) the exception is dropped: then the next step must stop instead."""
+
+    def note(number: int, frame: object) -> None:
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    _interrupts.clear()
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        _interrupts.clear()
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop_if_interrupted() -> None:
+    if _interrupts:
+        raise KeyboardInterrupt
 
 
 def _fail(text: str) -> None:

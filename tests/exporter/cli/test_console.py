@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +128,27 @@ def test_disk_full_while_writing(bundle: Path, inputs: Inputs, monkeypatch: pyte
         call(export.app, *words), 2, r"cannot write .*copy.vpe: No space left on device; nothing was left behind"
     )
     assert snapshot(tmp_path) == before
+
+
+def test_an_interrupt_that_c_code_dropped_stops_the_next_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exceptions in a callback from C are dropped; the Ctrl-C must not be lost with them."""
+
+    def body() -> int:
+        progress = console.ConsoleProgress(quiet=True)
+        with contextlib.suppress(KeyboardInterrupt):  # what the C code does
+            signal.raise_signal(signal.SIGINT)
+        with progress.stage("the next step"):
+            raise AssertionError("the next step ran")
+
+    assert console.run(body) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_scripts_name_the_extra_that_they_lack(tmp_path: Path) -> None:
+    """A server-only install has the scripts but not typer."""
+    code = "import sys; sys.modules['typer'] = None; import vp_exporter.cli; vp_exporter.cli.vp_inspect()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 3
+    assert found.stderr.startswith("error: typer is not installed; ")
+    assert "pip install" in found.stderr
+    assert found.stderr.count("\n") == 1
