@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerScale
-from timm.models.eva import Eva, EvaBlock
+from timm.models.eva import EvaBlock
 from torch import Tensor
 
 from vp_exporter.attention import AttentionForm, attention, packed_attention
@@ -170,13 +170,18 @@ class ReducedBlock(nn.Module):
 
 
 class PoolAndHead(nn.Module):
-    """The sequence to logits (or to pooled features where the model has no classes)."""
+    """The sequence to logits (or to pooled features where the model has no classes).
 
-    def __init__(self, vit: nn.Module) -> None:
+    Args:
+        vit: the timm model.
+        include_prefix: whether the pooling reads the prefix tokens too (ViTDescription.pool_include_prefix).
+    """
+
+    def __init__(self, vit: nn.Module, include_prefix: bool) -> None:
         super().__init__()
         self.vit = [vit]
         self.prefix = vit.num_prefix_tokens
-        self.include_prefix = vit.attn_pool is not None if type(vit) is Eva else vit.pool_include_prefix
+        self.include_prefix = include_prefix
         self.distilled = getattr(vit, "head_dist", None) is not None
 
     def forward(self, x: Tensor) -> Tensor:

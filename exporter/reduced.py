@@ -13,7 +13,7 @@ from vp_exporter.attention import AttentionForm
 from vp_exporter.blocks import PatchEmbedding, PoolAndHead, ReducedBlock
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reducers import StaticStep
+from vp_exporter.reducers import StaticStep, Tokens
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -44,7 +44,7 @@ class ReducedViT(nn.Module):
     def _build(self) -> None:
         plan, prefix = self.plan, self.description.prefix_tokens
         blocks, keep = [], None
-        alive = tuple(range(self.description.patches))
+        alive = Tokens(prefix, self.description.patches, tuple(range(self.description.patches)))
         for number, block in enumerate(self.vit.blocks):
             step = plan.steps_at(number, "input") if plan else None
             bias = plan.key_bias.get(number) if plan else None
@@ -54,13 +54,12 @@ class ReducedViT(nn.Module):
                 if number == 0:
                     keep = step.keep
                 else:
-                    place = {position: at for at, position in enumerate(alive)}
-                    index = (*range(prefix), *(prefix + place[position] for position in step.keep))
-                alive = step.keep
+                    index = (*range(prefix), *(prefix + at for at in step.local_index(alive)))
+                alive = step.apply(alive)
             blocks.append(ReducedBlock(block, index, bias))
         self.embed = PatchEmbedding(self.vit, keep)
         self.blocks = nn.ModuleList(blocks)
-        self.head = PoolAndHead(self.vit)
+        self.head = PoolAndHead(self.vit, self.description.pool_include_prefix)
 
     @property
     def output_name(self) -> Literal["logits", "features"]:
