@@ -209,9 +209,7 @@ def _report_data(
             "budget": plan.budget,
             "tuned key bias": f"{len(plan.key_bias)} blocks" if plan.key_bias else "none",
         },
-        tokens=[
-            {"block": block, "attention": row.attention, "mlp": row.mlp} for block, row in enumerate(plan.tokens())
-        ],
+        tokens=[{"block": block, "attention": row.attention, "mlp": row.mlp} for block, row in enumerate(rows)],
         prefix_tokens=plan.prefix_tokens,
         macs={"dense": manifest.plan.macs_dense, "reduced": manifest.plan.macs_reduced},
         verdict=judge(accuracy, latency, request.budget),
