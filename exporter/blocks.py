@@ -5,6 +5,8 @@ Training-time noise (dropout, drop path, patch drop) is left out: a reduced mode
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from timm.models.eva import EvaBlock
 from torch import Tensor
 
 from vp_exporter.attention import AttentionForm, attention, packed_attention
+from vp_exporter.evidence import See
+from vp_exporter.reducers import InnerStep
+from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
 
 
 class PatchEmbedding(nn.Module):
@@ -91,34 +96,60 @@ class PatchEmbedding(nn.Module):
 
 
 class ReducedBlock(nn.Module):
-    """A transformer block that takes the tokens at `index` and adds `key_bias` to its attention logits.
+    """A transformer block under a plan: a gather at its input, a key bias, a reducer between attention and MLP.
 
     Args:
         block: timm's Block or EvaBlock.
         index: positions in the entering sequence (prefix tokens included) that stay; None for all.
         key_bias: one logit for each token in the attention; None for zero.
+        step: the reducer that acts between attention and MLP.
+        proportional: add the log of the tokens' sizes to the logits.
+        carry_size: hand on the sizes that `step` makes.
     """
 
     index: Tensor | None
     key_bias: Tensor | None
 
-    def __init__(self, block: nn.Module, index: tuple[int, ...] | None, key_bias: tuple[float, ...] | None) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        index: tuple[int, ...] | None = None,
+        key_bias: tuple[float, ...] | None = None,
+        step: InnerStep | None = None,
+        *,
+        proportional: bool = False,
+        carry_size: bool = False,
+    ) -> None:
         super().__init__()
         self.block = [block]
+        self.see = None if step is None else See(step.needs, block.attn.num_heads)
+        self.reduce = None if step is None else Reduce(step, proportional=proportional, carry_size=carry_size)
         self.attention_form: AttentionForm = "sdpa"
         self.register_buffer("index", None if index is None else torch.tensor(index), persistent=False)
         bias = None if key_bias is None else torch.tensor([key_bias], dtype=torch.float32)
         self.register_buffer("key_bias", bias, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, stream: Stream) -> Stream:
         """[B, N, D] -> [B, kept, D]."""
         block = self.block[0]
-        if self.index is not None:
-            x = x.index_select(1, self.index)
-        x = x + self._scale(self._attend(block.norm1(x)), 1)
-        return x + self._scale(block.mlp(block.norm2(x)), 2)
+        if self.index is not None:  # static steps come before every other: no sizes yet, and no positions by image
+            stream = replace(stream, x=stream.x.index_select(1, self.index))
+        out, seen = self._attend(block.norm1(stream.x), self._bias(stream))
+        stream = replace(stream, x=stream.x + self._scale(out, 1))
+        if self.reduce is not None:
+            assert seen is not None
+            stream = self.reduce(stream, seen)
+        x = stream.x
+        return replace(stream, x=x + self._scale(block.mlp(block.norm2(x)), 2))
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _bias(self, stream: Stream) -> Tensor | None:
+        """What is added to the logits, float32 [1 or B, N]."""
+        if stream.log_size is None:
+            return self.key_bias
+        return stream.log_size if self.key_bias is None else stream.log_size + self.key_bias
+
+    def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Seen | None]:
+        """The attention's output [B, N, D], and what the reducer asked to see of it."""
         layer = self.block[0].attn
         heads, width, tokens = layer.num_heads, layer.head_dim, x.shape[1]
         separate = layer.qkv is None  # EVA-02's projections
@@ -129,7 +160,8 @@ class ReducedBlock(nn.Module):
                 else _qkv(layer, x).split(heads * width, dim=-1)
             )
             q, k = (_norm_heads(norm, t, heads, width) for norm, t in ((layer.q_norm, q), (layer.k_norm, k)))
-            out = packed_attention(q, k, v, heads, self.key_bias)
+            seen = None if self.see is None else self.see(q, k, v, bias)
+            out = packed_attention(q, k, v, heads, bias)
         else:
             if separate:
                 q, k, v = (
@@ -138,11 +170,13 @@ class ReducedBlock(nn.Module):
                 )
             else:
                 q, k, v = _qkv(layer, x).reshape(-1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-            out = attention(layer.q_norm(q), layer.k_norm(k), v, self.key_bias, self.attention_form)
+            q, k = layer.q_norm(q), layer.k_norm(k)
+            seen = None if self.see is None else self.see(q, k, v, bias)
+            out = attention(q, k, v, bias, self.attention_form)
         out = layer.norm(out)
         if layer.gate is not None:
             out = out * layer.gate(x).sigmoid()
-        return layer.proj(out)
+        return layer.proj(out), seen
 
     def _scale(self, x: Tensor, which: int) -> Tensor:
         block = self.block[0]
@@ -169,6 +203,27 @@ class ReducedBlock(nn.Module):
                 setattr(block, eva_name if eva else name, None if eva else nn.Identity())
 
 
+class Reduce(nn.Module):
+    """A step at work between attention and MLP; a module so that its nodes carry its name in an exported graph.
+
+    Args:
+        step: chooses for each image.
+        proportional: make the log sizes that later attentions add to their logits.
+        carry_size: hand on the sizes that tokens have afterwards.
+    """
+
+    def __init__(self, step: InnerStep, *, proportional: bool, carry_size: bool) -> None:
+        super().__init__()
+        self.step, self.proportional, self.carry_size = step, proportional, carry_size
+
+    def forward(self, stream: Stream, seen: Seen) -> Stream:
+        """[B, N, D] -> [B, N', D]."""
+        stream = reduce_tokens(stream, self.step.choose(stream, seen), carry_size=self.carry_size)
+        if self.proportional and stream.size is not None:
+            stream = replace(stream, log_size=stream.size.log())
+        return stream
+
+
 class PoolAndHead(nn.Module):
     """The sequence to logits (or to pooled features where the model has no classes).
 
@@ -184,8 +239,13 @@ class PoolAndHead(nn.Module):
         self.include_prefix = include_prefix
         self.distilled = getattr(vit, "head_dist", None) is not None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, classes] (or [B, D])."""
+    def forward(self, x: Tensor, size: Tensor | None = None, *, proportional: bool = False) -> Tensor:
+        """[B, N, D] -> [B, classes] (or [B, D]).
+
+        Args:
+            size: float32 [B, N], patches that each token stands for: averages weight tokens by it.
+            proportional: add log(size) to the logits of an attention pooling.
+        """
         vit = self.vit[0]
         if self.distilled:  # forward_head of timm: the mean of the two classifiers
             x = vit.norm(x[:, :2])
@@ -194,17 +254,24 @@ class PoolAndHead(nn.Module):
             x = vit.norm(x[:, 0])  # the norm is by token, so the other tokens need none
         else:
             x = vit.norm(x)
-            x = x if self.include_prefix else x[:, self.prefix :]
-            x = self._attention_pool(x) if vit.attn_pool is not None else _pool(x, vit.global_pool)
+            first = 0 if self.include_prefix else self.prefix
+            x, size = x[:, first:], None if size is None else size[:, first:]
+            if vit.attn_pool is not None:
+                x = self._attention_pool(x, size.log() if proportional and size is not None else None)
+            else:
+                x = _pool(x, vit.global_pool, size)
         return vit.head(vit.fc_norm(x))
 
-    def _attention_pool(self, x: Tensor) -> Tensor:
+    def _attention_pool(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """timm's AttentionPoolLatent. One query a head: plain matrix products, the query a constant."""
         pool = self.vit[0].attn_pool
         heads, width, tokens = pool.num_heads, pool.head_dim, x.shape[1]
         q = pool.q_norm(pool.q(pool.latent).reshape(1, pool.latent_len, heads, width).transpose(1, 2))
         k, v = pool.kv(x).reshape(-1, tokens, 2, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = torch.softmax((q * width**-0.5) @ pool.k_norm(k).transpose(-2, -1), dim=-1)
+        logits = (q * width**-0.5) @ pool.k_norm(k).transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias[:, None, None, :].to(logits.dtype)
+        weights = torch.softmax(logits, dim=-1)
         x = pool.proj((weights @ v).transpose(1, 2).reshape(-1, pool.latent_len, heads * width))
         if pool.mlp is not None:
             x = x + pool.mlp(pool.norm(x))
@@ -227,10 +294,13 @@ def _norm_heads(norm: nn.Module, x: Tensor, heads: int, width: int) -> Tensor:
     return norm(x.reshape(-1, x.shape[1], heads, width)).reshape(-1, x.shape[1], heads * width)
 
 
-def _pool(x: Tensor, kind: str) -> Tensor:
-    """Average (or maximum) over tokens; every surviving token stands for itself."""
-    if kind == "avg":
-        return x.mean(dim=1)
+def _pool(x: Tensor, kind: str, size: Tensor | None) -> Tensor:
+    """Average (each token counted as often as it stands for a patch) or maximum over tokens."""
     if kind == "max":
         return x.amax(dim=1)
-    return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+    if size is None:
+        mean = x.mean(dim=1)
+    else:
+        share = size / size.sum(dim=1, keepdim=True)
+        mean = (share.to(x.dtype)[:, None, :] @ x).squeeze(1)
+    return mean if kind == "avg" else 0.5 * (x.amax(dim=1) + mean)

@@ -238,6 +238,8 @@ class ReductionPlan:
                     f"the plan has {key} {_plain(a)}", expected=f"{_plain(b)}, as {theirs.name} has",
                     fix="positions do not carry over: search a plan on this model",
                 )  # fmt: skip
+        for step in self.steps:
+            step.check_model(description)
         if mine.weights_sha256 and weights_sha256 and mine.weights_sha256 != weights_sha256:
             raise PlanError(
                 f"the plan was searched on weights {mine.weights_sha256[:12]}",

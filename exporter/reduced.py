@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Literal, Self
 
 import torch
@@ -13,7 +14,8 @@ from vp_exporter.attention import AttentionForm
 from vp_exporter.blocks import PatchEmbedding, PoolAndHead, ReducedBlock
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reducers import StaticStep, Tokens
+from vp_exporter.reducers import InnerStep, StaticStep, Tokens, ops
+from vp_exporter.reducers.stream import Stream
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,6 +35,8 @@ class ReducedViT(nn.Module):
         PlanError: the plan is for another model.
     """
 
+    places: Tensor | None
+
     def __init__(self, vit: nn.Module, description: ViTDescription, plan: ReductionPlan | None = None) -> None:
         super().__init__()
         if plan is not None:
@@ -45,21 +49,35 @@ class ReducedViT(nn.Module):
         plan, prefix = self.plan, self.description.prefix_tokens
         blocks, keep = [], None
         alive = Tokens(prefix, self.description.patches, tuple(range(self.description.patches)))
+        inner = [step for step in plan.steps if isinstance(step, InnerStep)] if plan else []
+        self.proportional = plan is not None and plan.proportional_attention
+        carry_size = self.proportional or any(step.carries_size for step in inner)
+        places: list[int] | None = None
         for number, block in enumerate(self.vit.blocks):
-            step = plan.steps_at(number, "input") if plan else None
+            at_input, within = (plan.steps_at(number, place) if plan else None for place in ("input", "inner"))
             bias = plan.key_bias.get(number) if plan else None
             index = None
-            if step is not None:
-                assert isinstance(step, StaticStep)  # the only reducer that acts on a block's input
+            if at_input is not None:
+                assert isinstance(at_input, StaticStep)  # the only reducer that acts on a block's input
                 if number == 0:
-                    keep = step.keep
+                    keep = at_input.keep
                 else:
-                    index = (*range(prefix), *(prefix + at for at in step.local_index(alive)))
-                alive = step.apply(alive)
-            blocks.append(ReducedBlock(block, index, bias))
+                    index = (*range(prefix), *(prefix + at for at in at_input.local_index(alive)))
+                alive = at_input.apply(alive)
+            if within is not None:
+                assert isinstance(within, InnerStep)
+                places = list(alive.positions or ()) if places is None else places  # as the first inner step finds them
+                alive = within.apply(alive)
+            blocks.append(
+                ReducedBlock(block, index, bias, within, proportional=self.proportional, carry_size=carry_size)
+            )
         self.embed = PatchEmbedding(self.vit, keep)
         self.blocks = nn.ModuleList(blocks)
         self.head = PoolAndHead(self.vit, self.description.pool_include_prefix)
+        track = any("positions" in step.needs for step in inner)
+        self.register_buffer(
+            "places", ops.grid_codes(places, self.description.grid[1]) if track and places else None, persistent=False
+        )
 
     @property
     def output_name(self) -> Literal["logits", "features"]:
@@ -76,18 +94,20 @@ class ReducedViT(nn.Module):
             float32 [B, classes], or [B, embed_dim] pooled features where the model has no classes; float32 whatever
             the precision of the weights, so that every engine has the same signature.
         """
-        x = self.embed(images.to(self.vit.patch_embed.proj.weight.dtype))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x).float()
+        *_, last = self._streams(images)
+        return self.head(last.x, last.size, proportional=self.proportional).float()
 
     def block_tokens(self, images: Tensor) -> list[Tensor]:
         """The tokens [B, N_b, D] that leave each block, in order (for checks and for studies)."""
-        x, rows = self.embed(images.to(self.vit.patch_embed.proj.weight.dtype)), []
+        return [stream.x for stream in self._streams(images)]
+
+    def _streams(self, images: Tensor) -> Iterator[Stream]:
+        """What leaves each block."""
+        x = self.embed(images.to(self.vit.patch_embed.proj.weight.dtype))
+        stream = Stream(x, self.description.prefix_tokens, positions=self.places, columns=self.description.grid[1])
         for block in self.blocks:
-            x = block(x)
-            rows.append(x)
-        return rows
+            stream = block(stream)
+            yield stream
 
     def for_export(self, precision: str = "fp32", form: AttentionForm = "sdpa") -> Self:
         """A copy that is ready to lower: weights cast, LayerScale folded, constants computed in fp32 beforehand.

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from vp_exporter.cli import console, options, show
-
-if TYPE_CHECKING:
-    from vp_exporter.models import ViTDescription
-    from vp_exporter.plan import ReductionPlan
+from vp_exporter.cli import console, options, plans, show
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -31,6 +27,17 @@ def export(
     masks: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Bare mask [depth, patches]: .npy, .npz or .safetensors.")
     ] = None,
+    method: options.Method = None,
+    preset: options.Preset = None,
+    r: options.R = None,
+    schedule: options.Schedule = None,
+    blocks: options.Blocks = None,
+    keep_rate: options.KeepRate = None,
+    tau: options.Tau = None,
+    target_macs: options.TargetMacs = None,
+    seed: options.Seed = None,
+    proportional_attention: options.Proportional = None,
+    method_arg: options.MethodArgs = None,
     engine: Annotated[str, typer.Option(help="ort, openvino, aoti, trt-rtx or trt.")] = "ort",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default the engine's own.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the engine's own.")] = None,
@@ -66,7 +73,7 @@ def export(
     debug: options.Debug = False,
     version: options.Version = False,
 ) -> None:
-    """Turn a timm ViT and a token-reduction plan into an engine bundle, checked against the dense model."""
+    """Turn a timm ViT and a token-reduction plan, or a method's name, into an engine bundle, checked against dense."""
 
     def body() -> int:
         from vp_engines.backends.base import BuildOptions, Precision
@@ -81,11 +88,20 @@ def export(
             raise VpError(
                 f"--min-batch {min_batch}, --opt-batch {opt_batch}, --max-batch {max_batch}", expected="ascending sizes"
             )
-        if (plan is None) == (masks is None):
-            raise VpError(
-                "no plan is named" if plan is None else "both --plan and --masks are given",
-                expected="one of --plan FILE.json or --masks FILE.npy",
-            )
+        plans.check_one_source(plan, masks, method)
+        wanted = plans.read_method(
+            method,
+            preset=preset,
+            r=r,
+            schedule=schedule,
+            blocks=blocks,
+            keep_rate=keep_rate,
+            tau=tau,
+            target_macs=target_macs,
+            seed=seed,
+            proportional_attention=proportional_attention,
+            method_arg=method_arg,
+        )
         check_target(out, force=force)
         from vp_engines.backends import get_backend
 
@@ -142,7 +158,7 @@ def export(
                 crop_pct, interpolation, options.parse_channels(mean, "--mean"), options.parse_channels(std, "--std")
             )
             preprocessing = preprocessing_of(loaded.vit, loaded.description, overrides)
-            reduction = read_plan(plan, masks, loaded.description)
+            reduction = plans.read_plan(plan, masks, wanted, loaded.description)
         result = export_bundle(loaded, reduction, preprocessing, request, progress)
         if as_json:
             console.print_json(_summary(result, out))
@@ -155,23 +171,6 @@ def export(
         return result.report.verdict.exit_code if result.report is not None else 0
 
     raise typer.Exit(console.run(body, debug=debug))
-
-
-def read_plan(plan: Path | None, masks: Path | None, description: ViTDescription) -> ReductionPlan:
-    """The plan file, or the mask as a plan for this model.
-
-    Raises:
-        PlanError: unreadable, inconsistent or for another model.
-    """
-    from vp_exporter.masks import plan_from_mask, read_mask
-    from vp_exporter.plan import ReductionPlan
-
-    if plan is not None:
-        found = ReductionPlan.load(plan)
-        found.check_model(description)
-        return found
-    assert masks is not None
-    return plan_from_mask(read_mask(masks), description.plan_model())
 
 
 def _lines(path: Path | None) -> list[str] | None:

@@ -1,32 +1,69 @@
-"""vp-inspect: what a bundle or a plan holds, and whether it is sound."""
+"""vp-inspect: what a bundle or a plan holds, or a method would make, and whether it is sound."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vp_exporter.cli import console, options
+from vp_exporter.cli import console, options, plans
+
+if TYPE_CHECKING:
+    from vp_exporter.methods import MethodRequest
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(epilog="Exit codes: 0 sound, 2 not.")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A bundle (NAME.vpe), a plan (.json) or a mask.")],
+    path: Annotated[Path | None, typer.Argument(help="A bundle (NAME.vpe), a plan (.json) or a mask.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Check the plan against this timm model.")] = None,
     num_classes: options.NumClasses = None,
     model_arg: options.ModelArgs = None,
+    method: options.Method = None,
+    preset: options.Preset = None,
+    r: options.R = None,
+    schedule: options.Schedule = None,
+    blocks: options.Blocks = None,
+    keep_rate: options.KeepRate = None,
+    tau: options.Tau = None,
+    target_macs: options.TargetMacs = None,
+    seed: options.Seed = None,
+    proportional_attention: options.Proportional = None,
+    method_arg: options.MethodArgs = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
     version: options.Version = False,
 ) -> None:
-    """Verify a bundle file by file, or check a plan, and show what it says."""
+    """Verify a bundle file by file, or check a plan or what --method would make of --model, and show what it says."""
 
     def body() -> int:
         from vp_engines.errors import VpError
 
+        wanted = plans.read_method(
+            method,
+            preset=preset,
+            r=r,
+            schedule=schedule,
+            blocks=blocks,
+            keep_rate=keep_rate,
+            tau=tau,
+            target_macs=target_macs,
+            seed=seed,
+            proportional_attention=proportional_attention,
+            method_arg=method_arg,
+        )
+        if (path is None) == (wanted is None):
+            raise VpError(
+                "nothing to inspect is named" if path is None else f"both {path} and --method are given",
+                expected="a bundle, a plan or a mask; or --method NAME with --model NAME",
+            )
+        args = options.parse_model_args(model_arg)
+        if path is None:
+            if model is None:
+                raise VpError("--method is given without --model", expected="--model NAME, for which to make the plan")
+            return _plan(None, wanted, model, args, num_classes, as_json)
         if path.is_dir():
             return _bundle(path, as_json)
         if not path.exists():
@@ -35,7 +72,7 @@ def inspect(
 
         if path.suffix in SUFFIXES and model is None:
             raise VpError(f"{path} is a bare mask", expected="--model NAME", fix="a mask does not say what it is for")
-        return _plan(path, model, options.parse_model_args(model_arg), num_classes, as_json)
+        return _plan(path, None, model, args, num_classes, as_json)
 
     raise typer.Exit(console.run(body, debug=debug))
 
@@ -58,9 +95,16 @@ def _bundle(path: Path, as_json: bool) -> int:
     return 0
 
 
-def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as_json: bool) -> int:
+def _plan(
+    path: Path | None,
+    wanted: MethodRequest | None,
+    model: str | None,
+    args: dict,
+    num_classes: int | None,
+    as_json: bool,
+) -> int:
     from vp_exporter.cli import show
-    from vp_exporter.masks import SUFFIXES, plan_from_mask, read_mask
+    from vp_exporter.masks import SUFFIXES
     from vp_exporter.plan import ReductionPlan
 
     description = None
@@ -68,13 +112,13 @@ def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as
         from vp_exporter.loading import describe_by_name
 
         description = describe_by_name(model, args, num_classes)
-    if path.suffix in SUFFIXES:
-        assert description is not None  # the command has asked for --model
-        plan = plan_from_mask(read_mask(path), description.plan_model())
-    else:
+    if description is None:
+        assert path is not None  # the command has asked for --model otherwise
         plan = ReductionPlan.load(path)
-        if description is not None:
-            plan.check_model(description)
+    elif path is not None and path.suffix in SUFFIXES:
+        plan = plans.read_plan(None, path, None, description)
+    else:
+        plan = plans.read_plan(path, None, wanted, description)
     rows = [(row.attention, row.mlp) for row in plan.tokens()]
     counts = None
     if description is not None:
@@ -102,6 +146,7 @@ def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as
         ("steps", ", ".join(f"{step.reducer}@{step.block}" for step in plan.steps) or "none"),
         ("tuned key bias", f"{len(plan.key_bias)} blocks" if plan.key_bias else "none"),
         ("budget", plan.budget if plan.budget is not None else "not stated"),
+        ("provenance", plan.provenance or "not stated"),
         ("fingerprint", plan.fingerprint()),
     ]
     if counts is not None and description is not None:
@@ -109,7 +154,7 @@ def _plan(path: Path, model: str | None, args: dict, num_classes: int | None, as
         facts.append(("MACs", f"{ratio}, with a head of {description.num_classes} classes"))
     else:
         facts.append(("MACs", "unknown without the model: pass --model NAME"))
-    show.facts(f"plan {path.name}", facts)
+    show.facts(f"plan {path.name if path is not None else f'by method {plan.method}'}", facts)
     show.tokens(rows, target.patches + target.prefix_tokens)
     return 0
 

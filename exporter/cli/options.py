@@ -43,6 +43,37 @@ Version = Annotated[
     bool, typer.Option("--version", is_eager=True, callback=console.show_version, help="Show the version and stop.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Make the plan by a method: tome, ppt, evit, topk, bat, diffrate, pitome, gtp; random, grid, center.",
+    ),
+]
+Preset = Annotated[str | None, typer.Option(metavar="NAME", help="A published setting of the method, e.g. ppt-deit-s.")]
+R = Annotated[
+    str | None,
+    typer.Option("--r", metavar="R", help="Tokens that leave at each block: 13, or a list such as 0,6,8,10."),
+]
+Schedule = Annotated[str | None, typer.Option(help="Shape of --r: constant, decreasing (2r to 0) or increasing.")]
+Blocks = Annotated[
+    str | None, typer.Option(metavar="B,B,...", help="Blocks where the method acts (0-based), e.g. 3,6,9.")
+]
+KeepRate = Annotated[float | None, typer.Option(help="Share of the patch tokens that a stage keeps.")]
+Tau = Annotated[float | None, typer.Option(help="ppt: variance of the scores from which an image is pruned.")]
+TargetMacs = Annotated[float | None, typer.Option(help="Share of the dense MACs to solve the schedule for, e.g. 0.65.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of method random.")]
+Proportional = Annotated[
+    bool | None,
+    typer.Option(
+        "--proportional-attention/--no-proportional-attention",
+        help="Add log(token size) to the logits; by default as the method's paper does.",
+    ),
+]
+MethodArgs = Annotated[
+    list[str] | None,
+    typer.Option("--method-arg", metavar="KEY=VALUE", help="Argument of the method, e.g. fuse=false (JSON values)."),
+]
 
 
 def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:
@@ -51,13 +82,22 @@ def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:
     Raises:
         VpError: no `=`, or a key given twice.
     """
+    return parse_pairs(pairs, "--model-arg", "img_size=384")
+
+
+def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str, Any]:
+    """The `KEY=VALUE` of a repeated option; values are JSON where they parse as JSON, else text.
+
+    Raises:
+        VpError: no `=`, or a key given twice.
+    """
     args: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise VpError(f"--model-arg is {pair!r}", expected="KEY=VALUE, such as img_size=384")
+            raise VpError(f"{option} is {pair!r}", expected=f"KEY=VALUE, such as {example}")
         if key in args:
-            raise VpError(f"--model-arg gives {key} twice", expected="one value")
+            raise VpError(f"{option} gives {key} twice", expected="one value")
         try:
             args[key] = json.loads(text)
         except ValueError:
@@ -80,6 +120,18 @@ def parse_channels(text: str | None, option: str) -> tuple[float, ...] | None:
     if len(values) != 3:
         raise VpError(f"{option} is {text!r}", expected="three numbers, such as 0.485,0.456,0.406")
     return values
+
+
+def parse_whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
+    """`"3,6,9"` -> (3, 6, 9).
+
+    Raises:
+        VpError: anything but whole numbers and commas.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise VpError(f"{option} is {text!r}", expected=f"whole numbers with commas, such as {example}")
+    return tuple(int(part) for part in parts)
 
 
 def read_budget(

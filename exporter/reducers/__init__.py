@@ -6,12 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from vp_exporter.errors import PlanError
-from vp_exporter.reducers.base import Step, Tokens
+from vp_exporter.reducers.base import InnerStep, Step, Tokens
+from vp_exporter.reducers.bat import BatStep
+from vp_exporter.reducers.diffrate import DiffRateStep
+from vp_exporter.reducers.evit import EvitStep
+from vp_exporter.reducers.gtp import GtpStep
+from vp_exporter.reducers.pitome import PitomeStep
+from vp_exporter.reducers.ppt import PptStep
 from vp_exporter.reducers.static import StaticStep
+from vp_exporter.reducers.tome import TomeStep
+from vp_exporter.reducers.topk import TopKStep
 
-__all__ = ["REDUCERS", "StaticStep", "Step", "Tokens", "step_from_dict"]
+__all__ = ["REDUCERS", "InnerStep", "StaticStep", "Step", "Tokens", "step_from_dict"]
 
-_STEPS: tuple[type[Step], ...] = (StaticStep,)
+_STEPS: tuple[type[Step], ...] = (
+    StaticStep, BatStep, DiffRateStep, EvitStep, GtpStep, PitomeStep, PptStep, TomeStep, TopKStep,
+)  # fmt: skip
 REDUCERS: Mapping[str, type[Step]] = {step.reducer: step for step in _STEPS}
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from vp_exporter.errors import PlanError
+
+if TYPE_CHECKING:
+    from vp_exporter.models import ViTDescription
+    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+
+# What a reducer may ask of its block's attention (the fields of vp_exporter.reducers.stream.Seen).
+Need = Literal["class_attention", "keys", "value_norm", "graph_score", "positions"]
 
 
 @dataclass(frozen=True)
@@ -65,21 +73,128 @@ class Step(ABC):
             PlanError: the step cannot act on these tokens.
         """
 
+    def check_model(self, description: ViTDescription) -> None:  # noqa: B027  (most steps ask for nothing)
+        """Refuse a model that lacks what the step needs.
+
+        Raises:
+            PlanError: naming the block and what is missing.
+        """
+
     @property
     def where(self) -> str:
         """Names the step in messages."""
         return f"{self.reducer} step at block {self.block}"
 
 
-def take_fields(reducer: str, block: int, fields: Mapping[str, Any], known: set[str]) -> None:
-    """Check that exactly the `known` fields are there.
+@dataclass(frozen=True)
+class InnerStep(Step):
+    """A step between attention and MLP, which chooses for each image.
+
+    Class attributes:
+        proportional: whether its paper adds log(size) to the logits: the default of plans made for it.
+    """
+
+    place: ClassVar[Literal["input", "inner"]] = "inner"
+    proportional: ClassVar[bool] = False
+
+    @property
+    def carries_size(self) -> bool:
+        """Whether it merges by size: tokens of the plan then have sizes."""
+        return False
+
+    def fields(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "block"}
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Need]:
+        """What it asks of the block's attention."""
+
+    @abstractmethod
+    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+        """Decide for each image which tokens stay and where the others go: index maps of a fixed shape."""
+
+    def check_model(self, description: ViTDescription) -> None:
+        if "class_attention" in self.needs and not description.class_token:
+            raise PlanError(
+                f"the {self.where} scores patches by the class token's attention, "
+                f"and {description.name} has no class token",
+                expected="a model with a class token",
+                fix="use a reducer that needs none: tome, pitome, gtp with score 'graph', or a static mask",
+            )
+
+    def _limit(self, name: str, value: int, low: int, high: int, tokens: Tokens, why: str) -> None:
+        """Refuse a count outside `low`..`high`, naming the block and the limit."""
+        if low <= value <= high:
+            return
+        limit = f"{low} to {high}" if low <= high else "more tokens"
+        raise PlanError(
+            f"{name} of the {self.where} is {value}",
+            expected=f"{limit}: {why} ({tokens.prefix} prefix and {tokens.patches} patch tokens enter it)",
+            fix="reduce less here, or earlier blocks less",
+        )
+
+
+def after_choice(tokens: Tokens, patches: int) -> Tokens:
+    """The tokens behind a step that chooses by image."""
+    return Tokens(tokens.prefix, patches, None)
+
+
+class Fields:
+    """Reads a reducer's own fields of a plan, each with its type.
+
+    Args:
+        required: fields that must be there.
+        optional: fields that may be left out, with their defaults.
 
     Raises:
-        PlanError: naming what is missing or unknown.
+        PlanError: naming what is missing, unknown or malformed.
     """
-    missing, unknown = sorted(known - set(fields)), sorted(set(fields) - known)
-    if missing or unknown:
-        found = f"lacks {', '.join(missing)}" if missing else f"has the unknown field {', '.join(unknown)}"
-        raise PlanError(
-            f"the {reducer} step at block {block} {found}", expected=f"exactly the fields {', '.join(sorted(known))}"
-        )
+
+    def __init__(
+        self,
+        reducer: str,
+        block: int,
+        values: Mapping[str, Any],
+        required: Sequence[str],
+        optional: Mapping[str, Any] | None = None,
+    ) -> None:
+        optional = optional or {}
+        known = {*required, *optional}
+        self.where = f"{reducer} step at block {block}"
+        missing, unknown = sorted(set(required) - set(values)), sorted(set(values) - known)
+        if missing or unknown:
+            found = f"lacks {', '.join(missing)}" if missing else f"has the unknown field {', '.join(unknown)}"
+            only = "exactly" if not optional else "only"
+            raise PlanError(f"the {self.where} {found}", expected=f"{only} the fields {', '.join(sorted(known))}")
+        self.values = {**optional, **values}
+
+    def whole(self, name: str, low: int = 0) -> int:
+        value = self.values[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise PlanError(f"{name} of the {self.where} is {value!r}", expected=f"a whole number, at least {low}")
+        return value
+
+    def number(self, name: str, low: float | None = None) -> float:
+        value = self.values[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        try:
+            number = float(value) if is_number else math.nan
+        except OverflowError:
+            number = math.nan
+        if not math.isfinite(number) or (low is not None and number < low):
+            limit = "" if low is None else f", at least {low:g}"
+            raise PlanError(f"{name} of the {self.where} is {value!r}", expected=f"a finite number{limit}")
+        return number
+
+    def flag(self, name: str) -> bool:
+        value = self.values[name]
+        if not isinstance(value, bool):
+            raise PlanError(f"{name} of the {self.where} is {value!r}", expected="true or false")
+        return value
+
+    def word(self, name: str, words: Sequence[str]) -> str:
+        value = self.values[name]
+        if not isinstance(value, str) or value not in words:
+            raise PlanError(f"{name} of the {self.where} is {value!r}", expected=" or ".join(words))
+        return value

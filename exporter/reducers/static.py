@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from vp_exporter.errors import PlanError
-from vp_exporter.reducers.base import Step, Tokens, take_fields
+from vp_exporter.reducers.base import Fields, Step, Tokens
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class StaticStep(Step):
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
-        take_fields(cls.reducer, block, fields, {"keep"})
-        keep = fields["keep"]
+        keep = Fields(cls.reducer, block, fields, ["keep"]).values["keep"]
         if not isinstance(keep, Sequence) or isinstance(keep, str):
             raise PlanError(f"keep of the static step at block {block} is {keep!r}", expected="a list of positions")
         odd = [value for value in keep if isinstance(value, bool) or not isinstance(value, int)]

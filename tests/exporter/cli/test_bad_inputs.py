@@ -164,8 +164,8 @@ EXPORT = [
          r"the plan has image_size \[64, 64\]; expected \[96, 96\], as vit_tiny.* has; positions do not carry over"),
     Case("plan-not-json", {"masks": None, "plan": lambda w: w.file("p.json", "{")}, 2,
          r"the plan is not JSON: .*; expected the JSON of a vp-plan"),
-    Case("no-plan", {"masks": None}, 2, r"no plan is named; expected one of --plan FILE.json or --masks FILE.npy"),
-    Case("plan-and-mask", {"plan": lambda w: w.inputs.plan}, 2, r"both --plan and --masks are given; expected one of"),
+    Case("no-plan", {"masks": None}, 2, r"no plan is named; expected one of --plan FILE.json, --masks FILE.npy or --m"),
+    Case("plan-and-mask", {"plan": lambda w: w.inputs.plan}, 2, r"--plan and --masks are given together; expected one"),
     # models and weights
     Case("unknown-model", {"model": "vit_tinny_patch16_224"}, 2,
          r"no model 'vit_tinny_patch16_224'; expected a timm model name; did you mean vit_tiny_patch16_224"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,10 +41,10 @@ def batch(size: int = 3) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((size, 3, 64, 64), dtype=np.float32)
 
 
-def reduced_vit(inputs: Inputs) -> ReducedViT:
+def reduced_vit(inputs: Inputs, plan: Path | None = None) -> ReducedViT:
     args = dict(word.split("=") for word in model_args())
     model = load_model(ModelRequest(NAME, {key: int(value) for key, value in args.items()}, inputs.weights))
-    return ReducedViT(model.vit, model.description, ReductionPlan.load(inputs.plan))
+    return ReducedViT(model.vit, model.description, ReductionPlan.load(plan or inputs.plan))
 
 
 def test_engine_computes_what_pytorch_does(exported: Path, inputs: Inputs) -> None:
@@ -86,6 +87,58 @@ def test_plan_gives_the_bundle_of_its_mask_as_json(exported: Path, inputs: Input
     assert found["report"] == json.loads((out / "report.json").read_text())
     assert "building the reduced engine (ort, fp32)" in result.stderr
     assert str(tmp_path) not in result.stdout
+
+
+# Each is one way of saying how much goes: -> tokens that leave the two blocks (17 enter), what the plan says was asked.
+METHODS: list[tuple[dict[str, Any], list[int], dict[str, Any]]] = [
+    ({"method": "tome", "r": 3}, [14, 11], {"r": 3}),
+    ({"method": "tome", "r": 3, "schedule": "decreasing"}, [11, 11], {"r": 3, "schedule": "decreasing"}),
+    ({"method": "tome", "r": "0,4"}, [17, 13], {"r": [0, 4]}),
+    ({"method": "ppt", "r": 4, "tau": 0.001}, [13, 9], {"r": 4, "tau": 0.001}),
+    ({"method": "evit", "keep_rate": 0.7, "blocks": 1}, [17, 14], {"keep_rate": 0.7, "blocks": [1]}),
+    ({"method": "bat", "keep_rate": 0.7, "method_arg": ["clusters=2", "pairs=1"]}, [13, 10],
+     {"keep_rate": 0.7, "args": {"clusters": 2, "pairs": 1}}),
+    ({"method": "topk", "keep_rate": 0.5, "method_arg": "score=ats"}, [9, 5],
+     {"keep_rate": 0.5, "args": {"score": "ats"}}),
+    ({"method": "diffrate", "method_arg": ["prune_to=[15,9]", "merge_to=[12,6]"]}, [12, 6],
+     {"args": {"prune_to": [15, 9], "merge_to": [12, 6]}}),
+    ({"method": "pitome", "r": 3, "proportional_attention": True}, [14, 11], {"r": 3, "proportional_attention": True}),
+    ({"method": "gtp", "r": 3}, [14, 11], {"r": 3}),
+    ({"method": "random", "keep_rate": 0.5, "seed": 1}, [9, 9], {"keep_rate": 0.5, "seed": 1}),
+    ({"method": "grid", "keep_rate": 0.6}, [11, 11], {"keep_rate": 0.6}),
+    ({"method": "center", "target_macs": 0.65}, [11, 11], {"target_macs": 0.65}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "tokens", "asked"), METHODS)
+@pytest.mark.usefixtures("ready_engines")
+def test_method_writes_its_plan_into_the_bundle(
+    options: dict[str, Any], tokens: list[int], asked: dict[str, Any], inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "new.vpe"
+    result = call(export.app, *argv(export_options(inputs, out, masks=None, no_validate=True, **options)))
+    assert result.exit_code == 0, result.output
+    plan = ReductionPlan.load(out / "plan.json")
+    assert [row.mlp for row in plan.tokens()] == tokens
+    assert (plan.method, plan.budget) == (options["method"], asked)
+    manifest = verify_bundle(out).manifest
+    assert (manifest.plan.method, manifest.plan.fingerprint) == (options["method"], plan.fingerprint())
+    assert plan.proportional_attention == (options["method"] in ("tome", "ppt", "diffrate", "pitome", "gtp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"method": "tome", "target_macs": 0.75}, {"method": "evit", "target_macs": 0.65}])
+def test_method_makes_an_engine(options: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
+    """The engine computes what PyTorch does under the bundle's own plan."""
+    out = tmp_path / "new.vpe"
+    result = call(
+        export.app, *argv(export_options(inputs, out, masks=None, no_validate=True, no_dense=True, **options))
+    )
+    assert result.exit_code == 0, result.output
+    images = batch()
+    with vp_engines.load(out) as engine, torch.no_grad():
+        wanted = reduced_vit(inputs, out / "plan.json")(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(engine.run(images)["logits"], wanted, atol=1e-4)
 
 
 @pytest.mark.usefixtures("ready_engines")
@@ -230,6 +283,19 @@ def test_inspect_plan(inputs: Inputs) -> None:
     assert "static@0, static@1" in result.stdout
     assert "pass --model NAME" in result.stdout
     assert "ratio 1.486" in call(inspect.app, inputs.plan, *MODEL, "--num-classes", "3").stdout
+
+
+def test_inspect_method() -> None:
+    """A preview: tokens and MACs of a method on a model, without a plan file."""
+    words = ["--model", "deit_small_patch16_224", "--method", "ppt", "--preset", "ppt-deit-s"]
+    result = call(inspect.app, *words)
+    assert result.exit_code == 0
+    for text in ("plan by method ppt", "ppt@3, ppt@6, ppt@9", "2.941 G of 4.599 G", "197 > 147", "97 > 49"):
+        assert text in result.stdout
+    found = json.loads(call(inspect.app, *words, "--json").stdout)
+    assert found["tokens"][9] == [97, 49]
+    assert found["plan"]["provenance"]["preset"] == "ppt-deit-s"
+    assert ReductionPlan.from_dict(found["plan"]).fingerprint() == found["fingerprint"]
 
 
 def test_inspect_mask(inputs: Inputs) -> None:

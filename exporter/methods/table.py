@@ -1,0 +1,31 @@
+"""The methods by name. Adding one whose reducer exists: add its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vp_exporter.methods.base import Method
+from vp_exporter.methods.diffrate import DiffRateMethod
+from vp_exporter.methods.merging import MergingMethod, all_but_one
+from vp_exporter.methods.stages import StageMethod
+from vp_exporter.methods.static import StaticMethod
+
+_SLOPED = ("r", "schedule", "blocks", "target_macs")
+_STAGED = ("keep_rate", "blocks", "target_macs")
+_RATE_OR_LIST = (("keep_rate",), ("tokens_out",))
+_MASK = ("keep_rate", "target_macs")
+
+_METHODS: tuple[Method, ...] = (
+    MergingMethod("tome", _SLOPED, (("r",),)),
+    MergingMethod("ppt", ("r", "keep_rate", "tau", "blocks", "target_macs"), (("r",), ("keep_rate",)), staged=True),
+    StageMethod("evit", _STAGED, _RATE_OR_LIST, ("tokens_out", "fuse")),
+    StageMethod("topk", _STAGED, _RATE_OR_LIST, ("tokens_out", "score")),
+    StageMethod("bat", _STAGED, _RATE_OR_LIST, ("tokens_out", "clusters", "pairs", "weights")),
+    DiffRateMethod("diffrate", ("blocks", "target_macs"), (("prune_to", "merge_to"),), ("prune_to", "merge_to")),
+    MergingMethod("pitome", _SLOPED, (("r",),), ("margin",)),
+    MergingMethod("gtp", _SLOPED, (("r",),), ("alpha", "score", "graph", "neighbours"), limit=all_but_one),
+    StaticMethod("random", (*_MASK, "seed"), (("keep_rate",),)),
+    StaticMethod("grid", _MASK, (("keep_rate",),)),
+    StaticMethod("center", _MASK, (("keep_rate",),)),
+)
+METHODS: Mapping[str, Method] = {method.name: method for method in _METHODS}

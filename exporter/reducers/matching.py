@@ -1,0 +1,34 @@
+"""Bipartite soft matching of the patch tokens (Bolya et al., ICLR 2023, section 3), shared by ToMe and PPT."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vp_exporter.reducers import ops
+from vp_exporter.reducers.stream import Merge
+
+
+def match(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Merge]:
+    """Merge the r patch tokens of A that resemble a token of B most.
+
+    A holds the patch tokens at even positions of the sequence, B those at odd ones, as in the paper for a class token
+    at position 0. Ties go to the lowest index.
+
+    Args:
+        keys: float32 [B, N, d_h], the similarity's metric.
+        prefix: P, tokens in front that take no part.
+        r: tokens to merge, at most half of the patch tokens.
+
+    Returns:
+        The rows that stay, int64 [B, N - r] (prefix, rest of A ascending, B ascending), and what merges into them.
+    """
+    tokens = keys.shape[1]
+    first_a, first_b = prefix + prefix % 2, prefix + (prefix + 1) % 2
+    b_rows = range(first_b, tokens, 2)
+    metric = ops.unit(keys)
+    score, partner = ops.best(metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2))
+    order = ops.ranking(score)
+    source, rest = order[:, :r], ops.ascending(order[:, r:])
+    keep = ops.frame(rest, prefix, b_rows, scale=2, shift=first_a)
+    into = ops.take(partner, source) + (prefix + rest.shape[1])
+    return keep, Merge(source * 2 + first_a, into)

@@ -1,0 +1,67 @@
+"""PPT: prune or pool, decided for each image and layer by how peaked the scores are (Wu et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+
+if TYPE_CHECKING:
+    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+
+
+@dataclass(frozen=True)
+class PptStep(InnerStep):
+    """Remove `r` tokens: merge similar ones where scores are flat (variance below `tau`), else drop the lowest.
+
+    `tau` belongs to a model and a number of tokens: scores sum to 1, so their variance falls with the token count.
+    """
+
+    r: int = 0
+    tau: float = 0.0
+
+    reducer: ClassVar[str] = "ppt"
+    proportional: ClassVar[bool] = True
+
+    @classmethod
+    def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
+        read = Fields(cls.reducer, block, fields, ["r", "tau"])
+        return cls(block, read.whole("r", 1), read.number("tau", 0.0))
+
+    @property
+    def carries_size(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"class_attention", "value_norm", "keys"})
+
+    def apply(self, tokens: Tokens) -> Tokens:
+        self._limit("r", self.r, 1, tokens.patches // 2, tokens, "at most half of the patch tokens can merge")
+        return after_choice(tokens, tokens.patches - self.r)
+
+    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+        import torch
+
+        from vp_exporter.reducers import ops
+        from vp_exporter.reducers.matching import match
+        from vp_exporter.reducers.stream import Merge, TokenMap
+
+        assert seen.class_attention is not None
+        assert seen.value_norm is not None
+        assert seen.keys is not None
+        prefix = stream.prefix
+        scores = (seen.class_attention * seen.value_norm)[:, prefix:]
+        scores = scores / scores.sum(dim=1, keepdim=True)
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        variance = centred.square().sum(dim=1, keepdim=True) / max(1, scores.shape[1] - 1)
+        pool = variance < self.tau  # [B, 1]
+        pooled, merge = match(seen.keys, prefix, self.r)
+        kept = ops.highest(scores, scores.shape[1] - self.r)
+        pruned = ops.frame(kept, prefix, shift=prefix)
+        # Both policies are maps of one shape: an image that prunes takes its own rows and merges with weight 0.
+        one = torch.ones_like(merge.source, dtype=torch.float32)
+        weight = pool.float() * (one if stream.size is None else ops.take(stream.size, merge.source))
+        return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))

@@ -1,0 +1,188 @@
+"""What flows through a reduced model, what a reducer sees of a block's attention, and the map it answers with.
+
+Every reducer only *chooses*: it returns a `TokenMap` of index tensors with static shapes. `reduce_tokens` is the one
+place that moves tokens: one gather for what stays and one matrix product for what is merged, so no engine ever sees a
+scatter (whose order would be undefined where several tokens merge into one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vp_exporter.reducers import ops
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The tokens between two blocks.
+
+    Attributes:
+        x: [B, N, D].
+        prefix: P, prefix tokens in front.
+        log_size: float32 [B, N], its logarithm, where attention is proportional.
+        size: float32 [B, N], patches that each token stands for; None while every one stands for itself (or where the
+            plan does not carry sizes).
+        positions: int64 [B, n] or [1, n], places of the patch tokens in the original grid, as `ops.grid_codes`; None
+            where no step asks.
+        columns: of that grid.
+    """
+
+    x: Tensor
+    prefix: int
+    size: Tensor | None = None
+    log_size: Tensor | None = None
+    positions: Tensor | None = None
+    columns: int = 0
+
+    @property
+    def patches(self) -> int:
+        """n, the patch tokens."""
+        return self.x.shape[1] - self.prefix
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a block's attention shows, all float32; None where the step did not ask (`InnerStep.needs`).
+
+    Attributes:
+        class_attention: [B, N], the class token's attention, averaged over heads.
+        keys: [B, N, d_h], summed over heads (every use is a cosine, which knows no scale).
+        value_norm: [B, N], Euclidean norm of the value over all heads.
+        graph_score: [B, N], GTP's score of the whole attention map.
+    """
+
+    class_attention: Tensor | None = None
+    keys: Tensor | None = None
+    value_norm: Tensor | None = None
+    graph_score: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Weighted means: source r joins output row `into[r]`.
+
+    Attributes:
+        source: int64 [B, R], rows of the entering sequence.
+        into: int64 [B, R], rows of the output.
+        source_weight: [B, R]; None takes the tokens' sizes.
+        keep_weight: [B, K], of what stands in the output rows already; None takes their sizes.
+        source_size: [B, R], the size that a source brings; None takes source_weight (or the sizes, where that is None).
+    """
+
+    source: Tensor
+    into: Tensor
+    source_weight: Tensor | None = None
+    keep_weight: Tensor | None = None
+    source_size: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Propagation: output += mix @ x[source]. `source` int64 [B, R], `mix` float32 [B, K, R]."""
+
+    source: Tensor
+    mix: Tensor
+
+
+@dataclass(frozen=True)
+class Pool:
+    """New tokens behind the kept ones: rows @ x[source].
+
+    Attributes:
+        source: int64 [B, R], rows of the entering sequence.
+        rows: float32 [B, E, R], weights.
+        members: float32 [1 or B, E, R], 1 where a source is part of the new token: whose sizes add up.
+        places: int64 [B, E], the entering rows whose grid positions the new tokens take.
+    """
+
+    source: Tensor
+    rows: Tensor
+    members: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """A reducer's answer: rows that stay (int64 [B, K], prefix included, in output order) and where others go."""
+
+    keep: Tensor
+    merge: Merge | None = None
+    spread: Spread | None = None
+    pool: Pool | None = None
+
+
+def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool) -> Stream:
+    """Carry out a map.
+
+    Args:
+        carry_size: compute the new tokens' sizes.
+    """
+    x, size = ops.take_rows(stream.x, chosen.keep), None
+    if stream.size is not None:
+        size = ops.take(stream.size, chosen.keep)
+    if chosen.merge is not None:
+        share, size = _shares(stream, chosen.keep, size, chosen.merge)
+        # The mean as a correction of the row that stays: x_j + sum_i w_i (x_i - x_j) / sum w. Only the R sources and
+        # their partners are touched, where weighting every kept row would be one more pass over the whole sequence.
+        partner = ops.take(chosen.keep, chosen.merge.into)
+        change = ops.take_rows(stream.x, chosen.merge.source) - ops.take_rows(stream.x, partner)
+        x = x + share.to(x.dtype) @ change
+    if chosen.spread is not None:
+        source = chosen.spread.source
+        x = x + chosen.spread.mix.to(x.dtype) @ ops.take_rows(stream.x, source)
+        if carry_size:
+            mass = (
+                chosen.spread.mix.sum(-1)
+                if stream.size is None
+                else _mix(chosen.spread.mix, ops.take(stream.size, source))
+            )
+            size = mass + (1.0 if size is None else size)
+    if chosen.pool is not None:
+        pool = chosen.pool
+        x = torch.cat([x, pool.rows.to(x.dtype) @ ops.take_rows(stream.x, pool.source)], dim=1)
+        if carry_size:
+            mass = (
+                pool.members.sum(-1) + torch.zeros_like(pool.places, dtype=torch.float32)
+                if stream.size is None
+                else _mix(pool.members, ops.take(stream.size, pool.source))
+            )
+            kept = torch.ones_like(chosen.keep, dtype=torch.float32) if size is None else size
+            size = torch.cat([kept, mass], dim=1)
+    positions = None if stream.positions is None else _positions(stream, chosen)
+    return Stream(x, stream.prefix, size if carry_size else None, None, positions, stream.columns)
+
+
+def _shares(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge) -> tuple[Tensor, Tensor | None]:
+    """Each source's share in each output row [B, K, R], and the new sizes [B, K]."""
+    member = ops.one_hot(merge.into, keep.shape[1])
+    weight = merge.source_weight
+    if weight is None and stream.size is not None:
+        weight = ops.take(stream.size, merge.source)
+    weighted = member if weight is None else member * weight[:, None, :]
+    added = weighted.sum(-1)
+    base = merge.keep_weight if merge.keep_weight is not None else size
+    total = added + (1.0 if base is None else base)
+    if merge.keep_weight is None and merge.source_size is None:
+        new_size = total
+    else:
+        brings = merge.source_size
+        if brings is None and stream.size is not None:
+            brings = ops.take(stream.size, merge.source)
+        new_size = (member.sum(-1) if brings is None else _mix(member, brings)) + (1.0 if size is None else size)
+    return weighted / total[:, :, None], new_size
+
+
+def _mix(rows: Tensor, values: Tensor) -> Tensor:
+    """rows [B, K, R] times values [B, R] -> [B, K]."""
+    return (rows @ values[:, :, None]).squeeze(-1)
+
+
+def _positions(stream: Stream, chosen: TokenMap) -> Tensor:
+    assert stream.positions is not None
+    rows = chosen.keep[:, stream.prefix :]
+    if chosen.pool is not None:
+        rows = torch.cat([rows, chosen.pool.places], dim=1)
+    return ops.take_positions(stream.positions, rows - stream.prefix)

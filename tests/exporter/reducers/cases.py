@@ -1,0 +1,221 @@
+"""Every reducer in each of its variants, batches of made-up tokens for them, and plans of them.
+
+Tokens come in two regimes. "Exact" ones are made so that float32 and float64 compute every comparison without rounding:
+ties abound and every one must be broken as the specification says, with no image excepted. "Rough" ones are noise,
+where two candidates may lie closer than float32 can tell; the oracle's margin names those images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from tests.exporter.reducers.oracles import Image
+from tests.exporter.tiny import tiny_vit
+from vp_exporter.models import ViTDescription
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.reduced import ReducedViT
+from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
+from vp_exporter.reducers.stream import Seen, Stream
+
+Pick = Callable[[int, int], int]  # a whole number from low to high, both included
+
+# id -> reducer and the fields that are no counts.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tome": ("tome", {}),
+    "ppt-pool": ("ppt", {"tau": 1e9}),
+    "ppt-prune": ("ppt", {"tau": 0.0}),
+    "ppt-mixed": ("ppt", {"tau": None}),  # to be set between the variances of the images at hand
+    "evit-fuse": ("evit", {"fuse": True}),
+    "evit": ("evit", {"fuse": False}),
+    "topk": ("topk", {"score": "class"}),
+    "topk-ats": ("topk", {"score": "ats"}),
+    "diffrate": ("diffrate", {}),
+    "bat": ("bat", {"weights": "attention"}),
+    "bat-size": ("bat", {"weights": "size"}),
+    "bat-clusters-only": ("bat", {"pairs": 0}),
+    "bat-pairs-only": ("bat", {"clusters": 0}),
+    "pitome": ("pitome", {"margin": 0.5}),
+    **{
+        f"gtp-{score}-{graph}": ("gtp", {"alpha": 0.3, "score": score, "graph": graph})
+        for score in ("class", "graph")
+        for graph in ("mixed", "spatial", "semantic")
+    },
+}
+# Reducers that lose nothing and average: every token that leaves is a mean of tokens that entered.
+PURE_MERGES = ("tome", "ppt-pool", "bat", "bat-size", "bat-clusters-only", "bat-pairs-only", "pitome")
+WITHOUT_CLASS_TOKEN = ("average-pool", "map-pool", "rms-norm-swiglu")  # kinds of tests/exporter/tiny.py
+NEED_NONE = ("tome", "pitome", "gtp-graph-mixed", "gtp-graph-spatial", "gtp-graph-semantic")
+
+
+def needs_class(variant: str) -> bool:
+    return variant not in NEED_NONE
+
+
+def make_step(
+    variant: str, tokens: Tokens, pick: Pick, block: int = 0, *, exact: bool = False, **more: Any
+) -> InnerStep:
+    """The variant with counts that `tokens` allow (2 patch tokens or more; 3 for pairs and clusters alone).
+
+    Args:
+        exact: choose such counts and fields that no comparison rounds.
+        more: fields that are laid down.
+    """
+    reducer, fixed = VARIANTS[variant]
+    prefix, n = tokens.prefix, tokens.patches
+    fields = dict(fixed)
+    if reducer in ("tome", "ppt", "pitome"):
+        fields["r"] = pick(1, n // 2)
+    elif reducer == "gtp":
+        fields |= {"r": pick(1, n - 1), "neighbours": pick(1, 4)}
+    elif reducer in ("evit", "topk"):
+        fields["tokens_out"] = pick(prefix + 1 + int(fields.get("fuse", False)), prefix + n)
+    elif reducer == "diffrate":
+        fields["prune_to"] = pick(prefix + 1, prefix + n)
+        fields["merge_to"] = pick(prefix + 1, fields["prune_to"])
+    else:
+        fields |= _bat_counts(variant, prefix, n, pick, exact)
+    if exact and reducer == "pitome":
+        fields["margin"] = -1.25  # cosines minus it are above 0: no exponential
+    if fields.get("tau", 0) is None and "tau" not in more:
+        fields["tau"] = 1e-3
+    step = step_from_dict({"block": block, "reducer": reducer, **fields, **more})
+    assert isinstance(step, InnerStep)
+    return step
+
+
+def _bat_counts(variant: str, prefix: int, n: int, pick: Pick, exact: bool) -> dict[str, int]:
+    if variant == "bat-pairs-only":
+        inattentive = 0
+    else:
+        inattentive = pick(1 if variant == "bat-clusters-only" else 0, n)
+        if exact and inattentive:  # their mean is taken: a power of 2 divides without rounding
+            inattentive = 2 ** (inattentive.bit_length() - 1)
+    clusters = pick(1, inattentive) if inattentive else 0
+    pairs = 0 if variant == "bat-clusters-only" else pick(0, (n - inattentive) // 2)
+    return {"tokens_out": prefix + n - inattentive - pairs + clusters, "clusters": clusters, "pairs": pairs}
+
+
+# Rows of length a power of 2 (or 0), so that unit rows and cosines are exact; several are parallel or equal.
+EXACT_ROWS = [
+    [1, 0, 0, 0], [0, 1, 0, 0], [-1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, -1], [1, 1, 1, 1], [2, 2, 2, 2],
+    [1, -1, 1, -1], [1, 1, -1, -1], [-0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0],
+]  # fmt: skip
+
+
+def exact_image(prefix: int, grid: tuple[int, int], draw: Callable[[int, int], Sequence[int]], *, sized: bool) -> Image:
+    """Tokens of width 4 in which ties abound. `draw(count, high)` gives whole numbers from 0 to high."""
+    n = grid[0] * grid[1]
+    total, heads, most = prefix + n, 2, len(EXACT_ROWS) - 1
+    rows = np.array(EXACT_ROWS, dtype=float)
+    keys = rows[list(draw(total, most))]
+    attention = np.array(draw(total * total, 3), dtype=float).reshape(1, total, total) / 64 + 1 / 64
+    size = [1.0] * prefix + [(1.0, 2.0, 0.5, 4.0)[i] for i in (draw(n, 3) if sized else [0] * n)]
+    return Image(
+        rows[list(draw(total, most))], np.array(size), np.arange(n), prefix, grid,
+        np.concatenate([attention] * heads), np.stack([keys] * heads), np.stack([keys[::-1]] * heads),
+    )  # fmt: skip
+
+
+def rough_image(prefix: int, grid: tuple[int, int], rng: np.random.Generator, *, sized: bool) -> Image:
+    """Noise; class attention is drawn from few numbers, so that scores tie."""
+    n = grid[0] * grid[1]
+    total, heads, width = prefix + n, 3, 5
+
+    def noise(*shape: int) -> np.ndarray:
+        return np.asarray(rng.normal(size=shape).astype(np.float32).astype(float))
+
+    attention = rng.exponential(size=(heads, total, total)) ** 2 + 0.01
+    attention[:, 0] = rng.choice(attention[0, 0], size=total)
+    size = [1.0] * prefix + list(rng.choice([1.0, 2.0, 3.0, 0.7], n) if sized else np.ones(n))
+    return Image(
+        noise(total, 8), np.array(size), rng.permutation(n), prefix, grid,
+        attention / attention.sum(-1, keepdims=True), noise(heads, total, width), noise(heads, total, width),
+    )  # fmt: skip
+
+
+def as_stream(images: Sequence[Image], *, sized: bool, shared_places: bool = False) -> Stream:
+    """A batch as the reducers get it. `shared_places`: one table of positions for all images."""
+    places = [ops.grid_codes(image.positions.tolist(), image.grid[1]) for image in images]
+    return Stream(
+        batch(image.x for image in images),
+        images[0].prefix,
+        batch(image.size for image in images) if sized else None,
+        positions=places[0] if shared_places else torch.cat(places),
+        columns=images[0].grid[1],
+    )
+
+
+def as_seen(images: Sequence[Image]) -> Seen:
+    """What the attention shows of a batch, rounded to float32 once."""
+    rows = [range(len(image.x)) for image in images]
+    graph = [image.attention.diagonal(axis1=1, axis2=2).max(0) * image.attention.sum(1).max(0) for image in images]
+    return Seen(
+        batch([image.class_attention(j) for j in row] for image, row in zip(images, rows, strict=True)),
+        batch(image.keys.sum(0) for image in images),
+        batch([image.value_norm(j) for j in row] for image, row in zip(images, rows, strict=True)),
+        batch(graph),
+    )
+
+
+def batch(arrays: Any) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(array, dtype=np.float32) for array in arrays]))
+
+
+def tau_between(images: Sequence[Image]) -> float:
+    """A tau for ppt that lies in the widest gap of the images' variances, so that both policies are taken."""
+    scores = [np.array([image.class_attention(j) * image.value_norm(j) for j in image.patches]) for image in images]
+    return widest_gap([float((score / score.sum()).var(ddof=1)) for score in scores])
+
+
+def widest_gap(values: Sequence[float]) -> float:
+    """The middle of the widest gap between neighbouring values."""
+    return max((high - low, (low + high) / 2) for low, high in pairwise(sorted(values)))[1]
+
+
+def score_variances(model: ReducedViT, block: int, images: torch.Tensor) -> list[float]:
+    """What ppt compares with tau at a block, for each image."""
+    spread: list[float] = []
+
+    def look(_module: object, _args: object, seen: Seen) -> None:
+        assert seen.class_attention is not None
+        assert seen.value_norm is not None
+        score = (seen.class_attention * seen.value_norm)[:, model.description.prefix_tokens :]
+        spread.extend((score / score.sum(1, keepdim=True)).var(1).tolist())
+
+    hook = model.blocks[block].see.register_forward_hook(look)
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    return spread
+
+
+@cache
+def model_of(kind: str) -> tuple[nn.Module, ViTDescription]:
+    """`tiny_vit`, made once: nobody here changes its parameters."""
+    return tiny_vit(kind)
+
+
+def make_plan(
+    description: ViTDescription, variants: dict[int, str], pick: Pick, *, proportional: bool = False, **more: Any
+) -> ReductionPlan:
+    """A plan with the variant of each block; `more` goes to every step."""
+    tokens = Tokens(description.prefix_tokens, description.patches, tuple(range(description.patches)))
+    steps = []
+    for block, variant in sorted(variants.items()):
+        if tokens.patches < 3:
+            break
+        steps.append(make_step(variant, tokens, pick, block, **more))
+        tokens = steps[-1].apply(tokens)
+    return ReductionPlan(description.plan_model(), tuple(steps), proportional_attention=proportional)
+
+
+def middle(low: int, high: int) -> int:
+    """A `Pick` that goes for moderate counts: a third of the way up from half."""
+    return max(low, min(high, (low + 2 * high) // 3))

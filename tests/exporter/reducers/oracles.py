@@ -1,0 +1,329 @@
+"""docs/reducers.md read aloud: every token reducer for one image, in float64, with loops. Slow on purpose.
+
+Each oracle takes an `Image` and the reducer's fields and returns (x [N', D], size [N'], positions [n']) in output
+order. A row that others are merged into keeps its own position; a fused row has that of the first token fused, and a
+cluster its centre's. Sizes are always computed; a caller whose plan carries none ignores them.
+
+Float32 code may rightly decide otherwise where two candidates are nearly tied. So every oracle notes in
+`Image.margins` how clear each decision was that it took; `Image.margin` is the smallest. An exact tie goes to the
+lowest index, which is a rule and no accident of rounding: it is not noted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+Result = tuple[np.ndarray, np.ndarray, np.ndarray]
+Row = tuple[np.ndarray, float, int]  # token [D], size, position
+Group = tuple[int, list[int]]  # the member whose position the merged token has, and all members
+
+TINY = 1e-12
+
+
+@dataclass
+class Image:
+    """What a reducer sees of one image.
+
+    Attributes:
+        x: tokens after the attention [N, D].
+        size: patches that each token stands for [N]; 1 for prefix tokens.
+        positions: of the patch tokens in the original patch grid, row-major [n].
+        prefix: P, tokens in front that are never touched.
+        grid: rows and columns of the original patch grid.
+        attention: softmax of every head, biases and log sizes included: row i is query i [H, N, N].
+        keys, values: of every head [H, N, d_h].
+        margins: filled by the oracles: how clear each decision was, relative to the numbers compared.
+    """
+
+    x: np.ndarray
+    size: np.ndarray
+    positions: np.ndarray
+    prefix: int
+    grid: tuple[int, int]
+    attention: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    margins: list[float] = field(default_factory=list)
+
+    @property
+    def patches(self) -> list[int]:
+        """Indices of the patch tokens in the sequence."""
+        return list(range(self.prefix, len(self.x)))
+
+    @property
+    def margin(self) -> float:
+        """The least clear decision so far; infinity where there was none."""
+        return min(self.margins, default=math.inf)
+
+    def class_attention(self, j: int) -> float:
+        return sum(float(head[0, j]) for head in self.attention) / len(self.attention)
+
+    def key(self, j: int) -> np.ndarray:
+        return sum(head[j] for head in self.keys) / len(self.keys)
+
+    def value_norm(self, j: int) -> float:
+        return math.sqrt(sum(float(number) ** 2 for head in self.values for number in head[j]))
+
+    def position(self, j: int) -> int:
+        return int(self.positions[j - self.prefix])
+
+    def row(self, j: int) -> Row:
+        """Token j as it is."""
+        return self.x[j], float(self.size[j]), self.position(j)
+
+
+def note(image: Image, a: float, b: float, scale: float | None = None) -> None:
+    """Note that a decision hung on a differing from b; `scale` is what rounding is relative to, if not to them."""
+    if a != b:
+        image.margins.append(abs(a - b) / (max(abs(a), abs(b)) if scale is None else scale))
+
+
+def rank(scores: dict[int, float]) -> list[int]:
+    """Indices by descending score, the lowest index first among equals."""
+    return sorted(scores, key=lambda j: (-scores[j], j))
+
+
+def top(image: Image, scores: dict[int, float], count: int, scale: float | None = None) -> list[int]:
+    """The `count` indices of highest score, best first; notes how clearly they beat the others."""
+    ranked = rank(scores)
+    for chosen in ranked[:count]:
+        for other in ranked[count:]:
+            note(image, scores[chosen], scores[other], scale)
+    return ranked[:count]
+
+
+def cosine(u: np.ndarray, v: np.ndarray) -> float:
+    lengths = [math.sqrt(float(w @ w)) for w in (u, v)]
+    return float((u / lengths[0]) @ (v / lengths[1])) if all(lengths) else 0.0
+
+
+def output(image: Image, rows: list[Row]) -> Result:
+    """The prefix tokens untouched, then the rows."""
+    x = [image.x[j] for j in range(image.prefix)] + [row[0] for row in rows]
+    size = [image.size[j] for j in range(image.prefix)] + [row[1] for row in rows]
+    return np.array(x), np.array(size), np.array([row[2] for row in rows], dtype=int)
+
+
+def size_weighted(image: Image, j: int, sources: list[int]) -> Row:
+    """Token j with its sources merged in."""
+    total, x = 0.0, np.zeros(image.x.shape[1])
+    for i in [j, *sources]:
+        total += float(image.size[i])
+        x = x + image.size[i] * image.x[i]
+    return x / total, total, image.position(j)
+
+
+def tome(image: Image, r: int) -> Result:
+    even = [j for j in image.patches if j % 2 == 0]
+    odd = [j for j in image.patches if j % 2 == 1]
+    similar = {a: {b: cosine(image.key(a), image.key(b)) for b in odd} for a in even}
+    score = {a: max(similar[a].values()) for a in even}
+    merged = top(image, score, r, scale=1.0)
+    sources: dict[int, list[int]] = {b: [] for b in odd}
+    for a in merged:
+        partner = top(image, similar[a], 1, scale=1.0)[0]
+        sources[partner].append(a)
+    rows = [image.row(a) for a in even if a not in merged]
+    rows += [size_weighted(image, b, sources[b]) for b in odd]
+    return output(image, rows)
+
+
+def ppt(image: Image, r: int, tau: float) -> Result:
+    score = {j: image.class_attention(j) * image.value_norm(j) for j in image.patches}
+    total = sum(score.values())
+    score = {j: value / total for j, value in score.items()}
+    n = len(score)
+    mean = sum(score.values()) / n
+    variance = sum((value - mean) ** 2 for value in score.values()) / (n - 1) if n > 1 else 0.0
+    note(image, variance, tau)
+    if variance < tau:
+        return tome(image, r)
+    return output(image, [image.row(j) for j in sorted(top(image, score, n - r))])
+
+
+def evit(image: Image, tokens_out: int, fuse: bool) -> Result:
+    score = {j: image.class_attention(j) for j in image.patches}
+    kept = sorted(top(image, score, tokens_out - image.prefix - (1 if fuse else 0)))
+    rows = [image.row(j) for j in kept]
+    if fuse:
+        others = [j for j in image.patches if j not in kept]
+        x = sum(score[j] * image.x[j] for j in others)
+        size = sum(float(image.size[j]) for j in others)
+        rows.append((x, size, image.position(others[0])))
+    return output(image, rows)
+
+
+def topk(image: Image, tokens_out: int, score: str) -> Result:
+    scores = {}
+    for j in image.patches:
+        scores[j] = image.class_attention(j)
+        if score == "ats":
+            scores[j] *= image.value_norm(j)
+    return output(image, [image.row(j) for j in sorted(top(image, scores, tokens_out - image.prefix))])
+
+
+def diffrate(image: Image, prune_to: int, merge_to: int) -> Result:
+    score = {j: image.class_attention(j) for j in image.patches}
+    survivors = top(image, score, prune_to - image.prefix)
+    kept = sorted(top(image, {j: score[j] for j in survivors}, merge_to - image.prefix))
+    brings: dict[int, list[tuple[int, float]]] = {j: [] for j in kept}
+    for i in survivors:
+        if i not in kept:
+            similar = {j: cosine(image.x[i], image.x[j]) for j in kept}
+            best = top(image, similar, 1, scale=1.0)[0]
+            brings[best].append((i, float(image.size[i]) * max(similar[best], 0.0)))
+    rows = []
+    for j in kept:
+        x, size = image.size[j] * image.x[j], float(image.size[j])
+        for i, weight in brings[j]:
+            x, size = x + weight * image.x[i], size + weight
+        rows.append((x / size, size, image.position(j)))
+    return output(image, rows)
+
+
+def bat(image: Image, tokens_out: int, clusters: int, pairs: int, weights: str = "attention") -> Result:
+    attention = {j: image.class_attention(j) for j in image.patches}
+    attentive = sorted(top(image, attention, tokens_out - image.prefix - clusters + pairs))
+    inattentive = [j for j in image.patches if j not in attentive]
+    weight = {}
+    for j in image.patches:
+        weight[j] = max(attention[j] if weights == "attention" else float(image.size[j]), TINY)
+    rows = []
+    for name, members in match_attentive(image, attentive, pairs) + cluster(image, inattentive, clusters):
+        x = sum(weight[j] * image.x[j] for j in members) / sum(weight[j] for j in members)
+        rows.append((x, sum(float(image.size[j]) for j in members), image.position(name)))
+    return output(image, rows)
+
+
+def match_attentive(image: Image, attentive: list[int], pairs: int) -> list[Group]:
+    """Step 3 of bat: A that stay alone, then all of B with those merged into each; without pairs, all ascending."""
+    if pairs == 0:
+        return [(j, [j]) for j in attentive]
+    first, second = attentive[0::2], attentive[1::2]
+    members = {b: [b] for b in second}
+    similar = {a: {b: cosine(image.x[a], image.x[b]) for b in second} for a in first}
+    partner = {a: top(image, similar[a], 1, scale=1.0)[0] for a in first}
+    score = {a: similar[a][partner[a]] for a in first}
+    winners = {}  # by partner: the one whose pair it is
+    for b in second:
+        suitors = {a: score[a] for a in first if partner[a] == b}
+        if suitors:
+            winners[b] = rank(suitors)[0]
+    in_pairs = {a: score[a] for a in winners.values()}
+    thirds = {a: score[a] for a in first if a not in in_pairs}
+    merged = top(image, in_pairs, min(pairs, len(in_pairs)), scale=1.0)
+    merged += top(image, thirds, pairs - len(merged), scale=1.0)
+    for a in first:
+        winner = winners[partner[a]]
+        if winner in merged and a not in merged:  # who won the partner decided which one is merged
+            note(image, score[winner], score[a], scale=1.0)
+    for a in merged:
+        members[partner[a]].append(a)
+    alone: list[Group] = [(a, [a]) for a in first if a not in merged]
+    return alone + [(b, members[b]) for b in second]
+
+
+def cluster(image: Image, inattentive: list[int], clusters: int) -> list[Group]:
+    """Step 2 of bat: density peaks; one group a centre, the centres ascending."""
+    width, count = image.x.shape[1], len(inattentive)
+    # Squared distances round relative to the squared lengths that they are made from.
+    longest = max((float(image.x[j] @ image.x[j]) for j in inattentive), default=0.0) or 1.0
+    square = {i: {j: float(((image.x[i] - image.x[j]) ** 2).sum()) for j in inattentive} for i in inattentive}
+    # The logarithm of rho: the order is the same, and nothing underflows.
+    log_rho = {i: -sum(square[i].values()) / (count * width) for i in inattentive}
+    denser = {
+        i: [j for j in inattentive if log_rho[j] > log_rho[i] or (log_rho[j] == log_rho[i] and j < i)]
+        for i in inattentive
+    }
+    delta = {}
+    for i in inattentive:
+        if denser[i]:
+            delta[i] = min(math.sqrt(square[i][j]) for j in denser[i])
+        else:
+            delta[i] = max(math.sqrt(square[i][j]) for j in inattentive)
+    for i in inattentive:
+        for j in denser[i]:  # does it matter that j is denser than i, and not the other way round?
+            apart = math.sqrt(square[i][j])
+            if apart <= delta[i] or apart < delta[j]:
+                note(image, log_rho[i], log_rho[j], scale=max(1.0, longest / width))
+    log_peak = {i: log_rho[i] + (math.log(delta[i]) if delta[i] > 0 else -math.inf) for i in inattentive}
+    centres = sorted(top(image, log_peak, clusters, scale=max(1.0, longest / width)))
+    members = {centre: [centre] for centre in centres}
+    for i in inattentive:
+        if i not in centres:
+            nearness = {centre: -square[i][centre] for centre in centres}
+            members[top(image, nearness, 1, scale=longest)[0]].append(i)
+    return [(centre, members[centre]) for centre in centres]
+
+
+def pitome(image: Image, r: int, margin: float) -> Result:
+    energy = {}
+    for i in image.patches:
+        total = 0.0
+        for j in image.patches:
+            z = cosine(image.key(i), image.key(j)) - margin
+            total += z if z > 0 else math.exp(z) - 1
+        energy[i] = total / len(image.patches)
+    mergeable = top(image, energy, 2 * r, scale=1.0)
+    for before, after in pairwise(mergeable):  # the ranks alternate between a and b
+        note(image, energy[before], energy[after], scale=1.0)
+    sources: dict[int, list[int]] = {b: [] for b in mergeable[1::2]}
+    for a in mergeable[0::2]:
+        # By place among the b: of equal cosines the lowest rank wins, not the lowest index in the sequence.
+        similar = {place: cosine(image.key(a), image.key(b)) for place, b in enumerate(sources)}
+        sources[mergeable[1::2][top(image, similar, 1, scale=1.0)[0]]].append(a)
+    rows = [image.row(j) for j in image.patches if j not in mergeable]
+    rows += [size_weighted(image, b, sources[b]) for b in mergeable[1::2]]
+    return output(image, rows)
+
+
+def gtp(image: Image, r: int, alpha: float, neighbours: int, score: str = "class", graph: str = "mixed") -> Result:
+    scores = {}
+    for j in image.patches:
+        if score == "class":
+            scores[j] = image.class_attention(j)
+        else:
+            itself = max(float(head[j, j]) for head in image.attention)
+            received = max(sum(float(number) for number in head[:, j]) for head in image.attention)
+            scores[j] = itself * received
+    kept = sorted(top(image, scores, len(image.patches) - r))
+    x = {j: image.x[j] for j in kept}
+    size = {j: float(image.size[j]) for j in kept}
+    for i in image.patches:
+        if i in kept:
+            continue
+        near: set[int] = set()
+        if graph in ("spatial", "mixed"):
+            near |= {j for j in kept if adjacent(image, i, j)}
+        if graph in ("semantic", "mixed"):
+            similar = {j: cosine(image.key(i), image.key(j)) for j in kept}
+            chosen = top(image, similar, min(neighbours, len(kept)), scale=1.0)
+            near |= {j for j in kept if similar[j] >= similar[chosen[-1]]}  # a tie adds a neighbour
+        for j in near:
+            x[j] = x[j] + alpha * image.x[i] / len(near)
+            size[j] += alpha * float(image.size[i]) / len(near)
+    return output(image, [(x[j], size[j], image.position(j)) for j in kept])
+
+
+def adjacent(image: Image, i: int, j: int) -> bool:
+    """Whether two tokens' places in the patch grid touch, corners included."""
+    row_i, column_i = divmod(image.position(i), image.grid[1])
+    row_j, column_j = divmod(image.position(j), image.grid[1])
+    return abs(row_i - row_j) <= 1 and abs(column_i - column_j) <= 1
+
+
+ORACLES: dict[str, Callable[..., Result]] = {
+    "tome": tome,
+    "ppt": ppt,
+    "evit": evit,
+    "topk": topk,
+    "diffrate": diffrate,
+    "bat": bat,
+    "pitome": pitome,
+    "gtp": gtp,
+}

@@ -1,0 +1,331 @@
+"""Every reducer through every engine: the same logits as torch at any batch, from a graph that engines run well.
+
+Lowering and compiling take seconds a block, so each model here has another reducer in every block.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from onnx import numpy_helper
+from torch import Tensor
+
+from tests.engines.backends import tiny_vit as engines
+from tests.exporter.reducers.cases import (
+    VARIANTS,
+    as_seen,
+    as_stream,
+    exact_image,
+    make_plan,
+    middle,
+    model_of,
+    score_variances,
+    widest_gap,
+)
+from tests.exporter.reducers.oracle_model import run as oracle
+from tests.exporter.test_reduced import images_for
+from vp_engines.backends import get_backend
+from vp_engines.backends.base import BuildOptions, BuildSource, Precision, RunOptions
+from vp_exporter.lowering.program import dynamic_batch
+from vp_exporter.models import ViTDescription, describe
+from vp_exporter.package import _lower
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.reduced import ReducedViT
+from vp_exporter.reducers import REDUCERS, InnerStep, ops, step_from_dict
+from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+
+TOLERANCE = 1e-4
+CLEAR = 1e-4  # an image without a nearer tie must agree
+BATCHES = (1, 3, 8)
+
+Steps = list[tuple[str, dict[str, Any]]]
+# A class token and 64 patch tokens enter the first block.
+EVERY_REDUCER: Steps = [
+    ("tome", {"r": 4}),
+    ("ppt", {"r": 4, "tau": 0.0}),  # tau is set between the images' variances
+    ("gtp", {"r": 4, "alpha": 0.3}),
+    ("evit", {"tokens_out": 49, "fuse": True}),
+    ("diffrate", {"prune_to": 45, "merge_to": 41}),
+    ("bat", {"tokens_out": 33, "clusters": 4, "pairs": 3}),
+    ("pitome", {"r": 4, "margin": 0.3}),
+    ("topk", {"tokens_out": 25, "score": "ats"}),
+]
+OTHER_FIELDS: Steps = [
+    ("bat", {"tokens_out": 61, "clusters": 2, "pairs": 2, "weights": "size"}),
+    ("gtp", {"r": 4, "alpha": 0.3, "score": "graph", "graph": "semantic"}),
+    ("gtp", {"r": 4, "alpha": 0.3, "graph": "spatial"}),
+    ("evit", {"tokens_out": 49, "fuse": False}),
+    ("bat", {"tokens_out": 41, "clusters": 3, "pairs": 0}),
+    ("topk", {"tokens_out": 37}),
+]
+NO_CLASS_TOKEN: Steps = [("tome", {"r": 9}), ("pitome", {"r": 9, "margin": 0.3})]
+
+
+class Model(NamedTuple):
+    vit: nn.Module
+    description: ViTDescription
+    plan: ReductionPlan
+    reduced: ReducedViT
+
+
+def make(steps: Steps, *, proportional: bool = True, **arguments: Any) -> Model:
+    """A ViT of 8 x 8 patches with a step in every block."""
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    args = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "num_heads": 4, "num_classes": 7, "depth": len(steps)}
+    vit = timm.create_model(name, **{**args, **arguments}).eval()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.08))
+    description = describe(vit, name)
+    entries = [{"block": block, "reducer": reducer, **fields} for block, (reducer, fields) in enumerate(steps)]
+    plan = ReductionPlan(
+        description.plan_model(), tuple(step_from_dict(e) for e in entries), proportional_attention=proportional
+    )
+    return Model(vit, description, plan, ReducedViT(vit, description, plan))
+
+
+def images_of(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.fixture(scope="module")
+def every() -> Model:
+    model = make(EVERY_REDUCER)
+    spread = score_variances(model.reduced, 1, images_of(8))
+    steps = [
+        (name, {**fields, "tau": widest_gap(spread)} if name == "ppt" else fields) for name, fields in EVERY_REDUCER
+    ]
+    return make(steps)
+
+
+@pytest.fixture(scope="module")
+def others() -> Model:
+    return make(OTHER_FIELDS, proportional=False)
+
+
+@pytest.fixture(scope="module")
+def without_class_token() -> Model:
+    return make(NO_CLASS_TOKEN, class_token=False, global_pool="avg")
+
+
+def lower(model: Model, engine: str, folder: Path, precision: Precision = "fp32") -> BuildSource:
+    return _lower(get_backend(engine), model.reduced, precision, folder / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def packed(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
+    """As ONNX Runtime gets it."""
+    return lower(every, "ort", tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture(scope="module")
+def plain(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
+    """As OpenVINO and TensorRT get it."""
+    return lower(every, "openvino", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def half(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
+    return lower(every, "trt-rtx", tmp_path_factory.mktemp("half"), "fp16")
+
+
+@pytest.fixture(scope="module")
+def other_fields(others: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
+    return lower(others, "openvino", tmp_path_factory.mktemp("others"))
+
+
+def agrees(model: Model, engine: str, source: BuildSource, out: Path) -> None:
+    """Build once, run batches of several sizes. An image may differ only where the oracle finds a near-tie."""
+    backend = get_backend(engine)
+    if not backend.available("build").ok:
+        pytest.skip(backend.available("build").reason)
+    result = backend.build(source, out, BuildOptions())
+    files = engines.contents(result, out)
+    ties = 0
+    with backend.open(
+        result.artefact, files, source.inputs, source.outputs, result.requirements, RunOptions(threads=1)
+    ) as runner:
+        for batch in BATCHES:
+            images = images_of(batch)
+            with torch.no_grad():
+                wanted = model.reduced(images).numpy()
+            errors = np.abs(runner.run(images.numpy())["logits"] - wanted).max(axis=1)
+            for image in images[torch.from_numpy(errors > TOLERANCE)]:
+                margins: list[float] = []
+                oracle(model.vit, model.description, model.plan, image, margins)
+                assert min(margins) < CLEAR, f"{engine}: an image without near-ties differs by {errors.max()}"
+                ties += 1
+    assert ties <= 1, f"{ties} of {sum(BATCHES)} images differ"
+
+
+def test_every_reducer_is_here() -> None:
+    assert {name for name, _ in EVERY_REDUCER} == set(REDUCERS) - {"static"}
+
+
+def test_ort(every: Model, packed: BuildSource, tmp_path: Path) -> None:
+    agrees(every, "ort", packed, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["ort", "openvino"])
+def test_other_fields(others: Model, other_fields: BuildSource, engine: str, tmp_path: Path) -> None:
+    agrees(others, engine, other_fields, tmp_path)
+
+
+def test_openvino(every: Model, plain: BuildSource, tmp_path: Path) -> None:
+    agrees(every, "openvino", plain, tmp_path)
+
+
+def test_without_class_token(without_class_token: Model, tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    out.mkdir()
+    agrees(without_class_token, "ort", lower(without_class_token, "ort", tmp_path), out)
+
+
+@pytest.mark.slow
+def test_aoti(every: Model, tmp_path: Path) -> None:
+    agrees(every, "aoti", lower(every, "aoti", tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["plain", "half", "other_fields"])
+def test_tensorrt_builds(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """For a GPU that is not here; every attention is found (and so fused, in fp16)."""
+    backend = get_backend("trt-rtx")
+    if not backend.available("build").ok:
+        pytest.skip("TensorRT-RTX is not installed")
+    model: BuildSource = request.getfixturevalue(source)
+    result = backend.build(model, tmp_path, BuildOptions(compute_capability="8.9"))
+    assert model.attention_blocks > 0
+    assert (tmp_path / result.artefact).stat().st_size > 100_000
+
+
+FORBIDDEN = {
+    *("ScatterElements", "ScatterND", "Scatter"),  # in what order several sources meet is not defined
+    *("NonZero", "If", "Loop", "Scan", "Shape", "Size", "Range", "Expand", "ConstantOfShape", "Unique", "Compress"),
+}
+
+
+@pytest.mark.parametrize("source", ["packed", "plain", "half", "other_fields"])
+def test_graph(source: str, request: pytest.FixtureRequest) -> None:
+    """Nothing of data-dependent shape, one attention a block, small TopKs, and names that say what a node is for."""
+    lowered: BuildSource = request.getfixturevalue(source)
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(lowered.onnx)), data_prop=True)
+    assert not model.functions
+    found = Counter(node.op_type for node in model.graph.node)
+    assert not FORBIDDEN & set(found)
+    assert found["Attention"] == lowered.attention_blocks
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.value_info, *model.graph.input)
+    }
+    parts: set[str] = set()
+    for node in model.graph.node:
+        scope, _, kind = node.name.rpartition("/")
+        parts.add(scope)
+        assert kind.split(".")[0] == node.op_type
+        if node.op_type in ("TopK", "GatherND", "OneHot", "ArgMax"):
+            assert scope.endswith((".see", ".reduce"))
+        if node.op_type == "TopK":
+            k, axis = int(constants[node.input[1]].item()), shapes[node.input[0]][-1]
+            assert 1 <= k <= axis <= 64 <= 3840  # TensorRT's limit; no axis is longer than the patch tokens are many
+    for block in range(lowered.attention_blocks):
+        assert {f"blocks.{block}.see", f"blocks.{block}.reduce"} <= parts
+
+
+class Choices(nn.Module):
+    """Steps on given evidence, without a model around them: which positions stay, and the sizes."""
+
+    def __init__(self, steps: list[InnerStep], prefix: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.steps, self.prefix, self.columns = steps, prefix, grid[1]
+        self.register_buffer("places", ops.grid_codes(list(range(grid[0] * grid[1])), grid[1]))
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """[B, N, 10]: tokens, keys, class attention, value norm -> float32 [B, ...], all answers in a row."""
+        x, keys, scores, norm = packed.split([4, 4, 1, 1], dim=2)
+        seen = Seen(scores[:, :, 0], keys, norm[:, :, 0], scores[:, :, 0])
+        stream = Stream(x, self.prefix, positions=self.places, columns=self.columns)
+        answers = []
+        for step in self.steps:
+            out = reduce_tokens(stream, step.choose(stream, seen), carry_size=True)
+            assert out.positions is not None
+            answers.append(out.positions.float())
+            if out.size is not None:
+                answers.append(out.size)
+        return torch.cat(answers, dim=1)
+
+
+def test_engines_break_ties_as_torch_does(tmp_path: Path) -> None:
+    """Tokens full of ties that no rounding disturbs (the oracles hold torch to them): no image is excepted."""
+    prefix, grid = 1, (3, 4)
+    fields: Steps = [
+        ("tome", {"r": 4}),
+        ("ppt", {"r": 4, "tau": 0.0}),
+        ("evit", {"tokens_out": 7, "fuse": True}),
+        ("diffrate", {"prune_to": 10, "merge_to": 6}),
+        ("bat", {"tokens_out": 8, "clusters": 2, "pairs": 3}),
+        ("pitome", {"r": 4, "margin": -1.25}),
+        ("gtp", {"r": 5, "alpha": 0.5, "neighbours": 2}),
+    ]
+    steps = [step_from_dict({"block": 0, "reducer": name, **entry}) for name, entry in fields]
+    choices = Choices([step for step in steps if isinstance(step, InnerStep)], prefix, grid)
+    rng = np.random.default_rng(0)
+    images = [
+        exact_image(prefix, grid, lambda count, high: rng.integers(0, high + 1, count).tolist(), sized=False)
+        for _ in range(64)
+    ]
+    stream, seen = as_stream(images, sized=False), as_seen(images)
+    assert seen.keys is not None
+    assert seen.class_attention is not None
+    assert seen.value_norm is not None
+    norm = seen.value_norm.log2().round().exp2()  # exact: see `exact_image`
+    packed = torch.cat([stream.x, seen.keys, seen.class_attention[:, :, None], norm[:, :, None]], dim=2)
+    path = tmp_path / "choices.onnx"
+    torch.onnx.export(
+        choices, (packed[:2],), path, dynamic_shapes=dynamic_batch(), opset_version=23, dynamo=True, verbose=False,
+        input_names=["packed"], output_names=["answers"],
+    )  # fmt: skip
+    with torch.no_grad():
+        wanted = choices(packed).numpy()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"packed": packed.numpy()})[0], wanted, atol=1e-6)
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled(packed.numpy())[0], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_precision_errs_at_most_twice_as_much_as_the_dense_model(variant: str, precision: str) -> None:
+    """Against fp32, the median over 48 images: rounding makes some of them choose other tokens, and those differ more."""
+    vit, description = model_of("class-token")
+    images = images_for(description, 48)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    reduced = ReducedViT(vit, description, make_plan(description, {1: variant, 2: variant}, middle, proportional=True))
+    with torch.no_grad():
+        dense = (copy.deepcopy(vit).to(dtype)(images.to(dtype)).float() - vit(images)).abs().amax(1)
+        errors = (reduced.for_export(precision)(images) - reduced(images)).abs().amax(1)
+    assert 0 < errors.median() <= 2 * dense.median()
+
+
+@pytest.mark.slow
+def test_compiles_in_one_graph() -> None:
+    """A merging and a pruning reducer, at two batch sizes."""
+    vit, description = model_of("class-token")
+    reduced = ReducedViT(vit, description, make_plan(description, {1: "tome", 2: "topk"}, middle, proportional=True))
+    compiled = torch.compile(reduced, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 3):
+            images = images_for(description, batch)
+            torch.testing.assert_close(compiled(images), reduced(images), atol=1e-5, rtol=1e-5)
