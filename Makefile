@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test lint typecheck check demo bench support-table clean
+.PHONY: help setup test lint typecheck check demo bench bench-reducers support-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -16,8 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 
+# One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
+# so that what its fixtures build is built once.
+WORKERS ?= 2
 test: setup  ## run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
@@ -35,6 +38,10 @@ demo: setup  ## digits ViT + searched mask -> ORT engine -> checked against dens
 
 bench: setup  ## the flowers ViT-S/16 on every engine that runs here (needs ../shared)
 	$(BIN)/python benchmarks/flowers.py --out docs/results/flowers.md
+
+bench-reducers: setup  ## every reducer on the flowers ViT-S/16 (needs ../shared); goes on where it was interrupted
+	@mkdir -p build
+	$(BIN)/python benchmarks/reducers.py --cache build/bench-reducers.json --out docs/results/reducers.md
 
 support-table: setup  ## regenerate docs/models.md
 	$(BIN)/python -m vp_exporter.support > docs/models.md

@@ -19,23 +19,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import (
+    CROP_PCT,
+    MEAN,
+    MODEL,
+    STD,
+    THREADS,
+    VAL,
+    WEIGHTS,
+    command_line,
+    load_flowers,
+    machine,
+    need_shared,
+    session_options,
+    spread,
+    table,
+)
 
 import vp_engines
 from vp_engines.backends import ENGINES, get_backend
-from vp_exporter.loading import LoadedModel, ModelRequest, load_model
+from vp_exporter.loading import LoadedModel
 from vp_exporter.masks import plan_from_mask
 from vp_exporter.validate.check import CheckRequest, check_bundle
-from vp_exporter.validate.latency import LatencyRow, compare, environment
+from vp_exporter.validate.latency import LatencyRow, compare
 from vp_exporter.validate.report import ReportData
 from vp_exporter.validate.verdict import Budget
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-WEIGHTS = SHARED / "models" / "flowers_vits16.safetensors"
-VAL = SHARED / "data" / "flowers" / "val"
-MODEL = "vit_small_patch16_224"
-IMAGENET = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--crop-pct", "0.875"]
+IMAGENET = ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD)), "--crop-pct", str(CROP_PCT)]
 KEEP, SEED = 124, 0  # patches kept at random from block 0 on: MAC ratio 1.62
-THREADS = 2
 
 
 def make_mask(folder: Path) -> Path:
@@ -105,11 +116,7 @@ def plain_onnx(model: LoadedModel, path: Path) -> Any:
         external_data=False,
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=256)},),
     )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    # As our own sessions: spinning threads of an idle session would steal the other's cores in an interleaved run.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
 
     class Plain:
         def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -161,10 +168,6 @@ def latency_cells(row: LatencyRow) -> list[str]:
     ]
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the tables there as Markdown")
@@ -172,8 +175,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="timed work per engine and batch size")
     parser.add_argument("--limit", type=int, help="validate on this many photographs (default: all 736)")
     args = parser.parse_args()
-    if not WEIGHTS.is_file() or not VAL.is_dir():
-        raise SystemExit("the flowers model and photographs are not in ../shared: nothing to measure")
+    need_shared()
 
     latency: list[list[str]] = []
     accuracy: list[list[str]] = []
@@ -182,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         mask = make_mask(work)
-        model = load_model(ModelRequest(MODEL, weights=WEIGHTS))
+        model = load_flowers()
         for engine in args.engines:
             backend = get_backend(engine)
             ready = backend.available("build")
@@ -239,18 +241,13 @@ def main() -> None:
                         ]
                     )
 
-    facts = environment(threads=THREADS)
-    command = re.sub(
-        r"--out \S+", "--out docs/results/flowers.md", " ".join(["python benchmarks/flowers.py", *sys.argv[1:]])
-    )
     text = "\n".join(
         [
             "# Flowers ViT-S/16, static plan: what the engines realise",
             "",
-            f"Command: `{command}`",
+            f"Command: `{command_line('flowers')}`",
             "",
-            f"Machine: {facts['cpu']}, {facts['cores']} cores, {THREADS} threads, no GPU; {facts['platform']}, Python "
-            f"{facts['python']}. Date: {facts['date'][:10]}. Shared machine: read the ratios, not the milliseconds.",
+            machine(),
             "",
             f"Plan: {KEEP} of 196 patches, chosen at random (seed {SEED}), from block 0 on. Nothing is searched: the",
             "table measures engines, not the choice of patches. Inputs are the same for both, runs are interleaved,",
@@ -309,8 +306,7 @@ def images_of(bundle: Path) -> np.ndarray:
     from vp_engines.preprocess import preprocess
 
     paths = sorted(VAL.rglob("*.jpg"))
-    chosen = [paths[i * len(paths) // 16] for i in range(16)]
-    return preprocess(chosen, vp_engines.read_manifest(bundle).preprocessing)
+    return preprocess([paths[i] for i in spread(len(paths))], vp_engines.read_manifest(bundle).preprocessing)
 
 
 def measure(bundle: Path, args: argparse.Namespace) -> ReportData:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -35,7 +34,7 @@ from tests.exporter.reducers.cases import (
 from tests.exporter.reducers.oracle_model import run as oracle
 from tests.exporter.test_reduced import images_for
 from vp_engines.backends import get_backend
-from vp_engines.backends.base import BuildOptions, BuildSource, Precision, RunOptions
+from vp_engines.backends.base import BuildOptions, BuildSource, Precision, RunOptions, TensorSpec
 from vp_exporter.lowering.program import dynamic_batch
 from vp_exporter.models import ViTDescription, describe
 from vp_exporter.package import _lower
@@ -211,7 +210,7 @@ def test_tensorrt_builds(source: str, request: pytest.FixtureRequest, tmp_path: 
 
 FORBIDDEN = {
     *("ScatterElements", "ScatterND", "Scatter"),  # in what order several sources meet is not defined
-    *("NonZero", "If", "Loop", "Scan", "Shape", "Size", "Range", "Expand", "ConstantOfShape", "Unique", "Compress"),
+    *("NonZero", "If", "Loop", "Scan", "Shape", "Size", "Range", "ConstantOfShape", "Unique", "Compress"),
 }
 
 
@@ -234,6 +233,10 @@ def test_graph(source: str, request: pytest.FixtureRequest) -> None:
         scope, _, kind = node.name.rpartition("/")
         parts.add(scope)
         assert kind.split(".")[0] == node.op_type
+        if node.op_type == "Expand":  # the packed attention's mask of log sizes, which its kernel does not broadcast
+            assert source == "packed"
+            assert scope.startswith("blocks.")
+            assert not scope.endswith((".see", ".reduce"))
         if node.op_type in ("TopK", "GatherND", "OneHot", "ArgMax"):
             assert scope.endswith((".see", ".reduce"))
         if node.op_type == "TopK":
@@ -266,49 +269,80 @@ class Choices(nn.Module):
         return torch.cat(answers, dim=1)
 
 
-def test_engines_break_ties_as_torch_does(tmp_path: Path) -> None:
-    """Tokens full of ties that no rounding disturbs (the oracles hold torch to them): no image is excepted."""
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildSource, np.ndarray, np.ndarray]:
+    """Steps over tokens full of ties that no rounding disturbs: their graph, its input and torch's answers."""
     prefix, grid = 1, (3, 4)
     fields: Steps = [
         ("tome", {"r": 4}),
         ("ppt", {"r": 4, "tau": 0.0}),
         ("evit", {"tokens_out": 7, "fuse": True}),
+        ("topk", {"tokens_out": 7}),
         ("diffrate", {"prune_to": 10, "merge_to": 6}),
         ("bat", {"tokens_out": 8, "clusters": 2, "pairs": 3}),
         ("pitome", {"r": 4, "margin": -1.25}),
         ("gtp", {"r": 5, "alpha": 0.5, "neighbours": 2}),
     ]
     steps = [step_from_dict({"block": 0, "reducer": name, **entry}) for name, entry in fields]
-    choices = Choices([step for step in steps if isinstance(step, InnerStep)], prefix, grid)
+    model = Choices([step for step in steps if isinstance(step, InnerStep)], prefix, grid).eval()
     rng = np.random.default_rng(0)
     images = [
         exact_image(prefix, grid, lambda count, high: rng.integers(0, high + 1, count).tolist(), sized=False)
         for _ in range(64)
     ]
-    stream, seen = as_stream(images, sized=False), as_seen(images)
+    seen = as_seen(images)
     assert seen.keys is not None
     assert seen.class_attention is not None
     assert seen.value_norm is not None
-    norm = seen.value_norm.log2().round().exp2()  # exact: see `exact_image`
-    packed = torch.cat([stream.x, seen.keys, seen.class_attention[:, :, None], norm[:, :, None]], dim=2)
-    path = tmp_path / "choices.onnx"
+    norm = (seen.value_norm / 2**0.5).round(decimals=3)  # powers of 2 again, so that products do not round
+    packed = torch.cat(
+        [as_stream(images, sized=False).x, seen.keys, seen.class_attention[:, :, None], norm[:, :, None]], dim=2
+    )
+    path = tmp_path_factory.mktemp("choices") / "choices.onnx"
     torch.onnx.export(
-        choices, (packed[:2],), path, dynamic_shapes=dynamic_batch(), opset_version=23, dynamo=True, verbose=False,
-        input_names=["packed"], output_names=["answers"],
+        model, (packed[:2],), path, dynamic_shapes=dynamic_batch(), opset_version=23, dynamo=True, verbose=False,
+        input_names=["packed"], output_names=["answers"], external_data=False,
     )  # fmt: skip
     with torch.no_grad():
-        wanted = choices(packed).numpy()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    np.testing.assert_allclose(session.run(None, {"packed": packed.numpy()})[0], wanted, atol=1e-6)
-    openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    np.testing.assert_allclose(compiled(packed.numpy())[0], wanted, atol=1e-6)
+        answers = model(packed).numpy()
+    specs = [
+        TensorSpec(name, "float32", ("batch", *a.shape[1:])) for name, a in (("packed", packed), ("answers", answers))
+    ]
+    return BuildSource("fp32", (specs[0],), (specs[1],), onnx=path), packed.numpy(), answers
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ort",
+        pytest.param(
+            "openvino",
+            marks=pytest.mark.xfail(strict=True, reason="OpenVINO reads ONNX's TopK as one that is not stable"),
+        ),
+    ],
+)
+def test_ties_go_to_the_lowest_index(
+    choices: tuple[BuildSource, np.ndarray, np.ndarray], engine: str, tmp_path: Path
+) -> None:
+    """The oracles hold torch to the rule on tokens like these; here an engine is held to torch, no image excepted."""
+    source, packed, answers = choices
+    np.testing.assert_allclose(answers_of(engine, source, packed, tmp_path), answers, atol=1e-6)
+
+
+def answers_of(engine: str, source: BuildSource, packed: np.ndarray, out: Path) -> np.ndarray:
+    backend = get_backend(engine)
+    result = backend.build(source, out, BuildOptions())
+    files = engines.contents(result, out)
+    with backend.open(
+        result.artefact, files, source.inputs, source.outputs, result.requirements, RunOptions(threads=1)
+    ) as runner:
+        return runner.run(packed)["answers"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_low_precision_errs_at_most_twice_as_much_as_the_dense_model(variant: str, precision: str) -> None:
-    """Against fp32, the median over 48 images: rounding makes some of them choose other tokens, and those differ more."""
+    """Against fp32; the median of 48 images, because rounding makes some choose other tokens, and those differ more."""
     vit, description = model_of("class-token")
     images = images_for(description, 48)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]

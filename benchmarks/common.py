@@ -1,0 +1,130 @@
+"""What the benchmarks share: the flowers model and photographs in ../shared, and how a results file is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vp_engines.preprocess import preprocess
+from vp_exporter.loading import LoadedModel, ModelRequest, load_model
+from vp_exporter.preprocessing import PreprocessingOverrides, preprocessing_of
+from vp_exporter.validate.latency import environment
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WEIGHTS = SHARED / "models" / "flowers_vits16.safetensors"
+VAL = SHARED / "data" / "flowers" / "val"
+MODEL = "vit_small_patch16_224"
+MEAN, STD, CROP_PCT = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875  # the photographs are stored at 256 pixels
+THREADS = 2
+
+
+def need_shared() -> None:
+    """Stop where there is nothing to measure.
+
+    Raises:
+        SystemExit: with the reason.
+    """
+    if not WEIGHTS.is_file() or not VAL.is_dir():
+        raise SystemExit("the flowers model and photographs are not in ../shared: nothing to measure")
+
+
+def load_flowers() -> LoadedModel:
+    """The fine-tuned ViT-S/16, fp32."""
+    return load_model(ModelRequest(MODEL, weights=WEIGHTS))
+
+
+def preparation(model: LoadedModel) -> Callable[[Path], np.ndarray]:
+    """Photograph -> float32 [3, 224, 224], as the model was trained."""
+    spec = preprocessing_of(model.vit, model.description, PreprocessingOverrides(CROP_PCT, None, MEAN, STD))
+    return lambda path: preprocess([path], spec)[0]
+
+
+def spread(count: int, wanted: int = 16) -> list[int]:
+    """`wanted` of `count` indices, evenly spaced, so that every class is met; all where there are fewer."""
+    wanted = min(wanted, count)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def session_options() -> Any:
+    """ONNX Runtime's options as our own backend sets them (vp_engines.backends.ort), for sessions that it cannot open.
+
+    Spinning threads of an idle session would steal the other's cores in an interleaved run: they are off there too.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = THREADS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def command_line(script: str) -> str:
+    """The command that makes a results file again, without this machine's paths."""
+    given = re.sub(r" --cache[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
+    return f"python benchmarks/{script}.py" + re.sub(r"--out[ =]\S+", f"--out docs/results/{script}.md", given)
+
+
+def machine(date: str | None = None) -> str:
+    """Where the figures come from, one line.
+
+    Args:
+        date: of the measurements; None is today.
+    """
+    facts = environment(threads=THREADS)
+    return (
+        f"Machine: {facts['cpu']}, {facts['cores']} cores, {THREADS} threads, no GPU; {facts['platform']}, Python "
+        f"{facts['python']}. Date: {date or facts['date'][:10]}. Shared machine: read the ratios, not the milliseconds."
+    )
+
+
+def prose(text: str) -> str:
+    """A paragraph, wrapped."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def span(found: Mapping[str, float], digits: int, scale: float = 1.0) -> str:
+    """An interval, as "0.97 (0.95-0.98)"."""
+    value, low, high = (f"{found[key] * scale:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low}-{high})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, an empty one behind it."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+
+
+class Cache:
+    """What has been measured under these settings, in a file where one is named: an interrupted run goes on from it."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path is not None and path.is_file():
+            kept = json.loads(path.read_text())
+            if kept["settings"] == settings:
+                self.rows = kept["rows"]
+            else:
+                print("the cache is of other settings, code or versions: starting over", flush=True)
+
+    def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of that key, with the "date" of its measurement; measured where it is not there yet."""
+        if key not in self.rows:
+            start = time.perf_counter()
+            self.rows[key] = {**measure(), "date": datetime.now(UTC).date().isoformat()}
+            print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
+            if self.path is not None:
+                partial = self.path.with_name(self.path.name + ".tmp")
+                partial.write_text(json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
+                os.replace(partial, self.path)
+        return self.rows[key]
