@@ -63,6 +63,7 @@ class OpenVinoBackend(Backend):
         core = ov.Core()
         try:
             model = core.read_model(str(source.onnx))
+            _make_stable(model)
             # Without compress_to_fp16=False it halves fp32 weights behind the caller's back.
             ov.save_model(model, str(out / ARTEFACT), compress_to_fp16=False)
             compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": _HINT[source.precision]})
@@ -146,3 +147,13 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(("Exception from", "Check '", "While "))]
     return first_line(useful[-1] if useful else error)
+
+
+def _make_stable(model: Any) -> None:
+    """Break ties of every TopK by the lowest index, as ONNX demands and OpenVINO's reader forgets (2026.4).
+
+    Not of whole numbers: indices that are sorted have no ties, and the stable kernel is slower.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "TopK" and node.input(0).get_element_type().is_real():
+            node.set_attribute("stable", True)

@@ -311,16 +311,7 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildSource, np.n
     return BuildSource("fp32", (specs[0],), (specs[1],), onnx=path), packed.numpy(), answers
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "ort",
-        pytest.param(
-            "openvino",
-            marks=pytest.mark.xfail(strict=True, reason="OpenVINO reads ONNX's TopK as one that is not stable"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("engine", ["ort", "openvino"])
 def test_ties_go_to_the_lowest_index(
     choices: tuple[BuildSource, np.ndarray, np.ndarray], engine: str, tmp_path: Path
 ) -> None:
