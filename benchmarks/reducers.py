@@ -90,6 +90,7 @@ ROWS = (
     Row("ppt", "ppt (tau 7e-5: DeiT-S's, untuned here), blocks 3/6/9", {"method": "ppt", "tau": 7e-5}),
     Row("bat", "bat, blocks 3/6/9", {"method": "bat"}),
     Row("diffrate", "diffrate (DeiT-S rates, scaled), every block", {"method": "diffrate"}),
+    Row("diffrate-second", "diffrate, every second block", {"method": "diffrate", "blocks": EVERY_SECOND}),
     Row("tome-increasing", "tome, increasing r", {"method": "tome", "schedule": "increasing"}),
     *_merging("tome"),
     *_merging("pitome"),
