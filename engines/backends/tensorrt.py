@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 ARTEFACT = "model.engine"
+MOST_SORTED = 3840  # the largest k of TensorRT's TopK
 
 
 class _Polygraphy(Backend):
@@ -351,6 +352,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         config["compute_capabilities"] = [_numbers(wanted)]
     network = network_from_onnx_path(request["onnx"], strongly_typed=True)
     _check_attentions(trt, network[1], request["attention_blocks"])
+    _check_sorts(trt, network[1])
     notes = []
     cache = request["timing_cache"]
     if cache:
@@ -383,6 +385,26 @@ def _check_attentions(trt: Any, network: Any, expected: int) -> None:
             expected=f"{expected}, one for each block of the model",
             fix="export with opset 23, which has the Attention operator",
         )
+
+
+def _check_sorts(trt: Any, network: Any) -> None:
+    """Refuse a TopK of more values than TensorRT takes, by the name of its node.
+
+    Raises:
+        BuildError: there is one.
+    """
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type != trt.LayerType.TOPK:
+            continue
+        layer.__class__ = trt.ITopKLayer
+        tokens = int(layer.get_output(0).shape[-1])  # the last axis holds tokens in every sort of ours
+        if tokens > MOST_SORTED:
+            raise BuildError(
+                f"{layer.name} sorts {tokens} tokens",
+                expected=f"at most {MOST_SORTED}: TensorRT's TopK takes no more",
+                fix="drop patches with a static step first, or use another engine",
+            )
 
 
 def _drop_bad_cache(builder: Any, path: Path) -> list[str]:

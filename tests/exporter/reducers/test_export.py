@@ -35,12 +35,14 @@ from tests.exporter.reducers.oracle_model import run as oracle
 from tests.exporter.test_reduced import images_for
 from vp_engines.backends import get_backend
 from vp_engines.backends.base import BuildOptions, BuildSource, Precision, RunOptions, TensorSpec
+from vp_engines.errors import BuildError
 from vp_exporter.lowering.program import dynamic_batch
 from vp_exporter.models import ViTDescription, describe
 from vp_exporter.package import _lower
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import REDUCERS, InnerStep, ops, step_from_dict
+from vp_exporter.reducers.evit import EvitStep
 from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
 
 TOLERANCE = 1e-4
@@ -354,3 +356,17 @@ def test_compiles_in_one_graph() -> None:
         for batch in (2, 3):
             images = images_for(description, batch)
             torch.testing.assert_close(compiled(images), reduced(images), atol=1e-5, rtol=1e-5)
+
+
+def test_tensorrt_names_a_sort_that_is_too_long(tmp_path: Path) -> None:
+    """TensorRT's TopK takes 3840 values; an image of 1024 pixels has 4096 patches."""
+    rtx = get_backend("trt-rtx")
+    if not rtx.available("build").ok:
+        pytest.skip("TensorRT-RTX is not installed")
+    args = {"depth": 1, "embed_dim": 64, "num_heads": 1, "img_size": 1024, "num_classes": 3}
+    vit = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    description = describe(vit, "vit_tiny_patch16_224")
+    plan = ReductionPlan(description.plan_model(), (EvitStep(0, tokens_out=3000, fuse=True),))
+    source = _lower(rtx, ReducedViT(vit, description, plan), "fp16", tmp_path / "large.onnx")
+    with pytest.raises(BuildError, match=r"blocks\.0\.reduce/TopK.* sorts 4096 tokens; expected at most 3840"):
+        rtx.build(source, tmp_path, BuildOptions(1, 1, 1, compute_capability="8.9"))
