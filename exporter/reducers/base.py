@@ -91,16 +91,18 @@ class InnerStep(Step):
     """A step between attention and MLP, which chooses for each image.
 
     Class attributes:
+        merges: tokens come to stand for several patches, so they have sizes.
         proportional: whether its paper adds log(size) to the logits: the default of plans made for it.
     """
 
     place: ClassVar[Literal["input", "inner"]] = "inner"
+    merges: ClassVar[bool] = False
     proportional: ClassVar[bool] = False
 
     @property
     def carries_size(self) -> bool:
-        """Whether it merges by size: tokens of the plan then have sizes."""
-        return False
+        """Whether a plan with this step carries the tokens' sizes."""
+        return self.merges
 
     def fields(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "block"}

@@ -120,9 +120,7 @@ class BatStep(InnerStep):
         merged = ops.take(a, source)
         if weight is None:
             return keep, Merge(merged, into)
-        size = None if stream.size is None else ops.take(stream.size, merged)
-        sizes = ops.take(weight, merged) * 0.0 + 1.0 if size is None else size
-        return keep, Merge(merged, into, ops.take(weight, merged), ops.take(weight, keep), sizes)
+        return keep, Merge(merged, into, ops.take(weight, merged), ops.take(weight, keep))
 
     def _cluster(self, stream: Stream, rows: Tensor, weight: Tensor | None) -> Pool:
         """Density peaks among the inattentive tokens at `rows` [B, n_i]."""
@@ -142,7 +140,7 @@ class BatStep(InnerStep):
         # The densest token has nobody above it: its distance is the largest of its row, not the infinite one.
         nearest = distance.masked_fill(~denser, 1e30).amin(dim=2)
         delta = nearest.where(nearest < 1e29, farthest)
-        centres = ops.ascending(ops.ranking(density + delta.log(), self.clusters))
+        centres = ops.highest(density + delta.log(), self.clusters)
         to_centre = ops.take_rows(squared, centres)  # [B, K, n_i]: distances are symmetric
         _, nearest_centre = ops.best(-to_centre.transpose(1, 2))
         is_centre = ops.one_hot(centres, n)  # [B, n_i, K]

@@ -25,16 +25,13 @@ class DiffRateStep(InnerStep):
     merge_to: int = 0
 
     reducer: ClassVar[str] = "diffrate"
+    merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
         read = Fields(cls.reducer, block, fields, ["prune_to", "merge_to"])
         return cls(block, read.whole("prune_to", 1), read.whole("merge_to", 1))
-
-    @property
-    def carries_size(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -55,4 +55,4 @@ class EvitStep(InnerStep):
         keep = ops.frame(best, prefix, shift=prefix)
         weights = ops.take(scores, rest)[:, None, :]
         source = rest + prefix
-        return TokenMap(keep, pool=Pool(source, weights, weights.new_ones(1, 1, rest.shape[1]), source[:, :1]))
+        return TokenMap(keep, pool=Pool(source, weights, ops.ones(source)[:, None, :], source[:, :1]))

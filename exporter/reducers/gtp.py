@@ -34,6 +34,7 @@ class GtpStep(InnerStep):
     neighbours: int = 8
 
     reducer: ClassVar[str] = "gtp"
+    merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
 
     @classmethod
@@ -47,10 +48,6 @@ class GtpStep(InnerStep):
             read.word("graph", GRAPHS),
             read.whole("neighbours", 1),
         )
-
-    @property
-    def carries_size(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -41,10 +41,13 @@ def best(scores: Tensor) -> tuple[Tensor, Tensor]:
     return scores.amax(dim=-1), scores.argmax(dim=-1)
 
 
+def ones(index: Tensor) -> Tensor:
+    """float32 1 for every index: int64 [...] -> [...]. A comparison: ONNX's ones_like reads the shape at run time."""
+    return (index >= 0).float()
+
+
 def highest(scores: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores (ties to the lowest index), ascending: int64 [B, k]."""
-    if torch.onnx.is_in_onnx_export():
-        return ascending(_top(scores, k, largest=True)[1])
     return ascending(ranking(scores, k))
 
 

@@ -24,15 +24,12 @@ class PitomeStep(InnerStep):
     margin: float = 0.0
 
     reducer: ClassVar[str] = "pitome"
+    merges: ClassVar[bool] = True
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
         read = Fields(cls.reducer, block, fields, ["r", "margin"])
         return cls(block, read.whole("r", 1), read.number("margin"))
-
-    @property
-    def carries_size(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[Need]:

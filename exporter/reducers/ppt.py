@@ -23,16 +23,13 @@ class PptStep(InnerStep):
     tau: float = 0.0
 
     reducer: ClassVar[str] = "ppt"
+    merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
         read = Fields(cls.reducer, block, fields, ["r", "tau"])
         return cls(block, read.whole("r", 1), read.number("tau", 0.0))
-
-    @property
-    def carries_size(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -43,8 +40,6 @@ class PptStep(InnerStep):
         return after_choice(tokens, tokens.patches - self.r)
 
     def choose(self, stream: Stream, seen: Seen) -> TokenMap:
-        import torch
-
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.matching import match
         from vp_exporter.reducers.stream import Merge, TokenMap
@@ -62,6 +57,6 @@ class PptStep(InnerStep):
         kept = ops.highest(scores, scores.shape[1] - self.r)
         pruned = ops.frame(kept, prefix, shift=prefix)
         # Both policies are maps of one shape: an image that prunes takes its own rows and merges with weight 0.
-        one = torch.ones_like(merge.source, dtype=torch.float32)
-        weight = pool.float() * (one if stream.size is None else ops.take(stream.size, merge.source))
+        size = ops.ones(merge.source) if stream.size is None else ops.take(stream.size, merge.source)
+        weight = pool.float() * size
         return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))

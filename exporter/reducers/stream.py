@@ -22,9 +22,9 @@ class Stream:
     Attributes:
         x: [B, N, D].
         prefix: P, prefix tokens in front.
-        log_size: float32 [B, N], its logarithm, where attention is proportional.
         size: float32 [B, N], patches that each token stands for; None while every one stands for itself (or where the
             plan does not carry sizes).
+        log_size: float32 [B, N], its logarithm, where attention is proportional.
         positions: int64 [B, n] or [1, n], places of the patch tokens in the original grid, as `ops.grid_codes`; None
             where no step asks.
         columns: of that grid.
@@ -68,15 +68,14 @@ class Merge:
         source: int64 [B, R], rows of the entering sequence.
         into: int64 [B, R], rows of the output.
         source_weight: [B, R]; None takes the tokens' sizes.
-        keep_weight: [B, K], of what stands in the output rows already; None takes their sizes.
-        source_size: [B, R], the size that a source brings; None takes source_weight (or the sizes, where that is None).
+        keep_weight: [B, K], of what stands in the output rows already. None takes their sizes: source_weight is then
+            also the size that a source brings.
     """
 
     source: Tensor
     into: Tensor
     source_weight: Tensor | None = None
     keep_weight: Tensor | None = None
-    source_size: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Pool:
     Attributes:
         source: int64 [B, R], rows of the entering sequence.
         rows: float32 [B, E, R], weights.
-        members: float32 [1 or B, E, R], 1 where a source is part of the new token: whose sizes add up.
+        members: float32 [B, E, R], 1 where a source is part of the new token: whose sizes add up.
         places: int64 [B, E], the entering rows whose grid positions the new tokens take.
     """
 
@@ -131,53 +130,38 @@ def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool) -> Stre
         change = ops.take_rows(stream.x, chosen.merge.source) - ops.take_rows(stream.x, partner)
         x = x + share.to(x.dtype) @ change
     if chosen.spread is not None:
-        source = chosen.spread.source
-        x = x + chosen.spread.mix.to(x.dtype) @ ops.take_rows(stream.x, source)
+        spread = chosen.spread
+        x = x + spread.mix.to(x.dtype) @ ops.take_rows(stream.x, spread.source)
         if carry_size:
-            mass = (
-                chosen.spread.mix.sum(-1)
-                if stream.size is None
-                else _mix(chosen.spread.mix, ops.take(stream.size, source))
-            )
-            size = mass + (1.0 if size is None else size)
+            size = _size_of(stream, spread.mix, spread.source) + (1.0 if size is None else size)
     if chosen.pool is not None:
         pool = chosen.pool
         x = torch.cat([x, pool.rows.to(x.dtype) @ ops.take_rows(stream.x, pool.source)], dim=1)
         if carry_size:
-            mass = (
-                pool.members.sum(-1) + torch.zeros_like(pool.places, dtype=torch.float32)
-                if stream.size is None
-                else _mix(pool.members, ops.take(stream.size, pool.source))
-            )
-            kept = torch.ones_like(chosen.keep, dtype=torch.float32) if size is None else size
-            size = torch.cat([kept, mass], dim=1)
+            kept = ops.ones(chosen.keep) if size is None else size
+            size = torch.cat([kept, _size_of(stream, pool.members, pool.source)], dim=1)
     positions = None if stream.positions is None else _positions(stream, chosen)
     return Stream(x, stream.prefix, size if carry_size else None, None, positions, stream.columns)
 
 
-def _shares(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge) -> tuple[Tensor, Tensor | None]:
+def _shares(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge) -> tuple[Tensor, Tensor]:
     """Each source's share in each output row [B, K, R], and the new sizes [B, K]."""
     member = ops.one_hot(merge.into, keep.shape[1])
     weight = merge.source_weight
     if weight is None and stream.size is not None:
         weight = ops.take(stream.size, merge.source)
     weighted = member if weight is None else member * weight[:, None, :]
-    added = weighted.sum(-1)
-    base = merge.keep_weight if merge.keep_weight is not None else size
-    total = added + (1.0 if base is None else base)
-    if merge.keep_weight is None and merge.source_size is None:
-        new_size = total
-    else:
-        brings = merge.source_size
-        if brings is None and stream.size is not None:
-            brings = ops.take(stream.size, merge.source)
-        new_size = (member.sum(-1) if brings is None else _mix(member, brings)) + (1.0 if size is None else size)
+    own = 1.0 if size is None else size
+    total = weighted.sum(-1) + (own if merge.keep_weight is None else merge.keep_weight)
+    new_size = total if merge.keep_weight is None else _size_of(stream, member, merge.source) + own
     return weighted / total[:, :, None], new_size
 
 
-def _mix(rows: Tensor, values: Tensor) -> Tensor:
-    """rows [B, K, R] times values [B, R] -> [B, K]."""
-    return (rows @ values[:, :, None]).squeeze(-1)
+def _size_of(stream: Stream, rows: Tensor, source: Tensor) -> Tensor:
+    """What the tokens at `source` [B, R] add to each row's size: rows [B, K, R] times their sizes -> [B, K]."""
+    if stream.size is None:
+        return rows.sum(-1)
+    return (rows @ ops.take(stream.size, source)[:, :, None]).squeeze(-1)
 
 
 def _positions(stream: Stream, chosen: TokenMap) -> Tensor:

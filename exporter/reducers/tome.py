@@ -19,15 +19,12 @@ class TomeStep(InnerStep):
     r: int = 0
 
     reducer: ClassVar[str] = "tome"
+    merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
         return cls(block, Fields(cls.reducer, block, fields, ["r"]).whole("r", 1))
-
-    @property
-    def carries_size(self) -> bool:
-        return True
 
     @property
     def needs(self) -> frozenset[Need]:
