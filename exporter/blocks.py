@@ -105,6 +105,7 @@ class ReducedBlock(nn.Module):
         step: the reducer that acts between attention and MLP.
         proportional: add the log of the tokens' sizes to the logits.
         carry_size: hand on the sizes that `step` makes.
+        carry_positions: hand on the places in the grid, for a later step.
     """
 
     index: Tensor | None
@@ -119,11 +120,16 @@ class ReducedBlock(nn.Module):
         *,
         proportional: bool = False,
         carry_size: bool = False,
+        carry_positions: bool = False,
     ) -> None:
         super().__init__()
         self.block = [block]
         self.see = None if step is None else See(step.needs, block.attn.num_heads)
-        self.reduce = None if step is None else Reduce(step, proportional=proportional, carry_size=carry_size)
+        self.reduce = (
+            None
+            if step is None
+            else Reduce(step, proportional=proportional, carry_size=carry_size, carry_positions=carry_positions)
+        )
         self.attention_form: AttentionForm = "sdpa"
         self.register_buffer("index", None if index is None else torch.tensor(index), persistent=False)
         bias = None if key_bias is None else torch.tensor([key_bias], dtype=torch.float32)
@@ -157,7 +163,7 @@ class ReducedBlock(nn.Module):
             q, k, v = (
                 (project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
                 if separate
-                else _qkv(layer, x).split(heads * width, dim=-1)
+                else qkv_of(layer, x).split(heads * width, dim=-1)
             )
             q, k = (_norm_heads(norm, t, heads, width) for norm, t in ((layer.q_norm, q), (layer.k_norm, k)))
             seen = None if self.see is None else self.see(q, k, v, bias)
@@ -169,7 +175,7 @@ class ReducedBlock(nn.Module):
                     for project in (layer.q_proj, layer.k_proj, layer.v_proj)
                 )
             else:
-                q, k, v = _qkv(layer, x).reshape(-1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+                q, k, v = qkv_of(layer, x).reshape(-1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = layer.q_norm(q), layer.k_norm(k)
             seen = None if self.see is None else self.see(q, k, v, bias)
             out = attention(q, k, v, bias, self.attention_form)
@@ -210,15 +216,20 @@ class Reduce(nn.Module):
         step: chooses for each image.
         proportional: make the log sizes that later attentions add to their logits.
         carry_size: hand on the sizes that tokens have afterwards.
+        carry_positions: hand on their places in the grid.
     """
 
-    def __init__(self, step: InnerStep, *, proportional: bool, carry_size: bool) -> None:
+    def __init__(self, step: InnerStep, *, proportional: bool, carry_size: bool, carry_positions: bool) -> None:
         super().__init__()
-        self.step, self.proportional, self.carry_size = step, proportional, carry_size
+        self.step, self.proportional = step, proportional
+        self.carry_size, self.carry_positions = carry_size, carry_positions
 
     def forward(self, stream: Stream, seen: Seen) -> Stream:
         """[B, N, D] -> [B, N', D]."""
-        stream = reduce_tokens(stream, self.step.choose(stream, seen), carry_size=self.carry_size)
+        chosen = self.step.choose(stream, seen)
+        if not self.carry_positions:
+            stream = replace(stream, positions=None)
+        stream = reduce_tokens(stream, chosen, carry_size=self.carry_size)
         if self.proportional and stream.size is not None:
             stream = replace(stream, log_size=stream.size.log())
         return stream
@@ -280,7 +291,8 @@ class PoolAndHead(nn.Module):
         return x.mean(1) if pool.pool == "avg" else x
 
 
-def _qkv(layer: nn.Module, x: Tensor) -> Tensor:
+def qkv_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """The projection to queries, keys and values, [B, N, D] -> [B, N, 3 * H * d]."""
     bias = layer.qkv.bias
     if getattr(layer, "q_bias", None) is not None:  # EVA: the key has no bias
         bias = torch.cat((layer.q_bias, layer.k_bias, layer.v_bias))

@@ -16,12 +16,13 @@ from vp_engines.backends.base import Backend, BuildOptions, BuildSource, Precisi
 from vp_engines.bundle import check_target, write_bundle
 from vp_engines.errors import EngineUnavailableError, VpError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest, Preprocessing
+from vp_exporter.kernel_choice import KernelsOption, build_best, candidates
 from vp_exporter.loading import LoadedModel
 from vp_exporter.lowering import export_program, lower_onnx, signature
 from vp_exporter.macs import count_macs
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.progress import SILENT, Progress
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.reduced import Kernels, ReducedViT
 from vp_exporter.validate.check import CheckRequest, check_bundle, open_data
 from vp_exporter.validate.report import Report, ReportData
 
@@ -44,6 +45,7 @@ class ExportRequest:
         dense: put the dense engine into the bundle, so that anyone can check the claim again.
         check: how to validate; None hands the bundle over unvalidated.
         classes: class names, in the order of the logits.
+        kernels: torch's own operations, the vp operators, or what is faster (vp_exporter.kernel_choice).
         force: replace what is at `out`.
     """
 
@@ -54,6 +56,7 @@ class ExportRequest:
     dense: bool = True
     check: CheckRequest | None = field(default_factory=CheckRequest)
     classes: Sequence[str] | None = None
+    kernels: KernelsOption = "auto"
     force: bool = False
 
 
@@ -98,6 +101,8 @@ def export_bundle(
         )
     backend.check_precision(precision)
     backend.check_options(request.build)
+    description = model.description
+    choices = candidates(request.kernels, backend, request.build, description, model.vit.blocks[0].attn.head_dim)
     data = None
     if request.check is not None:
         data = open_data(request.check, preprocessing, request.classes, model.description.num_classes, progress)
@@ -111,15 +116,31 @@ def export_bundle(
         files: dict[str, Path | bytes] = {"plan.json": plan.dumps().encode()}
         variants: dict[str, Any] = {}
         plans = {"reduced": plan, "dense": None}
+        built_with: dict[str, Kernels] = {}
         for variant in ("reduced", "dense") if request.dense else ("reduced",):
             reduced = ReducedViT(model.vit, model.description, plans[variant])
             folder = work / VARIANT_FOLDERS[variant]
             folder.mkdir()
-            with progress.stage(f"lowering the {variant} model"):
-                source = _lower(backend, reduced, precision, work / f"{variant}.onnx")
-            with progress.stage(f"building the {variant} engine ({request.engine}, {precision})"):
-                result = backend.build(source, folder, request.build)
-            for note in result.notes if variant == "reduced" else ():
+
+            def lower(kernels: Kernels, reduced: ReducedViT = reduced, variant: str = variant) -> BuildSource:
+                with progress.stage(f"lowering the {variant} model"):
+                    onnx = work / f"{variant}-{kernels}.onnx"
+                    return _lower(backend, reduced, precision, kernels, request.build, onnx)
+
+            result, kernels, why = build_best(
+                backend,
+                choices[variant],
+                lower,
+                folder,
+                request.build,
+                what=f"the {variant} engine ({request.engine}, {precision})",
+                batches=_batches(request),
+                image_shape=(description.in_chans, *description.image_size),
+                progress=progress,
+            )
+            built_with[variant] = kernels
+            notes = (*result.notes, *([why] if why else []))
+            for note in notes if variant == "reduced" else ():
                 progress.note(note)
             prefix = VARIANT_FOLDERS[variant] + "/"
             files |= {prefix + name: folder / name for name in result.files}
@@ -127,10 +148,11 @@ def export_bundle(
                 "artefact": prefix + result.artefact,
                 "files": [prefix + name for name in result.files],
                 "requirements": result.requirements,
-                "notes": list(result.notes),
+                "notes": list(notes),
             }
         reduced = ReducedViT(model.vit, model.description, plan)
         fields = _manifest_fields(model, plan, preprocessing, request, backend, precision, reduced, variants)
+        fields["kernels"] = built_with["reduced"]
         report = None
         if request.check is not None:
             # The check runs on a bundle in the scratch folder: the very bytes that are handed over, nothing sooner.
@@ -168,15 +190,25 @@ def validation_fields(report: ReportData) -> dict[str, str]:
     }
 
 
-def _lower(backend: Backend, reduced: ReducedViT, precision: Precision, onnx: Path) -> BuildSource:
+def _batches(request: ExportRequest) -> tuple[int, ...]:
+    """Batch sizes to choose kernels by: those that will be reported, as far as the engine will run them."""
+    build = request.build
+    wanted = request.check.batches if request.check is not None else (1, build.opt_batch)
+    return tuple(batch for batch in wanted if build.min_batch <= batch <= build.max_batch) or (build.opt_batch,)
+
+
+def _lower(
+    backend: Backend, reduced: ReducedViT, precision: Precision, kernels: Kernels, build: BuildOptions, onnx: Path
+) -> BuildSource:
     """The form of the model that the backend builds from."""
-    ready = reduced.for_export(precision, backend.attention_form)
+    ready = reduced.for_export(precision, backend.attention_form, kernels)
     inputs, outputs = signature(ready)
     blocks = reduced.description.depth
     if backend.source == "program":
-        return BuildSource(precision, inputs, outputs, program=export_program(ready), attention_blocks=blocks)
+        program = export_program(ready.to(build.device))
+        return BuildSource(precision, inputs, outputs, program=program, attention_blocks=blocks)
     assert backend.opset is not None
-    lower_onnx(ready, onnx, opset=backend.opset)
+    lower_onnx(ready, onnx, opset=backend.opset, functions=backend.onnx_functions)
     return BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=blocks)
 
 
@@ -225,7 +257,6 @@ def _manifest_fields(
             "tokens": [[row.attention, row.mlp] for row in plan.tokens()],
         },
         "validation": NOT_VALIDATED,
-        "kernels": "portable",
     }
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from vp_exporter.attention import AttentionForm
 from vp_exporter.blocks import PatchEmbedding, PoolAndHead, ReducedBlock
+from vp_exporter.fused_block import FusedBlock, check_kernels
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reducers import InnerStep, StaticStep, Tokens, ops
 from vp_exporter.reducers.stream import Stream
 
+Kernels = Literal["portable", "vp"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -30,19 +32,29 @@ class ReducedViT(nn.Module):
         vit: the timm model, in eval mode.
         description: of that model (vp_exporter.models.describe).
         plan: what to drop where.
+        kernels: "portable" writes blocks in torch's own operations, "vp" over the operators of vp_kernels.
 
     Raises:
         PlanError: the plan is for another model.
+        UnsupportedModelError: the vp operators do not take the model's heads.
     """
 
     places: Tensor | None
 
-    def __init__(self, vit: nn.Module, description: ViTDescription, plan: ReductionPlan | None = None) -> None:
+    def __init__(
+        self,
+        vit: nn.Module,
+        description: ViTDescription,
+        plan: ReductionPlan | None = None,
+        kernels: Kernels = "portable",
+    ) -> None:
         super().__init__()
         if plan is not None:
             plan.check_model(description)
         self.vit = vit.eval()
-        self.description, self.plan = description, plan
+        self.description, self.plan, self.kernels = description, plan, kernels
+        if kernels == "vp":
+            check_kernels(description, vit.blocks[0].attn.head_dim)
         self._build()
 
     def _build(self) -> None:
@@ -53,6 +65,8 @@ class ReducedViT(nn.Module):
         self.proportional = plan is not None and plan.proportional_attention
         carry_size = self.proportional or any(step.carries_size for step in inner)
         places: list[int] | None = None
+        last_tracked = max((step.block for step in inner if "positions" in step.needs), default=-1)
+        block_of = FusedBlock if self.kernels == "vp" else ReducedBlock
         for number, block in enumerate(self.vit.blocks):
             at_input, within = (plan.steps_at(number, place) if plan else None for place in ("input", "inner"))
             bias = plan.key_bias.get(number) if plan else None
@@ -69,14 +83,22 @@ class ReducedViT(nn.Module):
                 places = list(alive.positions or ()) if places is None else places  # as the first inner step finds them
                 alive = within.apply(alive)
             blocks.append(
-                ReducedBlock(block, index, bias, within, proportional=self.proportional, carry_size=carry_size)
+                block_of(
+                    block,
+                    index,
+                    bias,
+                    within,
+                    proportional=self.proportional,
+                    carry_size=carry_size,
+                    carry_positions=number < last_tracked,
+                )
             )
         self.embed = PatchEmbedding(self.vit, keep)
         self.blocks = nn.ModuleList(blocks)
         self.head = PoolAndHead(self.vit, self.description.pool_include_prefix)
-        track = any("positions" in step.needs for step in inner)
+        track = last_tracked >= 0 and bool(places)
         self.register_buffer(
-            "places", ops.grid_codes(places, self.description.grid[1]) if track and places else None, persistent=False
+            "places", ops.grid_codes(places or [], self.description.grid[1]) if track else None, persistent=False
         )
 
     @property
@@ -109,14 +131,15 @@ class ReducedViT(nn.Module):
             stream = block(stream)
             yield stream
 
-    def for_export(self, precision: str = "fp32", form: AttentionForm = "sdpa") -> Self:
+    def for_export(self, precision: str = "fp32", form: AttentionForm = "sdpa", kernels: Kernels | None = None) -> Self:
         """A copy that is ready to lower: weights cast, LayerScale folded, constants computed in fp32 beforehand.
 
         Args:
             precision: "fp32", "fp16" or "bf16".
-            form: how attention is written (vp_exporter.attention).
+            form: how attention is written in the portable form (vp_exporter.attention).
+            kernels: "portable" or "vp"; None as this model.
         """
-        twin = type(self)(copy.deepcopy(self.vit).float(), self.description, self.plan)
+        twin = type(self)(copy.deepcopy(self.vit).float(), self.description, self.plan, kernels or self.kernels)
         for block in twin.blocks:
             block.fold_scales()
             block.attention_form = form

@@ -58,6 +58,13 @@ class AotInductorBackend(Backend):
             return Availability(False, "no C++ compiler: install g++ (or name one in the environment variable CXX)")
         return Availability(True, "torch is installed")
 
+    def runs_kernels(self, options: BuildOptions) -> Availability:
+        if options.device != "cuda":
+            return Availability(False, "the vp kernels need a CUDA device")
+        if not installed("triton"):
+            return Availability(False, f"triton is not installed: {install_hint(self.extra)}")
+        return Availability(True, "AOTInductor compiles the vp kernels into the package")
+
     def version(self) -> str:
         return str(require("torch", self.name, self.extra).__version__)
 

@@ -182,6 +182,7 @@ class Backend(ABC):
         attention_form: how the lowered model should write attention (vp_exporter.attention says what each one is).
         devices: what it runs on, the default first.
         fixed_batch_range: whether an engine runs only the batch sizes that it was built for (BuildOptions).
+        onnx_functions: whether it reads ONNX functions; others are given the graph with their bodies inlined.
     """
 
     name: ClassVar[str]
@@ -192,6 +193,11 @@ class Backend(ABC):
     attention_form: ClassVar[Literal["sdpa", "packed", "explicit"]] = "sdpa"
     devices: ClassVar[tuple[Literal["cpu", "cuda"], ...]] = ("cpu", "cuda")
     fixed_batch_range: ClassVar[bool] = False
+    onnx_functions: ClassVar[bool] = False
+
+    def runs_kernels(self, options: BuildOptions) -> Availability:
+        """Whether an engine so built runs the kernels of vp_kernels, and if not, why (one line)."""
+        return Availability(False, f"engine '{self.name}' has no kernels of ours")
 
     def check_precision(self, precision: Precision) -> None:
         """Check that this backend builds in `precision`.

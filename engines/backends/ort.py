@@ -53,6 +53,7 @@ class OnnxRuntimeBackend(Backend):
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "fp16")  # no bf16: the CPU has no kernels for it
     extra = "cpu"
     attention_form = "packed"
+    onnx_functions = True
 
     def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
         if not installed("onnxruntime"):

@@ -41,6 +41,9 @@ def export(
     engine: Annotated[str, typer.Option(help="ort, openvino, aoti, trt-rtx or trt.")] = "ort",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; by default the engine's own.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the engine's own.")] = None,
+    kernels: Annotated[
+        str, typer.Option(help="portable (torch's operations), vp (our operators) or auto (the faster one, measured).")
+    ] = "auto",
     compute_capability: Annotated[
         str | None, typer.Option(metavar="X.Y", help="Target of trt-rtx, e.g. 8.9; by default this machine's GPU.")
     ] = None,
@@ -84,6 +87,8 @@ def export(
             raise VpError(f"--precision is {precision!r}", expected="fp32, fp16 or bf16")
         if device not in (None, "cpu", "cuda"):
             raise VpError(f"--device is {device!r}", expected="cpu or cuda")
+        if kernels not in ("portable", "vp", "auto"):
+            raise VpError(f"--kernels is {kernels!r}", expected="portable, vp or auto")
         if not min_batch <= opt_batch <= max_batch:
             raise VpError(
                 f"--min-batch {min_batch}, --opt-batch {opt_batch}, --max-batch {max_batch}", expected="ascending sizes"
@@ -149,6 +154,7 @@ def export(
             if validate
             else None,
             classes=_lines(classes),
+            kernels=cast(Literal["portable", "vp", "auto"], kernels),
         )
         with progress.stage(f"loading {model}"):
             loaded = load_model(

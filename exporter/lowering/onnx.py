@@ -23,12 +23,14 @@ MAX_INLINE_BYTES = 1_800_000_000
 PRODUCER = "vp-export"
 
 
-def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23) -> Path:
+def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23, functions: bool = True) -> Path:
     """Write a prepared model (`ReducedViT.for_export`) as ONNX.
 
     Args:
         path: the file to write; weights of models above 1.8 GB go to `path` + ".data" beside it.
         opset: of the standard domain; from 23 on, attention is one Attention node.
+        functions: keep the nodes of domain `vp` of a model over the vp operators, each with its function body; False
+            writes the twin in standard operators alone, for runtimes that do not know functions.
 
     Returns:
         `path`.
@@ -56,8 +58,19 @@ def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23) -> Path:
     inline = sum(p.numel() * p.element_size() for p in model.parameters()) < MAX_INLINE_BYTES
     with _quiet():
         exported.save(str(path), external_data=not inline)
+    if model.kernels == "vp":
+        _finish_functions(path, keep=functions)
     check_onnx(path, model)
     return path
+
+
+def _finish_functions(path: Path, *, keep: bool) -> None:
+    """Give the nodes of domain `vp` their bodies; without `keep`, put the bodies in their place."""
+    from vp_kernels.onnx import add_functions, inline
+
+    model = onnx.load(str(path), load_external_data=False)  # weights in a file beside it stay there
+    add_functions(model)
+    onnx.save(model if keep else inline(model), str(path))
 
 
 def check_onnx(path: Path, model: ReducedViT) -> None:

@@ -15,13 +15,16 @@ MAX_BATCH = 1024  # an upper bound that the exporter needs; no engine of ours re
 
 
 def export_program(model: ReducedViT) -> ExportedProgram:
-    """Trace a model that `ReducedViT.for_export` has prepared.
+    """Trace a model that `ReducedViT.for_export` has prepared, on the device that it is on.
 
     Returns:
         A program of one input, float32 [batch, C, H, W], and one output; its guards hold for 1 to MAX_BATCH images.
     """
+    device = next(model.parameters()).device
     with torch.no_grad():
-        return torch.export.export(model, (example_images(model),), dynamic_shapes=dynamic_batch(), strict=False)
+        return torch.export.export(
+            model, (example_images(model).to(device),), dynamic_shapes=dynamic_batch(), strict=False
+        )
 
 
 def example_images(model: ReducedViT) -> Tensor:

@@ -116,6 +116,18 @@ class InnerStep(Step):
     def choose(self, stream: Stream, seen: Seen) -> TokenMap:
         """Decide for each image which tokens stay and where the others go: index maps of a fixed shape."""
 
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream | TokenMap | None:
+        """The same by a vp operator that does more than choose; None where there is none: then `choose` decides.
+
+        Args:
+            seen: with `head_keys` in place of `keys`.
+            carry_size: the plan carries sizes.
+
+        Returns:
+            What leaves (without log sizes), or a map whose new tokens are made already.
+        """
+        return None
+
     def check_model(self, description: ViTDescription) -> None:
         if "class_attention" in self.needs and not description.class_token:
             raise PlanError(

@@ -7,7 +7,7 @@ docs/reducers.md marks what is inferred: the density's scale, nearest-centre ass
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
@@ -149,3 +149,19 @@ class BatStep(InnerStep):
         members = belongs * (1.0 - taken) + is_centre.transpose(1, 2)
         weighted = members if weight is None else members * ops.take(weight, rows)[:, None, :]
         return Pool(rows, weighted / weighted.sum(dim=2, keepdim=True), members, ops.take(rows, centres))
+
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream:
+        from vp_exporter import operators
+
+        assert seen.class_attention is not None
+        x, size = operators.density_merge(
+            stream.x,
+            seen.class_attention,
+            stream.size,
+            self.tokens_out,
+            self.clusters,
+            self.pairs,
+            stream.prefix,
+            self.weights,
+        )
+        return replace(stream, x=x, size=size)

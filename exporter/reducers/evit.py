@@ -56,3 +56,18 @@ class EvitStep(InnerStep):
         weights = ops.take(scores, rest)[:, None, :]
         source = rest + prefix
         return TokenMap(keep, pool=Pool(source, weights, ops.ones(source)[:, None, :], source[:, :1]))
+
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> TokenMap | None:
+        from vp_exporter import operators
+        from vp_exporter.reducers import ops
+        from vp_exporter.reducers.stream import TokenMap
+
+        assert seen.class_attention is not None
+        prefix = stream.prefix
+        scores, stay = seen.class_attention[:, prefix:], self.tokens_out - prefix
+        if not self.fuse:
+            return TokenMap(ops.frame(operators.select(scores, stay), prefix, shift=prefix))
+        if carry_size:  # the fused token's size needs the list of what went into it
+            return None
+        best, rest = operators.select_fuse(scores, stream.x, stay - 1)
+        return TokenMap(ops.frame(best, prefix, shift=prefix), extra=rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
@@ -60,3 +60,14 @@ class PptStep(InnerStep):
         size = ops.ones(merge.source) if stream.size is None else ops.take(stream.size, merge.source)
         weight = pool.float() * size
         return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))
+
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream:
+        from vp_exporter import operators
+
+        assert seen.class_attention is not None
+        assert seen.value_norm is not None
+        assert seen.head_keys is not None
+        prefix = stream.prefix
+        scores = (seen.class_attention * seen.value_norm)[:, prefix:]
+        x, size = operators.match_merge(stream.x, seen.head_keys, stream.size, self.r, prefix, scores, self.tau)
+        return replace(stream, x=x, size=size)

@@ -7,6 +7,7 @@ scatter (whose order would be undefined where several tokens merge into one).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,7 @@ class Seen:
     Attributes:
         class_attention: [B, N], the class token's attention, averaged over heads.
         keys: [B, N, d_h], summed over heads (every use is a cosine, which knows no scale).
+        head_keys: [B, N, H, d_h], in the dtype of the model: what `keys` sums, for an operator that does so itself.
         value_norm: [B, N], Euclidean norm of the value over all heads.
         graph_score: [B, N], GTP's score of the whole attention map.
     """
@@ -58,6 +60,7 @@ class Seen:
     keys: Tensor | None = None
     value_norm: Tensor | None = None
     graph_score: Tensor | None = None
+    head_keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,30 +108,66 @@ class Pool:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """A reducer's answer: rows that stay (int64 [B, K], prefix included, in output order) and where others go."""
+    """A reducer's answer: rows that stay (int64 [B, K], prefix included, in output order) and where others go.
+
+    `extra` are new tokens [B, E, D] behind them that an operator has made already (`InnerStep.fused`): they have no
+    sizes and no places.
+    """
 
     keep: Tensor
     merge: Merge | None = None
     spread: Spread | None = None
     pool: Pool | None = None
+    extra: Tensor | None = None
 
 
-def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool) -> Stream:
+def merge_rows(
+    x: Tensor,
+    keep: Tensor,
+    source: Tensor,
+    into: Tensor,
+    source_weight: Tensor | None,
+    keep_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted means of kept rows and the sources that join them: a gather and one matrix product.
+
+    The mean as a correction of the row that stays: x_j + sum_i w_i (x_i - x_j) / sum w. Only the R sources and their
+    partners are touched, where weighting every kept row would be one more pass over the whole sequence.
+
+    Args:
+        x: [B, N, D].
+        keep: int64 [B, K], rows that stay.
+        source, into: int64 [B, R], rows that merge, and the output row that each joins.
+        source_weight: [B, R]; None: 1.
+        keep_weight: [B, K]; None: 1.
+
+    Returns:
+        Rows [B, K, D], and the weight of each [B, K].
+    """
+    member = ops.one_hot(into, keep.shape[1])
+    weighted = member if source_weight is None else member * source_weight[:, None, :]
+    mass = weighted.sum(-1) + (1.0 if keep_weight is None else keep_weight)
+    share = weighted / mass[:, :, None]
+    change = ops.take_rows(x, source) - ops.take_rows(x, ops.take(keep, into))
+    return ops.take_rows(x, keep) + share.to(x.dtype) @ change, mass
+
+
+# What can stand in for `merge_rows`: the operator vp::merge_rows.
+MergeRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool, merge: MergeRows = merge_rows) -> Stream:
     """Carry out a map.
 
     Args:
         carry_size: compute the new tokens' sizes.
+        merge: carries out its merges.
     """
-    x, size = ops.take_rows(stream.x, chosen.keep), None
-    if stream.size is not None:
-        size = ops.take(stream.size, chosen.keep)
-    if chosen.merge is not None:
-        share, size = _shares(stream, chosen.keep, size, chosen.merge)
-        # The mean as a correction of the row that stays: x_j + sum_i w_i (x_i - x_j) / sum w. Only the R sources and
-        # their partners are touched, where weighting every kept row would be one more pass over the whole sequence.
-        partner = ops.take(chosen.keep, chosen.merge.into)
-        change = ops.take_rows(stream.x, chosen.merge.source) - ops.take_rows(stream.x, partner)
-        x = x + share.to(x.dtype) @ change
+    size = None if stream.size is None else ops.take(stream.size, chosen.keep)
+    if chosen.merge is None:
+        x = ops.take_rows(stream.x, chosen.keep)
+    else:
+        x, size = _merge(stream, chosen.keep, size, chosen.merge, merge)
     if chosen.spread is not None:
         spread = chosen.spread
         x = x + spread.mix.to(x.dtype) @ ops.take_rows(stream.x, spread.source)
@@ -138,23 +177,42 @@ def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool) -> Stre
         pool = chosen.pool
         x = torch.cat([x, pool.rows.to(x.dtype) @ ops.take_rows(stream.x, pool.source)], dim=1)
         if carry_size:
-            kept = ops.ones(chosen.keep) if size is None else size
-            size = torch.cat([kept, _size_of(stream, pool.members, pool.source)], dim=1)
+            size = _with_pool(stream, chosen.keep, size, pool)
+    return _moved(stream, x, size if carry_size else None, chosen)
+
+
+def sizes_without_merge(stream: Stream, x: Tensor, chosen: TokenMap, *, carry_size: bool) -> Stream:
+    """What leaves where the rows `x` [B, K + E, D] were gathered already and nothing merged into one of them."""
+    size = None
+    if carry_size:
+        size = None if stream.size is None else ops.take(stream.size, chosen.keep)
+        if chosen.pool is not None:
+            size = _with_pool(stream, chosen.keep, size, chosen.pool)
+    return _moved(stream, x, size, chosen)
+
+
+def _moved(stream: Stream, x: Tensor, size: Tensor | None, chosen: TokenMap) -> Stream:
     positions = None if stream.positions is None else _positions(stream, chosen)
-    return Stream(x, stream.prefix, size if carry_size else None, None, positions, stream.columns)
+    return Stream(x, stream.prefix, size, None, positions, stream.columns)
 
 
-def _shares(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge) -> tuple[Tensor, Tensor]:
-    """Each source's share in each output row [B, K, R], and the new sizes [B, K]."""
-    member = ops.one_hot(merge.into, keep.shape[1])
+def _with_pool(stream: Stream, keep: Tensor, size: Tensor | None, pool: Pool) -> Tensor:
+    """Sizes [B, K + E] of the kept rows and the new ones."""
+    kept = ops.ones(keep) if size is None else size
+    return torch.cat([kept, _size_of(stream, pool.members, pool.source)], dim=1)
+
+
+def _merge(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge, run: MergeRows) -> tuple[Tensor, Tensor]:
+    """The rows [B, K, D] and their sizes [B, K]."""
     weight = merge.source_weight
     if weight is None and stream.size is not None:
         weight = ops.take(stream.size, merge.source)
-    weighted = member if weight is None else member * weight[:, None, :]
-    own = 1.0 if size is None else size
-    total = weighted.sum(-1) + (own if merge.keep_weight is None else merge.keep_weight)
-    new_size = total if merge.keep_weight is None else _size_of(stream, member, merge.source) + own
-    return weighted / total[:, :, None], new_size
+    own = size if merge.keep_weight is None else merge.keep_weight
+    x, mass = run(stream.x, keep, merge.source, merge.into, weight, own)
+    if merge.keep_weight is None:
+        return x, mass
+    joined = _size_of(stream, ops.one_hot(merge.into, keep.shape[1]), merge.source)
+    return x, joined + (1.0 if size is None else size)
 
 
 def _size_of(stream: Stream, rows: Tensor, source: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
@@ -40,3 +40,10 @@ class TomeStep(InnerStep):
 
         assert seen.keys is not None
         return TokenMap(*match(seen.keys, stream.prefix, self.r))
+
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream:
+        from vp_exporter import operators
+
+        assert seen.head_keys is not None
+        x, size = operators.match_merge(stream.x, seen.head_keys, stream.size, self.r, stream.prefix)
+        return replace(stream, x=x, size=size)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 SCORES = ("class", "ats")
@@ -46,10 +48,22 @@ class TopKStep(InnerStep):
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import TokenMap
 
+        kept = ops.highest(self._scores(stream, seen), self.tokens_out - stream.prefix)
+        return TokenMap(ops.frame(kept, stream.prefix, shift=stream.prefix))
+
+    def _scores(self, stream: Stream, seen: Seen) -> Tensor:
+        """Of the patch tokens, [B, n]."""
         assert seen.class_attention is not None
         scores = seen.class_attention
         if self.score == "ats":
             assert seen.value_norm is not None
             scores = scores * seen.value_norm
-        kept = ops.highest(scores[:, stream.prefix :], self.tokens_out - stream.prefix)
+        return scores[:, stream.prefix :]
+
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> TokenMap:
+        from vp_exporter import operators
+        from vp_exporter.reducers import ops
+        from vp_exporter.reducers.stream import TokenMap
+
+        kept = operators.select(self._scores(stream, seen), self.tokens_out - stream.prefix)
         return TokenMap(ops.frame(kept, stream.prefix, shift=stream.prefix))

@@ -205,6 +205,10 @@ EXPORT = [
          r"timm cannot create vit_tiny.* with .*'dept'.*; check --model-arg"),
     # engine and preprocessing
     Case("bad-precision", {"precision": "int8"}, 2, r"--precision is 'int8'; expected fp32, fp16 or bf16"),
+    Case("bad-kernels", {"kernels": "fast"}, 2, r"--kernels is 'fast'; expected portable, vp or auto"),
+    Case("heads-that-kernels-do-not-take",
+         {"kernels": "vp", "weights": None, "random_init": True, "model_arg": model_args(num_heads=4)}, 2,
+         r"has heads of 16 channels; expected 32, 64, 80, 96, 128 for the vp kernels; use --kernels portable"),
     Case("bf16-on-ort", {"precision": "bf16"}, 2, r"'ort' has no bf16; expected one of fp32, fp16; choose another"),
     Case("bad-device", {"device": "tpu"}, 2, r"--device is 'tpu'; expected cpu or cuda"),
     Case("bad-batches", {"min_batch": 9}, 2, r"--min-batch 9, --opt-batch 8, --max-batch 64; expected ascending"),

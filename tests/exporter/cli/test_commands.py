@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -247,6 +248,25 @@ def test_openvino(inputs: Inputs, tmp_path: Path) -> None:
     with vp_engines.load(out) as engine, torch.no_grad():
         wanted = reduced_vit(inputs)(torch.from_numpy(images)).numpy()
         np.testing.assert_allclose(engine.run(images)["logits"], wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "functions"), [("ort", True), ("openvino", False)])
+def test_kernels(engine: str, functions: bool, inputs: Inputs, tmp_path: Path) -> None:
+    """The vp operators on an engine without our kernels: as ONNX functions, or in standard operators."""
+    pytest.importorskip("openvino" if engine == "openvino" else "onnxruntime")
+    out = tmp_path / "vp.vpe"
+    result = call(export.app, *argv(export_options(inputs, out, engine=engine, precision="fp32", kernels="vp")))
+    assert result.exit_code == 0, result.output
+    assert "kernels: vp, in standard operators" in result.output
+    assert read_manifest(out).kernels == "vp"
+    if functions:
+        assert {function.domain for function in onnx.load(out / "engine" / "model.onnx").functions} == {"vp"}
+        assert not onnx.load(out / "dense" / "model.onnx").functions
+    images = batch()
+    with vp_engines.load(out) as engine_, torch.no_grad():
+        wanted = reduced_vit(inputs)(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(engine_.run(images)["logits"], wanted, atol=1e-4)
 
 
 @pytest.mark.slow

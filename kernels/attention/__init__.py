@@ -1,0 +1,1 @@
+"""vp::attention: fused attention that also says how much attention every key received."""

@@ -1,0 +1,1 @@
+"""vp::merge_rows: weighted means of tokens, by index lists."""

@@ -1,0 +1,81 @@
+"""vp::select and vp::select_fuse for torch: checks, registration, and the functions that callers use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vp_kernels.checks import Check
+from vp_kernels.launch import MAX_TOKENS, runs_kernel
+from vp_kernels.select.reference import select_fuse_reference, select_reference
+
+SELECT = "vp::select"
+SELECT_FUSE = "vp::select_fuse"
+
+
+def select(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
+    """Indices of the k highest scores of each image; ties go to the lowest index, NaN is above everything.
+
+    Args:
+        scores: float32 [B, n], last axis of stride 1, n up to 1024.
+        k: how many, 1 .. n.
+        by_score: descending by score (a stable ranking) instead of ascending by index.
+
+    Returns:
+        int64 [B, k].
+
+    Raises:
+        KernelError: an argument is not as above.
+    """
+    index: Tensor = _select(scores, k, by_score)
+    return index
+
+
+def select_fuse(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`select`, and EViT's fused token of the rows that were not selected. No gradients.
+
+    Args:
+        scores: float32 [B, n], last axis of stride 1, n up to 1024.
+        x: fp32, fp16 or bf16 [B, N, D], contiguous, N >= n: its last n rows are those that the scores are of.
+        k: how many, 1 .. n.
+
+    Returns:
+        index: int64 [B, k], ascending.
+        fused: [B, 1, D] of x's dtype, sum of score times row over the others, accumulated in fp32; zeros if k = n.
+
+    Raises:
+        KernelError: an argument is not as above.
+    """
+    found: tuple[Tensor, Tensor] = _select_fuse(scores, x, k)
+    return found
+
+
+@torch.library.triton_op(SELECT, mutates_args=())
+def _select(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
+    _check_scores(Check(SELECT, scores), scores, k)
+    if runs_kernel(scores):
+        from vp_kernels.select.kernel import launch_select
+
+        return launch_select(scores, k, by_score)
+    return select_reference(scores, k, by_score)
+
+
+@torch.library.triton_op(SELECT_FUSE, mutates_args=())
+def _select_fuse(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    check = Check(SELECT_FUSE, scores)
+    _check_scores(check, scores, k)
+    check.tensor("x", x, (scores.shape[0], "N", "D"))
+    check.within("the number of tokens of x", x.shape[1], scores.shape[1], MAX_TOKENS, "the scores are of its last")
+    check.true(x.shape[2] >= 1, "the width of x", str(x.shape[2]), "1 or more")
+    if runs_kernel(scores):
+        from vp_kernels.select.kernel import launch_select_fuse
+
+        return launch_select_fuse(scores, x, k)
+    index, fused = select_fuse_reference(scores, x, k)
+    return index, fused.to(x.dtype)
+
+
+def _check_scores(check: Check, scores: Tensor, k: int) -> None:
+    check.tensor("scores", scores, ("B", "n"), (torch.float32,), contiguous=False)
+    check.within("the number of scores", scores.shape[1], 1, MAX_TOKENS)
+    check.within("k", k, 1, scores.shape[1])

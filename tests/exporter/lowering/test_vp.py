@@ -1,0 +1,86 @@
+"""A model over the vp operators as ONNX: nodes with function bodies, the twin in standard operators, one answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from tests.exporter.reducers.test_export import EVERY_REDUCER, OTHER_FIELDS, images_of
+from tests.exporter.test_fused_block import both
+from tests.exporter.tiny import random_plan, tiny_vit
+from vp_exporter.lowering import lower_onnx
+from vp_exporter.reduced import ReducedViT
+
+CLEAR = 5e-4
+
+
+def answer(path: Path, images: torch.Tensor, level: ort.GraphOptimizationLevel) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found: np.ndarray = session.run(None, {"images": images.numpy()})[0]
+    return found
+
+
+@pytest.fixture(scope="module", params=["every", "other"])
+def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ReducedViT, Path, Path]:
+    """The portable model; its twin over the operators with functions, and in standard operators."""
+    portable, fused = both(EVERY_REDUCER if request.param == "every" else OTHER_FIELDS)
+    folder = tmp_path_factory.mktemp(request.param)
+    ready = fused.for_export()
+    return (
+        portable,
+        lower_onnx(ready, folder / "functions.onnx"),
+        lower_onnx(ready, folder / "standard.onnx", functions=False),
+    )
+
+
+@pytest.mark.slow
+def test_one_answer(lowered: tuple[ReducedViT, Path, Path]) -> None:
+    portable, functions, standard = lowered
+    for batch in (1, 5):
+        images = images_of(batch)
+        with torch.no_grad():
+            expected = portable(images).numpy()
+        for path in (functions, standard):
+            for level in (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_DISABLE_ALL):
+                np.testing.assert_allclose(answer(path, images, level), expected, atol=CLEAR, rtol=CLEAR)
+
+
+def test_what_stands_in_the_files(lowered: tuple[ReducedViT, Path, Path]) -> None:
+    portable, functions, standard = lowered
+    model = onnx.load(str(functions))
+    ours = [node for node in model.graph.node if node.domain == "vp"]
+    kinds = Counter(node.op_type for node in ours)
+    assert sum(count for kind, count in kinds.items() if kind.startswith("Attention")) == len(portable.blocks)
+    assert {function.name for function in model.functions if function.domain == "vp"} == set(kinds)
+    assert all(
+        node.name.startswith("blocks.") and node.name.rpartition("/")[2].startswith(node.op_type) for node in ours
+    )
+    twin = onnx.load(str(standard))
+    assert not twin.functions
+    assert {node.domain for node in twin.graph.node} == {""}
+    assert {entry.domain for entry in twin.opset_import} <= {"", "vp"}
+    # A profiler can still tell what belongs to a reducer.
+    scopes = {node.name.partition("/")[0] for node in twin.graph.node}
+    assert any(scope.endswith(".fused_reduce") for scope in scopes)
+
+
+def test_static_plan(tmp_path: Path) -> None:
+    vit, description = tiny_vit(heads=2)
+    plan = random_plan(description.plan_model(), scales=True)
+    path = lower_onnx(ReducedViT(vit, description, plan, "vp").for_export(), tmp_path / "model.onnx")
+    kinds = {node.op_type for node in onnx.load(str(path)).graph.node if node.domain == "vp"}
+    assert kinds == {"AttentionBias", "GatherNorm"}
+    images = torch.randn(3, 3, *description.image_size)
+    with torch.no_grad():
+        expected = ReducedViT(vit, description, plan)(images).numpy()
+    found = answer(path, images, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    np.testing.assert_allclose(found, expected, atol=5e-5, rtol=5e-5)

@@ -1,0 +1,211 @@
+"""The Triton kernels of vp::attention, in the interpreter, against the reference in higher precision."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.support import DTYPES, TOKENS, assert_as_good, seeded
+from vp_kernels.attention.kernel import (
+    attention_looped,
+    attention_whole,
+    config,
+    launch_attention,
+    sum_partials,
+    variants,
+)
+from vp_kernels.attention.reference import attention_reference
+from vp_kernels.launch import MAX_TOKENS
+
+# NumPy's, of what the interpreter does with NaN and infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+INF = float("inf")
+HEAD_DIMS = (32, 64, 80, 96, 128)
+IMPORTANCE = ("none", "class", "mean")
+BIASES = ("none", "shared", "own", "removing")
+
+
+def bias_of(kind: str, batch: int, tokens: int) -> Tensor | None:
+    """A key bias: none, [1, N], [B, N], or [B, N] with removed keys (never all of an image)."""
+    if kind == "none":
+        return None
+    bias = seeded(1 if kind == "shared" else batch, tokens, seed=7)
+    if kind == "removing":
+        bias[:, 1::3] = -INF
+    return bias
+
+
+def covering() -> list[tuple[int, int, int, int, torch.dtype, str, str]]:
+    """(B, N, H, d, dtype, bias, importance): every token count and every pair of the other choices at least once."""
+    cases = []
+    pairs = itertools.cycle(itertools.product(BIASES, IMPORTANCE))
+    widths = itertools.cycle(HEAD_DIMS)
+    for number, (tokens, dtype) in enumerate(itertools.product(TOKENS, DTYPES)):
+        if dtype == torch.float32 and tokens in (198, 256):
+            continue  # slow here, and no edge: its tiles are of 32
+        bias, importance = next(pairs)
+        batch, heads = 3 if tokens <= 64 and number % 2 else 1, 2 if tokens <= 130 else 1
+        cases.append((batch, tokens, heads, next(widths), dtype, bias, importance))
+    for dtype, (bias, importance) in itertools.product(DTYPES, itertools.product(BIASES, IMPORTANCE)):
+        cases.append((1, 70, 1, next(widths), dtype, bias, importance))
+    # Every part of the keys at its edges; more keys than one program holds, and the largest count.
+    for tokens in (176, 225, 241):
+        cases.append((1, tokens, 1, 64, torch.float16, "removing", "mean"))
+    cases += [
+        (1, 145, 1, 128, torch.bfloat16, "none", "class"),
+        (2, 320, 1, 64, torch.bfloat16, "shared", "class"),
+        (1, 300, 2, 64, torch.bfloat16, "none", "mean"),
+        (1, 577, 1, 80, torch.float16, "removing", "mean"),
+        (1, 1024, 1, 32, torch.float16, "none", "class"),
+        (1, 1023, 1, 32, torch.bfloat16, "own", "none"),
+    ]
+    return cases
+
+
+def check(qkv: Tensor, bias: Tensor | None, importance: str) -> None:
+    """The kernel's answer, against the reference of its own dtype and of a higher one."""
+    out, received = launch_attention(qkv, bias, importance)
+    truth, truth_received = attention_reference(qkv.double(), bias, importance)
+    assert out.dtype == qkv.dtype
+    assert received.dtype == torch.float32
+    assert_as_good("out", out, _explicit(qkv, bias), truth)
+    assert_as_good("importance", received, attention_reference(qkv, bias, importance)[1], truth_received)
+
+
+def _explicit(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """Torch's own path in the dtype of qkv: MatMul, Softmax, MatMul."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    logits = (q @ k.transpose(2, 3)) * qkv.shape[4] ** -0.5
+    if bias is not None:
+        logits = logits + bias[:, None, None, :].to(qkv.dtype)
+    return (torch.softmax(logits, dim=3) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "width", "dtype", "bias", "importance"),
+    covering(),
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_against_the_reference(
+    batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype, bias: str, importance: str
+) -> None:
+    qkv = seeded(batch, tokens, 3, heads, width, dtype=dtype)
+    check(qkv, bias_of(bias, batch, tokens), importance)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize(("tokens", "dtype"), [(70, torch.float16), (260, torch.float16), (49, torch.float32)])
+def test_twice_the_same_bits(tokens: int, dtype: torch.dtype, importance: str) -> None:
+    qkv, bias = seeded(1, tokens, 3, 2, 32, dtype=dtype), seeded(1, tokens)
+    first, second = launch_attention(qkv, bias, importance), launch_attention(qkv, bias, importance)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("importance", ["class", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_image_does_not_depend_on_its_batch(importance: str, dtype: torch.dtype) -> None:
+    """More images change how query tiles are shared out over programs, and must change nothing else."""
+    qkv = seeded(3, 70, 3, 2, 32, dtype=dtype)
+    out, received = launch_attention(qkv, None, importance)
+    alone, received_alone = launch_attention(qkv[1:2].clone(), None, importance)
+    assert torch.equal(out[1:2], alone)
+    assert torch.equal(received[1:2], received_alone)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCE)
+@pytest.mark.parametrize(("tokens", "dtype"), [(50, torch.float16), (270, torch.float16), (50, torch.float32)])
+def test_all_keys_removed(tokens: int, dtype: torch.dtype, importance: str) -> None:
+    """That image is NaN, and no other number is."""
+    qkv = seeded(3, tokens, 3, 1, 32, dtype=dtype)
+    bias = torch.zeros(3, tokens)
+    bias[1] = -INF
+    bias[2, : tokens - 1] = -INF  # one key left, in the last tile
+    out, received = launch_attention(qkv, bias, importance)
+    assert bool(out[1].isnan().all())
+    assert bool(out[[0, 2]].isfinite().all())
+    torch.testing.assert_close(out[2], qkv[2, -1, 2].flatten().expand_as(out[2]))
+    if importance != "none":
+        assert bool(received[1].isnan().all())
+        expected = torch.zeros(tokens)
+        expected[-1] = 1.0
+        assert torch.equal(received[2], expected)
+        torch.testing.assert_close(received.sum(dim=1)[0], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "importance"),
+    [
+        (70, torch.float16, "class"),
+        (70, torch.float16, "mean"),
+        (270, torch.float16, "mean"),
+        (70, torch.float32, "class"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_and_infinity_stay_where_torch_has_them(
+    where: str, value: float, tokens: int, dtype: torch.dtype, importance: str
+) -> None:
+    qkv = seeded(1, tokens, 3, 1, 32, dtype=dtype)
+    qkv[0, tokens - 2, "qkv".index(where), 0, 3] = value
+    out, received = launch_attention(qkv, None, importance)
+    truth, truth_received = attention_reference(qkv, None, importance)
+    assert torch.equal(out.isnan(), truth.isnan())
+    assert torch.equal(out.isinf(), truth.isinf())
+    torch.testing.assert_close(out, truth, atol=2e-3, rtol=1e-2, equal_nan=True)
+    torch.testing.assert_close(received, truth_received, atol=1e-5, rtol=1e-4, equal_nan=True)
+
+
+def test_large_logits() -> None:
+    """Far beyond what exp holds: the maximum is taken off first."""
+    for tokens in (60, 270):
+        qkv = seeded(1, tokens, 3, 1, 32, dtype=torch.float16, scale=30.0)
+        check(qkv, None, "mean")
+
+
+def test_neighbours_of_the_tensors_are_left_alone() -> None:
+    """Rows beyond N in the last tile belong to the next image, or to nobody."""
+    buffer = seeded(4, 21, 3, 2, 32, dtype=torch.float16)
+    buffer[0], buffer[3] = float("nan"), float("nan")
+    qkv = buffer[1:3]
+    out, received = launch_attention(qkv, None, "mean")
+    assert bool(out.isfinite().all())
+    assert bool(received.isfinite().all())
+    assert_as_good("out", out, _explicit(qkv, None), attention_reference(qkv.float())[0])
+
+
+def test_which_kernel_runs() -> None:
+    """All keys at once up to 256 in half precision; parts of the keys that just cover them."""
+    for tokens, parts in {197: (128, 64, 16), 98: (64, 32, 16), 69: (64, 16, 0), 256: (256, 0, 0)}.items():
+        chosen = config(tokens, 64, torch.bfloat16)
+        assert chosen.kernel is attention_whole
+        assert tuple(chosen.constants[name] for name in ("P0", "P1", "P2")) == parts
+    assert config(257, 64, torch.bfloat16).kernel is attention_looped
+    assert config(197, 128, torch.bfloat16).kernel is attention_looped
+    assert config(197, 64, torch.float32).kernel is attention_looped
+
+
+def test_variants_cover_what_is_launched() -> None:
+    """For every dtype, head dim, bias, importance and N, exactly one build, with the config that the launcher takes."""
+    found = list(variants())
+    assert len({each.name for each in found}) == len(found)
+    dtypes = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    builds = [each for each in found if each.config.kernel is not sum_partials]
+    for dtype, d, bias, importance in itertools.product(DTYPES, HEAD_DIMS, (False, True), IMPORTANCE):
+        mine = [
+            each
+            for each in builds
+            if each.dtype == dtypes[dtype]
+            and each.shapes["d"] == d
+            and each.config.constants["HAS_BIAS"] == bias
+            and each.config.constants["CLASS"] == (importance == "class")
+            and each.config.constants["MEAN"] == (importance == "mean")
+        ]
+        for tokens in range(1, MAX_TOKENS + 1):
+            fits = [each for each in mine if each.shapes["N"][0] <= tokens <= each.shapes["N"][1]]
+            assert [each.config for each in fits] == [config(tokens, d, dtype, bias=bias, importance=importance)]

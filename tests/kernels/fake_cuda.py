@@ -1,0 +1,150 @@
+"""What Inductor writes for a GPU that is not there: torch is told of an H200, tensors are fake, nothing is launched.
+
+So a machine without a GPU can hold the operators to what a GPU machine will compile: that Inductor takes the kernels as
+they are, mutates only their outputs, and puts no copy in front of them. Run in a process of its own, with
+TRITON_INTERPRET unset: the patches below are not taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+DEVICE = "cuda:0"
+H200 = types.SimpleNamespace(
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=139 << 30,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    L2_cache_size=60 << 20,
+    gcnArchName="",
+    is_integrated=0,
+)
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def is_active(self) -> bool:
+        return True
+
+
+class _Written(BaseException):
+    """Inductor has written its code: stop before it is compiled and loaded."""
+
+
+def pretend() -> None:
+    """Make torch believe in one H200, for the rest of this process."""
+    import torch._dynamo.device_interface as interface
+    import torch._inductor.fx_passes.joint_graph as joint
+    import torch._inductor.fx_passes.post_grad as post
+    import torch._subclasses.fake_tensor as fake
+    import triton
+
+    triton.runtime.driver.set_active(_Driver())
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.current_device = lambda: 0
+    cuda.get_device_properties = lambda device=None: H200
+    cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda._lazy_init = lambda: None
+    cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
+    cuda.set_rng_state = lambda *_: None
+    cuda._exchange_device = cuda._maybe_exchange_device = lambda device: 0
+    cuda.is_current_stream_capturing = lambda: False
+    fake.init_gpu_context = lambda device: None  # type: ignore[assignment]
+    of_cuda: Any = interface.CudaInterface
+    of_cuda.is_available = staticmethod(lambda: True)
+    of_cuda.get_device_properties = staticmethod(lambda device=None: H200)
+    of_cuda.get_compute_capability = staticmethod(lambda device=None: 90)
+    of_cuda.Worker.get_device_properties = staticmethod(lambda device=None: H200)
+    of_cuda.Worker.current_device = staticmethod(lambda: 0)
+    # They trace torch's own attention patterns on the device.
+    joint.lazy_init = post.lazy_init = lambda *_: None  # type: ignore[assignment]
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def inductor_code(module: nn.Module, images: torch.Tensor) -> str:
+    """The Python wrapper that Inductor writes for a module on the GPU, its Triton kernels included; any batch.
+
+    Args:
+        module, images: on the CPU, where the program is traced; operators stay whole in it, and it is moved then.
+    """
+    import torch._inductor.config as config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    batch = ({0: torch.export.Dim("batch", min=1, max=1024)},)
+    with torch.no_grad():
+        program = torch.export.export(module, (images,), dynamic_shapes=batch, strict=False).module(check_guards=False)
+    written: list[str] = []
+    original = GraphLowering.codegen
+
+    def codegen(graph: Any) -> Any:
+        code = original(graph)[0]
+        written.append(getattr(code, "value", code))
+        raise _Written
+
+    def on_gpu(value: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
+
+    GraphLowering.codegen = codegen  # type: ignore[method-assign]
+    try:
+        with (
+            FakeTensorMode(shape_env=ShapeEnv()) as mode,
+            torch.no_grad(),
+            config.patch(force_disable_caches=True, joint_graph_constant_folding=False),
+        ):
+            for part in program.modules():
+                for table in (part._parameters, part._buffers, vars(part)):
+                    for name, value in table.items():
+                        if isinstance(value, nn.Parameter):
+                            table[name] = nn.Parameter(on_gpu(value), requires_grad=False)
+                        elif isinstance(value, torch.Tensor):
+                            table[name] = on_gpu(value)
+            for node in program.graph.nodes:
+                if "device" in node.kwargs:
+                    node.kwargs = {**node.kwargs, "device": torch.device(DEVICE)}
+            program.recompile()
+            sizes = [DimDynamic.DYNAMIC, *(DimDynamic.STATIC for _ in images.shape[1:])]
+            any_batch = mode.from_tensor(images, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+            with contextlib.suppress(_Written):
+                compile_fx(program, [on_gpu(any_batch)])
+    finally:
+        GraphLowering.codegen = original  # type: ignore[method-assign]
+    assert written, "Inductor wrote nothing"
+    return written[0]
+
+
+def launches(code: str) -> list[str]:
+    """Names of what the wrapper calls, in order: kernels (ours and Inductor's) and library products."""
+    body = code[code.index("def call(") :]
+    found = re.findall(r"^ +(?:(\w+)\.run\(|extern_kernels\.(\w+)\(|(torch\.ops\.[\w.]+)\()", body, flags=re.MULTILINE)
+    return [re.sub(r"_\d+$", "", next(filter(None, names))) for names in found]

@@ -1,0 +1,239 @@
+"""Calls of every operator, of every type that it can become in ONNX; and that none is forgotten."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.kernels.support import seeded
+from vp_kernels.attention.function import attention_node
+from vp_kernels.attention.op import attention
+from vp_kernels.density_merge.function import density_merge_node
+from vp_kernels.density_merge.op import density_merge
+from vp_kernels.gather_norm.function import gather_norm_node
+from vp_kernels.gather_norm.op import gather_norm
+from vp_kernels.match_merge.function import match_merge_node
+from vp_kernels.match_merge.op import match_merge
+from vp_kernels.merge_rows.function import merge_rows_node
+from vp_kernels.merge_rows.op import merge_rows
+from vp_kernels.onnx import function_names
+from vp_kernels.select.function import select_fuse_node, select_node
+from vp_kernels.select.op import select, select_fuse
+
+BATCH, D = 3, 24
+NAN = float("nan")
+
+
+@dataclass
+class Case:
+    """One call of an operator.
+
+    Attributes:
+        op_type: the operator type that it must become.
+        node, operator: its two faces, one for ONNX and one for torch.
+        tensors: arguments by name, with a batch axis of BATCH.
+        settings: the other arguments.
+        fixed: tensors that are the same for every image: constants of the graph.
+        note: tells cases of a type apart.
+    """
+
+    op_type: str
+    node: Callable[..., Any]
+    operator: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.op_type}-{self.note}" if self.note else self.op_type
+
+    def expected(self) -> tuple[Tensor, ...]:
+        """What the operator itself answers, on the CPU."""
+        return outputs(self.operator(**self.tensors, **self.fixed, **self.settings))
+
+
+def outputs(found: Any) -> tuple[Tensor, ...]:
+    """An operator's answer without what it leaves out."""
+    return tuple(each for each in ((found,) if isinstance(found, Tensor) else found) if each is not None)
+
+
+def _positive(*shape: int, seed: int = 0) -> Tensor:
+    return torch.softmax(seeded(*shape, seed=seed) * 2, dim=-1)
+
+
+def _sizes(tokens: int) -> Tensor:
+    return 1.0 + seeded(BATCH, tokens, seed=9).abs().mul(3).floor()
+
+
+def attention_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    heads, width, tokens = 2, 32, 19
+    qkv = seeded(BATCH, tokens, 3, heads, width, dtype=dtype)
+    bias = seeded(BATCH, tokens, seed=1)
+    bias[:, 3] = -torch.inf
+    cases = []
+    for word in ("none", "class", "mean"):
+        suffix = "" if word == "none" else word.capitalize()
+        settings: dict[str, Any] = {"importance": word}
+        tensors = {"qkv": qkv, "key_bias": bias}
+        cases += [
+            Case(f"Attention{suffix or 'Plain'}", attention_node, attention, {"qkv": qkv}, settings),
+            Case(f"AttentionBias{suffix}", attention_node, attention, tensors, settings, note="image"),
+            Case(f"AttentionBias{suffix}", attention_node, attention, {"qkv": qkv}, settings, {"key_bias": bias[:1]}),
+        ]
+    return cases
+
+
+def gather_norm_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    tokens = 17
+    x, residual = seeded(BATCH, tokens, D, dtype=dtype) + 3.0, seeded(BATCH, tokens, D, dtype=dtype, seed=1)
+    extra = seeded(BATCH, 2, D, dtype=dtype, seed=2)
+    norm = {"weight": seeded(D, dtype=dtype, seed=3), "bias": seeded(D, dtype=dtype, seed=4)}
+    one = torch.tensor([16, 0, 5, 5, 2])
+    each = torch.stack([one, one.flip(0), torch.arange(5)])
+    cases = []
+    for image, with_residual, with_extra in itertools.product((False, True), repeat=3):
+        op_type = "GatherNorm" + "Image" * image + "Residual" * with_residual + "Extra" * with_extra
+        tensors, fixed = {"x": x}, dict(norm)
+        (tensors if image else fixed)["index"] = each if image else one
+        tensors |= {"residual": residual} if with_residual else {}
+        tensors |= {"extra": extra} if with_extra else {}
+        cases.append(Case(op_type, gather_norm_node, gather_norm, tensors, {"eps": 1e-6}, fixed))
+    nothing = {**norm, "index": one[:0]}
+    tensors = {"x": x, "extra": extra}
+    cases.append(
+        Case("GatherNormExtra", gather_norm_node, gather_norm, tensors, {"eps": 1e-2}, nothing, note="nothing-kept")
+    )
+    return cases
+
+
+def select_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    n, tokens = 20, 22
+    scores, x = _positive(BATCH, n), seeded(BATCH, tokens, D, dtype=dtype)
+    equal = torch.ones(BATCH, n)
+    equal[1, 5:] = 2.0
+    wild = seeded(BATCH, n, seed=5)
+    wild[0, 4:7], wild[1], wild[2, 19] = NAN, NAN, NAN
+    wild[2, 3] = -torch.inf
+    cases = []
+    for note, values in (("", scores), ("ties", equal), ("nan", wild)):
+        for k in (1, 7, n):
+            what = f"{note}{k}"
+            settings = {"k": k}
+            tensors = {"scores": values}
+            cases.append(Case("Select", select_node, select, tensors, settings, note=what))
+            order = {**settings, "by_score": True}
+            cases.append(Case("SelectByScore", select_node, select, tensors, order, note=what))
+            if note != "nan":
+                both = {**tensors, "x": x}
+                cases.append(Case("SelectFuse", select_fuse_node, select_fuse, both, settings, note=what))
+    return cases
+
+
+def merge_rows_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    x = seeded(BATCH, 12, D, dtype=dtype)
+    order = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(each)) for each in range(BATCH)])
+    keep, source = order[:, :6].contiguous(), order[:, 6:11].contiguous()
+    into = torch.tensor([[0, 0, 0, 3, 5], [1, 2, 3, 4, 5], [5, 5, 5, 5, 5]])
+    weight, own = seeded(BATCH, 5, seed=1).abs() + 0.1, seeded(BATCH, 6, seed=2).abs() + 0.1
+    cases = []
+    for with_weight, with_own in itertools.product((False, True), repeat=2):
+        op_type = "MergeRows" + "SourceWeight" * with_weight + "KeepWeight" * with_own
+        tensors = {"x": x, "keep": keep, "source": source, "into": into}
+        tensors |= {"source_weight": weight} if with_weight else {}
+        tensors |= {"keep_weight": own} if with_own else {}
+        cases.append(Case(op_type, merge_rows_node, merge_rows, tensors))
+    # A source of weight 0 holds NaN, and a row of weight 0 is joined by nothing: both must leave no trace.
+    poisoned, zero, light = x.clone(), weight.clone(), own.clone()
+    poisoned[0, source[0, 1]] = NAN
+    zero[0, 1], light[1, 0] = 0.0, 0.0
+    tensors = {"x": poisoned, "keep": keep, "source": source, "into": into, "source_weight": zero, "keep_weight": light}
+    cases.append(Case("MergeRowsSourceWeightKeepWeight", merge_rows_node, merge_rows, tensors, note="weight-0"))
+    nothing = {"x": x, "keep": keep, "source": source[:, :0], "into": into[:, :0]}
+    cases.append(Case("MergeRows", merge_rows_node, merge_rows, nothing, note="no-source"))
+    return cases
+
+
+def match_merge_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    cases = []
+    for tokens, prefix, r in ((17, 1, 3), (17, 1, 8), (18, 2, 8), (16, 0, 5), (4, 1, 1)):
+        x, metric = seeded(BATCH, tokens, D, dtype=dtype), seeded(BATCH, tokens, 2, 16, dtype=dtype, seed=1)
+        metric[0, prefix] = 0.0  # a row without a direction
+        metric = metric if prefix else metric[:, :, 0].contiguous()
+        n = tokens - prefix
+        scores = _positive(BATCH, n, seed=2) * torch.tensor([[1.0], [1e-3], [7.0]])
+        share = scores / scores.sum(dim=1, keepdim=True)
+        size = _sizes(tokens)
+        tau = share.var(dim=1).median().item() * 1.001  # some images merge, some prune
+        for sized, scored in itertools.product((False, True), repeat=2):
+            op_type = "MatchMerge" + "Size" * sized + "Scores" * scored
+            tensors = {"x": x, "metric": metric}
+            settings = {"r": r, "prefix": prefix}
+            tensors |= {"size": size} if sized else {}
+            settings |= {} if sized else {"size": None}
+            tensors |= {"scores": scores} if scored else {}
+            settings |= {"tau": tau} if scored else {}
+            note = f"{tokens}-{prefix}-{r}"
+            cases.append(Case(op_type, match_merge_node, match_merge, tensors, settings, note=note))
+    # Every similarity and every score is a tie; the sizes tell who merged into whom.
+    size = 2.0 ** torch.arange(17).expand(BATCH, -1)
+    x, same = seeded(BATCH, 17, D, dtype=dtype), torch.ones(BATCH, 17, 2, 16, dtype=dtype)
+    tied = {"x": x, "metric": same, "size": size.contiguous()}
+    settings = {"r": 4, "prefix": 1}
+    cases.append(Case("MatchMergeSize", match_merge_node, match_merge, tied, settings, note="ties"))
+    tied = {**tied, "scores": torch.ones(BATCH, 16)}
+    settings = {**settings, "tau": 0.0}
+    cases.append(Case("MatchMergeSizeScores", match_merge_node, match_merge, tied, settings, note="ties"))
+    return cases
+
+
+def density_merge_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    tokens, prefix = 23, 2
+    x, scores, size = seeded(BATCH, tokens, D, dtype=dtype), _positive(BATCH, tokens), _sizes(tokens)
+    cases = []
+
+    def add(tensors: dict[str, Tensor], out: int, clusters: int, pairs: int, weights: str, note: str) -> None:
+        parts = {"Clusters": clusters, "Pairs": pairs, "Size": "size" in tensors, "BySize": weights == "size"}
+        op_type = "DensityMerge" + "".join(name for name, there in parts.items() if there)
+        counts = {"tokens_out": out, "clusters": clusters, "pairs": pairs, "prefix": prefix, "weights": weights}
+        settings = counts if "size" in tensors else {**counts, "size": None}
+        cases.append(Case(op_type, density_merge_node, density_merge, tensors, settings, note=note))
+
+    for weights, sized in itertools.product(("attention", "size"), (False, True)):
+        tensors = {"x": x, "scores": scores} | ({"size": size} if sized else {})
+        for out, clusters, pairs in ((14, 3, 4), (12, 2, 0), (21, 0, 2), (tokens, 0, 0)):
+            add(tensors, out, clusters, pairs, weights, f"{out}-{clusters}-{pairs}")
+    for out, clusters, pairs in ((8, 6, 0), (14, 5, 1), (13, 1, 5)):  # all clusters; the first and the last pair
+        add({"x": x, "scores": scores, "size": size}, out, clusters, pairs, "attention", f"{out}-{clusters}-{pairs}")
+    # Every comparison is a tie; the sizes tell which tokens went where.
+    apart = (2.0 ** torch.arange(tokens)).expand(BATCH, -1).contiguous()
+    same = torch.ones(BATCH, tokens, 16, dtype=dtype)  # of 16: lengths and products are exact
+    equal = {"x": same, "scores": torch.full((BATCH, tokens), 0.5), "size": apart}
+    add(equal, 14, 3, 4, "attention", "ties")
+    return cases
+
+
+CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
+    "attention": attention_cases,
+    "gather_norm": gather_norm_cases,
+    "select": select_cases,
+    "merge_rows": merge_rows_cases,
+    "match_merge": match_merge_cases,
+    "density_merge": density_merge_cases,
+}
+
+
+def test_every_operator_type_has_a_case() -> None:
+    tested = {case.op_type for make in CASES.values() for case in make(torch.float32)}
+    assert tested == set(function_names())
+
+
+def test_names_of_cases_are_unique() -> None:
+    names = [case.name for make in CASES.values() for case in make(torch.float32)]
+    assert len(names) == len(set(names))

@@ -1,0 +1,119 @@
+"""What Inductor makes of a reduced model on an H200, on a machine that has none (fake_cuda): kernels, and no copies.
+
+AOTInductor lowers by the same code. That its packages run is for a machine with a GPU to show: benchmarks/gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import timm, torch
+from tests.kernels.fake_cuda import inductor_code, launches, pretend
+from vp_exporter.models import describe
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.reduced import ReducedViT
+from vp_exporter.reducers import step_from_dict
+
+pretend()
+steps, proportional = json.load(sys.stdin)
+depth = 1 + max(step["block"] for step in steps)
+vit = timm.create_model("vit_tiny_patch16_224", depth=depth, num_classes=7).eval()
+description = describe(vit, "vit_tiny_patch16_224")
+plan = ReductionPlan(
+    description.plan_model(), tuple(step_from_dict(step) for step in steps), proportional_attention=proportional
+)
+model = ReducedViT(vit, description, plan).for_export("bf16", kernels="vp")
+code = inductor_code(model, torch.zeros(2, 3, 224, 224))
+print(json.dumps({"code": code, "launches": launches(code)}))
+"""
+MERGING = [
+    {"block": 1, "reducer": "static", "keep": list(range(0, 196, 2))},
+    {"block": 1, "reducer": "tome", "r": 9},
+    {"block": 2, "reducer": "ppt", "r": 9, "tau": 1e-6},
+    {"block": 3, "reducer": "bat", "tokens_out": 60, "clusters": 5, "pairs": 4},
+    {"block": 4, "reducer": "diffrate", "prune_to": 55, "merge_to": 50},
+    {"block": 5, "reducer": "pitome", "r": 5, "margin": 0.5},
+]
+DEPTH = 6
+PRUNING = [
+    {"block": 0, "reducer": "topk", "tokens_out": 150},
+    {"block": 1, "reducer": "evit", "tokens_out": 100, "fuse": True},
+]
+
+
+def compiled(steps: list[dict[str, Any]], proportional: bool) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        input=json.dumps([steps, proportional]),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@pytest.fixture(scope="module")
+def merging() -> dict[str, Any]:
+    return compiled(MERGING, True)
+
+
+@pytest.fixture(scope="module")
+def pruning() -> dict[str, Any]:
+    return compiled(PRUNING, False)
+
+
+@pytest.mark.slow
+def test_merging_runs_our_kernels(merging: dict[str, Any]) -> None:
+    found = Counter(name for name in merging["launches"] if not name.startswith("triton_"))
+    assert found["attention_whole"] == DEPTH
+    assert found["match_kernel"] == 2  # tome, ppt
+    assert found["merge_rows_kernel"] == 4  # and diffrate, pitome
+    assert found["density_merge_kernel"] == 1
+    assert found["gather_norm_kernel"] == 1  # the static step
+    assert found["sum_partials"] == 3  # the class row over heads: ppt, bat, diffrate
+    # Four products a block, the patch embedding, the head; and the similarities of diffrate and pitome.
+    assert found["addmm"] + found["mm"] == 4 * DEPTH + 2
+    assert found["bmm"] <= 3
+
+
+@pytest.mark.slow
+def test_pruning_runs_our_kernels(pruning: dict[str, Any]) -> None:
+    found = Counter(name for name in pruning["launches"] if not name.startswith("triton_"))
+    assert found["select_kernel"] == 1
+    assert found["select_fuse_kernel"] == 1
+    assert found["gather_norm_kernel"] == 2
+    assert found["bmm"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["merging", "pruning"])
+def test_nothing_falls_back(model: str, request: pytest.FixtureRequest) -> None:
+    code = request.getfixturevalue(model)["code"]
+    assert "torch.ops.vp" not in code
+    assert ".to('cpu')" not in code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["merging", "pruning"])
+def test_nothing_is_copied_for_a_kernel(model: str, request: pytest.FixtureRequest) -> None:
+    """A tensor given to a kernel twice is computed twice: absent arguments must be tensors of their own."""
+    code = request.getfixturevalue(model)["code"]
+    kernels = re.findall(r"^def (triton_\w+)\(.*?(?=^''')", code, flags=re.MULTILINE | re.DOTALL)
+    bodies = re.findall(r"^def triton_\w+\(.*?(?=^''')", code, flags=re.MULTILINE | re.DOTALL)
+    assert kernels
+    for name, body in zip(kernels, bodies, strict=True):
+        stored = re.findall(r"tl\.store\(\w+ \+ (\(.*?\)), (tmp\d+),", body)
+        assert len(stored) == len(set(stored)), f"{name} stores one value several times: {stored}"
