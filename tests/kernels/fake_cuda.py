@@ -148,3 +148,52 @@ def launches(code: str) -> list[str]:
     body = code[code.index("def call(") :]
     found = re.findall(r"^ +(?:(\w+)\.run\(|extern_kernels\.(\w+)\(|(torch\.ops\.[\w.]+)\()", body, flags=re.MULTILINE)
     return [re.sub(r"_\d+$", "", next(filter(None, names))) for names in found]
+
+
+def compile_ours(code: str) -> list[str]:
+    """Compile the kernels that Inductor took over from us, just as it wrote them down, for the H200.
+
+    It copies a kernel's source with the helpers and constants that it finds, and fixes arguments that are 1.
+
+    Args:
+        code: of `inductor_code`.
+
+    Returns:
+        Their names in the code.
+    """
+    import importlib.util
+    import tempfile
+    from pathlib import Path
+
+    import torch._inductor.runtime.triton_heuristics as heuristics
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    taken: dict[str, tuple[Any, Any, Any]] = {}
+
+    def user_autotune(configs: Any, triton_meta: Any, inductor_meta: Any, **_: Any) -> Any:
+        def keep(kernel: Any) -> Any:
+            taken[inductor_meta["kernel_name"]] = (kernel, configs[0], triton_meta)
+            return kernel
+
+        return keep
+
+    original, heuristics.user_autotune = heuristics.user_autotune, user_autotune
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel's source from its file
+            pieces = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, flags=re.DOTALL)
+            for number, piece in enumerate(piece for piece in pieces if "user_autotune" in piece):
+                path = Path(folder) / f"kernel_{number}.py"
+                path.write_text(piece.replace("\\\\", "\\"))
+                spec = importlib.util.spec_from_file_location(f"kernel_{number}", path)
+                assert spec is not None
+                assert spec.loader is not None
+                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            for kernel, config, meta in taken.values():
+                source = ASTSource(kernel, meta["signature"], meta["constants"], meta["configs"][0])
+                options = {each: config[each] for each in ("num_warps", "num_stages")}
+                triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    finally:
+        heuristics.user_autotune = original
+    return list(taken)

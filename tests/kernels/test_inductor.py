@@ -18,7 +18,7 @@ import pytest
 SCRIPT = """
 import json, sys
 import timm, torch
-from tests.kernels.fake_cuda import inductor_code, launches, pretend
+from tests.kernels.fake_cuda import compile_ours, inductor_code, launches, pretend
 from vp_exporter.models import describe
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reduced import ReducedViT
@@ -34,7 +34,7 @@ plan = ReductionPlan(
 )
 model = ReducedViT(vit, description, plan).for_export("bf16", kernels="vp")
 code = inductor_code(model, torch.zeros(2, 3, 224, 224))
-print(json.dumps({"code": code, "launches": launches(code)}))
+print(json.dumps({"code": code, "launches": launches(code), "compiled": compile_ours(code)}))
 """
 MERGING = [
     {"block": 1, "reducer": "static", "keep": list(range(0, 196, 2))},
@@ -96,6 +96,14 @@ def test_pruning_runs_our_kernels(pruning: dict[str, Any]) -> None:
     assert found["select_fuse_kernel"] == 1
     assert found["gather_norm_kernel"] == 2
     assert found["bmm"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["merging", "pruning"])
+def test_kernels_compile_as_inductor_wrote_them(model: str, request: pytest.FixtureRequest) -> None:
+    answer = request.getfixturevalue(model)
+    ours = {name for name in answer["launches"] if "kernel" in name or name in ("attention_whole", "sum_partials")}
+    assert {re.sub(r"_\d+$", "", name) for name in answer["compiled"]} == ours
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def exporters(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_like_the_reference(tokens: int, dtype: torch.dtype) -> None:
     number = tokens + DTYPES.index(dtype)
-    for i, prefix in enumerate((0, 1, 2) if tokens < 100 else (number % 3,)):
+    for i, prefix in enumerate((0, 1, 2) if tokens < 60 else (number % 3,)):
         patches = tokens - prefix
         if patches < 2:
             continue
@@ -111,7 +111,7 @@ def test_more_tokens_than_one_tile_holds(tokens: int, heads: int, flags: tuple[b
 
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
-    [(3, torch.float16), (18, torch.bfloat16), (50, torch.float32), (197, torch.bfloat16), (270, torch.float32)],
+    [(3, torch.float16), (18, torch.bfloat16), (33, torch.float32), (197, torch.bfloat16), (270, torch.float32)],
 )
 def test_exact_ties_are_decided_by_index(tokens: int, dtype: torch.dtype) -> None:
     """A few directions, and scores of a few values: the same map, bit for bit, as the reference and the exporter."""
@@ -161,7 +161,7 @@ def test_zeros_of_both_signs_tie() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Inf - Inf
-@pytest.mark.parametrize(("tokens", "value"), [(30, torch.nan), (30, torch.inf), (30, -torch.inf), (290, torch.nan)])
+@pytest.mark.parametrize(("tokens", "value"), [(30, torch.nan), (30, torch.inf), (30, -torch.inf), (270, torch.nan)])
 def test_wild_values_are_decided_too(tokens: int, value: float) -> None:
     """NaN is above everything and ties by index; whatever comes, each row of x is used at most once."""
     metric, (scores, tau) = keys(3, tokens, 2, 8), peaked(3, tokens - 1)
@@ -244,7 +244,7 @@ def test_strides_are_followed() -> None:
         assert torch.equal(one, other)
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(2, 50), prefix=st.integers(0, 3), part=st.floats(0, 1), heads=st.integers(0, 4),
     sized=st.booleans(), scored=st.booleans(), ties=st.booleans(), seed=st.integers(0, 999),

