@@ -1,0 +1,69 @@
+"""The GPU benchmark starts on a machine where nothing of ours is installed, and neither is pydantic."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_setup
+import pytest
+
+BARE = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+for name in {blocked!r}:
+    sys.modules[name] = None
+import gpu_setup, os
+{before}
+place = gpu_setup.bootstrap()
+import vp_exporter, vp_exporter.reduced, vp_exporter.plan, vp_exporter.methods, vp_exporter.models
+import gpu_checks, gpu_dry, gpu_jobs, gpu_kernels, gpu_machine, gpu_models, gpu_report, gpu_tune
+import vp_kernels.attention.op
+assert gpu_jobs.plan_for("deit_tiny_patch16_224", "tome", 2.0).tokens()[-1].mlp < 197
+assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == place
+print(place)
+print(os.path.realpath(vp_exporter.__path__[0]))
+"""
+BLOCKED = ["pydantic", "typer", "onnx", "onnxscript", "onnxruntime", "rich", "jinja2", "openvino", "tensorrt_rtx"]
+
+
+def bare(environment: dict[str, str], before: str = "") -> list[str]:
+    code = BARE.format(benchmarks=str(gpu_setup.ROOT / "benchmarks"), blocked=BLOCKED, before=before)
+    environment.pop("PYTHONPATH", None)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/", check=False
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout.split()
+
+
+def test_starts_without_pydantic_and_takes_no_other_trees_packages(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "vp_exporter").mkdir()
+    (tmp_path / "vp_exporter" / "__init__.py").write_text("")
+    place, package = bare(environment, f"sys.path.insert(0, {str(tmp_path)!r})")
+    assert package == str(gpu_setup.ROOT / "exporter")
+    assert not Path(place).exists()  # the links are gone with the process
+
+
+def test_the_criterion_is_the_tests_own() -> None:
+    from tests.kernels import support
+
+    assert gpu_setup.support().__file__ == support.__file__
+
+
+def test_fingerprint_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_setup, "ROOT", tmp_path)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "a.py").write_text("1")
+    first = gpu_setup.fingerprint("room", "absent.py")
+    (tmp_path / "room" / "a.py").write_text("2")
+    assert gpu_setup.fingerprint("room", "absent.py") != first
+
+
+def test_a_missing_room_is_named() -> None:
+    with pytest.raises(LookupError, match=r"kernels/nothing/op\.py does not exist"):
+        gpu_setup.part_of("nothing", "op", "nothing")
+    with pytest.raises(LookupError, match=r"kernels/select/op\.py has no nothing"):
+        gpu_setup.part_of("select", "op", "nothing")
