@@ -125,7 +125,7 @@ def export_bundle(
             def lower(kernels: Kernels, reduced: ReducedViT = reduced, variant: str = variant) -> BuildSource:
                 with progress.stage(f"lowering the {variant} model"):
                     onnx = work / f"{variant}-{kernels}.onnx"
-                    return _lower(backend, reduced, precision, kernels, request.build, onnx)
+                    return _lower(backend, reduced, precision, onnx, kernels, request.build)
 
             result, kernels, why = build_best(
                 backend,
@@ -198,14 +198,19 @@ def _batches(request: ExportRequest) -> tuple[int, ...]:
 
 
 def _lower(
-    backend: Backend, reduced: ReducedViT, precision: Precision, kernels: Kernels, build: BuildOptions, onnx: Path
+    backend: Backend,
+    reduced: ReducedViT,
+    precision: Precision,
+    onnx: Path,
+    kernels: Kernels = "portable",
+    build: BuildOptions | None = None,
 ) -> BuildSource:
     """The form of the model that the backend builds from."""
     ready = reduced.for_export(precision, backend.attention_form, kernels)
     inputs, outputs = signature(ready)
     blocks = reduced.description.depth
     if backend.source == "program":
-        program = export_program(ready.to(build.device))
+        program = export_program(ready if build is None else ready.to(build.device))
         return BuildSource(precision, inputs, outputs, program=program, attention_blocks=blocks)
     assert backend.opset is not None
     lower_onnx(ready, onnx, opset=backend.opset, functions=backend.onnx_functions)

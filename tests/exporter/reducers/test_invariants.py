@@ -102,7 +102,7 @@ def test_prefix_tokens_stay_in_front_untouched(variant: str, seed: int, sized: b
 
 
 def at(seen: Seen, index: torch.Tensor) -> Seen:
-    return Seen(**{name: value[index] for name, value in vars(seen).items()})
+    return Seen(**{name: value[index] for name, value in vars(seen).items() if value is not None})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

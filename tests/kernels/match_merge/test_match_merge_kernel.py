@@ -150,14 +150,11 @@ def test_constant_tokens() -> None:
 
 
 def test_zeros_of_both_signs_tie() -> None:
-    """-0 and 0 are one similarity: the lower index wins, in whichever order they come."""
-    metric = torch.zeros(1, 8, 4)
-    metric[0, 1::2, 0] = torch.tensor([-1.0, 1.0, -1.0, 1.0])  # B along one axis, A (below) across it
-    metric[0, 0::2, 1] = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    metric[0, :, 2] = -0.0
-    _, source, into, _, _ = launch_match(metric, None, 3, 0)
-    assert source.tolist() == [[0, 2, 4]]
-    assert into.tolist() == [[1, 1, 1]]
+    """-0 and 0 are one score: the lower index wins, in whichever order they come."""
+    scores = torch.tensor([[-0.0, 0.0, 1.0, -0.0, 0.0, 0.0]])
+    metric = seeded(1, 7, 4)
+    assert launch_match(metric, None, 3, 1, scores, 0.0)[0].tolist() == [[0, 1, 2, 3]]
+    assert match_reference(metric, None, 3, 1, scores, 0.0)[0].tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Inf - Inf
