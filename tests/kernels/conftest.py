@@ -1,14 +1,11 @@
-"""Kernels of this process run in Triton's interpreter; whoever compiles them starts a process without it."""
+"""What the interpreter of Triton lacks (tests/conftest.py turns it on)."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
-
-os.environ["TRITON_INTERPRET"] = "1"  # read where @triton.jit decorates: before any kernel is imported
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -143,6 +143,26 @@ def inductor_code(module: nn.Module, images: torch.Tensor) -> str:
     return written[0]
 
 
+def written(module: nn.Module, *shapes: tuple[int, ...]) -> list[str]:
+    """What each kernel that a module launches writes to, by torch's own analysis: "kept_ptr,normed_ptr", sorted.
+
+    Without `pretend`, with which torch would look for the GPU where a module indexes a tensor.
+
+    Args:
+        shapes: of its float32 inputs.
+    """
+    import triton
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    triton.runtime.driver.set_active(_Driver())
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, device=DEVICE) for shape in shapes]
+        traced, _ = aot_export_module(module, inputs, trace_joint=False)
+    calls = [node for node in traced.graph.nodes if "triton_kernel" in node.name]
+    return sorted(",".join(sorted(node.kwargs["tensors_to_clone"])) for node in calls)
+
+
 def launches(code: str) -> list[str]:
     """Names of what the wrapper calls, in order: kernels (ours and Inductor's) and library products."""
     body = code[code.index("def call(") :]

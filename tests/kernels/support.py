@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -39,3 +44,18 @@ def seeded(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
     """Normal noise, the same at every call."""
     generator = torch.Generator().manual_seed(seed + 1000003 * len(shape) + sum(shape))
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def without_interpreter(code: str, given: str = "") -> list[str]:
+    """The lines that a Python process prints whose kernels are compiled, not interpreted; `given` is its input."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(__file__).resolve().parents[2],
+        input=given,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()

@@ -6,14 +6,13 @@ AOTInductor lowers by the same code. That its packages run is for a machine with
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
+
+from tests.kernels.support import without_interpreter
 
 SCRIPT = """
 import json, sys
@@ -52,16 +51,7 @@ PRUNING = [
 
 
 def compiled(steps: list[dict[str, Any]], proportional: bool) -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        input=json.dumps([steps, proportional]),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(without_interpreter(SCRIPT, json.dumps([steps, proportional]))[-1])
     return answer
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.kernels.support import DTYPES, assert_as_good, seeded
+from tests.kernels.support import DTYPES, assert_as_good, seeded, without_interpreter
 from vp_kernels.attention.op import HEAD_DIMS, attention
 from vp_kernels.attention.reference import attention_gradients, attention_reference
 from vp_kernels.errors import KernelError
 
 IMPORTANCE = ("none", "class", "mean")
-ROOT = Path(__file__).parents[3]
 
 
 class Layer(nn.Module):
@@ -257,16 +252,6 @@ with FakeTensorMode(shape_env=env):
     print(len(launched(make_fx(whole, tracing_mode="symbolic")(qkv, bias))))
     print(env.var_to_range[symbol].lower <= 2, env.var_to_range[symbol].is_int, symbol in env.replacements)
 """
-
-
-def without_interpreter(code: str) -> list[str]:
-    """The lines that a process prints whose kernels are compiled, not interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout.splitlines()
 
 
 def test_tracing_for_a_gpu_shows_the_kernels() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.match_merge.cases import MARGIN, few_directions, keys, margins, peaked, sizes
-from tests.kernels.support import DTYPES, assert_as_good, seeded
+from tests.kernels.support import DTYPES, assert_as_good, seeded, without_interpreter
 from vp_kernels.errors import KernelError
 from vp_kernels.match_merge.op import match_merge, match_merge_torch, match_torch
 from vp_kernels.match_merge.reference import match_merge_reference, match_reference
@@ -162,13 +158,8 @@ for flags, tokens in (((False, False), 197), ((True, True), 400)):
 
 def test_inductor_takes_the_kernels_as_they_are() -> None:
     """Two launches between its own, no copy before them, and nothing is believed to be written that is not."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", INDUCTOR], capture_output=True, text=True, env=environment, timeout=240, cwd=root
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("launches", "written"))]
+    lines = without_interpreter(INDUCTOR)
+    found = [line.split()[1:] for line in lines if line.startswith(("launches", "written"))]
     maps = {"keep", "source", "into", "best", "partner", "merged", "mass"}
     for calls in found[::2]:
         assert [call for call in calls if not call.startswith("triton_")] == ["match_kernel", "merge_rows_kernel"]

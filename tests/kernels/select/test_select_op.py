@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.support import seeded
+from tests.kernels.support import seeded, without_interpreter
 from vp_kernels.errors import KernelError
 from vp_kernels.gather_norm.op import gather_norm
 from vp_kernels.select.op import select, select_fuse
@@ -92,32 +89,15 @@ def test_bad_arguments(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-# What the child runs: the operators of `Reduced` on CUDA tensors that hold no data, as AOTInductor traces them. The
-# analysis of what a kernel writes asks the driver for its target, and there is none here.
+# What AOTInductor would do with the operators of `Reduced`.
 TRACE = """
-import torch, triton
-from torch._functorch.aot_autograd import aot_export_module
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from tests.kernels.select.test_select_op import Reduced, inputs
+from tests.kernels.fake_cuda import written
+from tests.kernels.select.test_select_op import Reduced
 
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-triton.runtime.driver.set_active(Driver())
-with FakeTensorMode():
-    shapes = [(3, 7), (3, 7, 8), (8,), (8,)]
-    module, _ = aot_export_module(Reduced(), [torch.empty(s, device="cuda") for s in shapes], trace_joint=False)
-for node in module.graph.nodes:
-    if "triton_kernel" in node.name:
-        print("kernel", ",".join(sorted(node.kwargs["tensors_to_clone"])))
+for each in written(Reduced(), (3, 7), (3, 7, 8), (8,), (8,)):
+    print(each)
 """
 
 
 def test_kernels_are_traced_for_cuda_and_known_to_write_their_outputs_only() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = sorted(line.removeprefix("kernel ") for line in done.stdout.splitlines() if line.startswith("kernel"))
-    assert found == ["fused_ptr,index_ptr", "index_ptr", "kept_ptr,normed_ptr"]
+    assert without_interpreter(TRACE) == ["fused_ptr,index_ptr", "index_ptr", "kept_ptr,normed_ptr"]
