@@ -58,6 +58,16 @@ class AotInductorBackend(Backend):
             return Availability(False, "no C++ compiler: install g++ (or name one in the environment variable CXX)")
         return Availability(True, "torch is installed")
 
+    def check_options(self, options: BuildOptions) -> None:
+        """As everywhere; and the GPU, before the model is moved there to be traced.
+
+        Raises:
+            EngineUnavailableError: it was asked for and there is none.
+        """
+        super().check_options(options)
+        if options.device == "cuda" and not require("torch", self.name, self.extra).cuda.is_available():
+            raise EngineUnavailableError("no CUDA device that torch can use", fix="build on the GPU, or --device cpu")
+
     def runs_kernels(self, options: BuildOptions) -> Availability:
         if options.device != "cuda":
             return Availability(False, "the vp kernels need a CUDA device")
@@ -74,8 +84,7 @@ class AotInductorBackend(Backend):
         ready = self.available("build")
         if not ready.ok:
             raise EngineUnavailableError(f"engine 'aoti' cannot build: {ready.reason}")
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise EngineUnavailableError("no CUDA device that torch can use", fix="build on the GPU, or --device cpu")
+        self.check_options(options)
         import torch._inductor as inductor
 
         # Freezing packs the weights into the layout of the CPU's matrix kernels. Threads are counted when it runs:

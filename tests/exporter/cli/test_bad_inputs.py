@@ -83,6 +83,11 @@ class Work:
             self.monkeypatch.setitem(sys.modules, module, None)
         return False  # an option with this value is left out
 
+    def without_gpu(self) -> str:
+        """The device that is asked for, and as if it were not there."""
+        self.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        return "cuda"
+
     def images(self, *classes: str) -> Path:
         """A folder of sound images, one in each class folder."""
         top = self.root / "pictures"
@@ -211,6 +216,8 @@ EXPORT = [
          r"has heads of 16 channels; expected 32, 64, 80, 96, 128 for the vp kernels; use --kernels portable"),
     Case("bf16-on-ort", {"precision": "bf16"}, 2, r"'ort' has no bf16; expected one of fp32, fp16; choose another"),
     Case("bad-device", {"device": "tpu"}, 2, r"--device is 'tpu'; expected cpu or cuda"),
+    Case("no-gpu", {"engine": "aoti", "device": lambda w: w.without_gpu()}, 3,
+         r"no CUDA device that torch can use; build on the GPU, or --device cpu"),
     Case("bad-batches", {"min_batch": 9}, 2, r"--min-batch 9, --opt-batch 8, --max-batch 64; expected ascending"),
     Case("unknown-engine", {"engine": "tflite"}, 2, r"unknown engine 'tflite'; expected one of ort, openvino"),
     Case("no-tensorrt", {"engine": "trt", "device": lambda w: w.without("tensorrt")}, 3,
