@@ -18,7 +18,6 @@ from vp_exporter.reduced import Kernels
 from vp_exporter.validate.latency import compare
 
 KernelsOption = Literal["portable", "vp", "auto"]
-KERNELS_OPTIONS: tuple[KernelsOption, ...] = ("portable", "vp", "auto")
 SECONDS = 2.0  # of timed work for each batch size, when two builds are compared
 
 

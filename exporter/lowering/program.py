@@ -20,11 +20,9 @@ def export_program(model: ReducedViT) -> ExportedProgram:
     Returns:
         A program of one input, float32 [batch, C, H, W], and one output; its guards hold for 1 to MAX_BATCH images.
     """
-    device = next(model.parameters()).device
+    images = example_images(model).to(next(model.parameters()).device)
     with torch.no_grad():
-        return torch.export.export(
-            model, (example_images(model).to(device),), dynamic_shapes=dynamic_batch(), strict=False
-        )
+        return torch.export.export(model, (images,), dynamic_shapes=dynamic_batch(), strict=False)
 
 
 def example_images(model: ReducedViT) -> Tensor:
