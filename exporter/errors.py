@@ -19,3 +19,7 @@ class WeightsError(VpError):
 
 class DataError(VpError):
     """An image folder is missing, empty or unreadable."""
+
+
+class SearchError(VpError):
+    """A search cannot start or go on: its images, its budget, its losses or its checkpoint."""

@@ -32,3 +32,8 @@ def vp_inspect() -> None:
 def vp_validate() -> None:
     """vp-validate"""
     _start("validate")
+
+
+def vp_search() -> None:
+    """vp-search"""
+    _start("search")

@@ -1,0 +1,445 @@
+"""What a block costs on the clock: one block of the model timed on the target engine, by token count.
+
+Two engines are built for each count: the model cut to one block, and to three blocks, both with all but that many
+patches gone before block 0. Half of their difference is one block, whatever the call itself costs; what is left of the
+first is everything else: the copies, the embedding, the head.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from vp_exporter.errors import SearchError
+from vp_exporter.models import ViTDescription
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.progress import SILENT, Progress
+from vp_exporter.reduced import Kernels, ReducedViT
+from vp_exporter.reducers import StaticStep
+from vp_exporter.search.budget import Costs
+
+if TYPE_CHECKING:
+    from vp_engines.backends.base import Backend, BuildOptions, Precision, Runner
+
+FORMAT, VERSION = "vp-latency", 1
+SHORT, LONG = 1, 3  # blocks of the two engines
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """What of a model decides how long its blocks take; a table is used for models that are equal in it.
+
+    Attributes:
+        patches: of the dense model.
+        block_macs: of one block's linear layers, per token.
+    """
+
+    embed_dim: int
+    num_heads: int
+    depth: int
+    prefix_tokens: int
+    patches: int
+    block_macs: int
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured times of one batch.
+
+    Attributes:
+        engine, precision, device: what was timed; device is "cpu" or "cuda".
+        batch: images per run.
+        threads: of one run; None is the engine's own choice.
+        model: what was timed.
+        tokens: measured token counts, prefix tokens included, ascending.
+        milliseconds: one block, at each of them.
+        overhead_ms: everything but the blocks, with that many tokens embedded.
+        repeats: timed runs behind each figure.
+        environment: vp_exporter.validate.latency.environment of the machine.
+
+    Raises:
+        SearchError: on construction, for anything out of range.
+    """
+
+    engine: str
+    precision: str
+    device: str
+    batch: int
+    threads: int | None
+    model: TimedModel
+    tokens: tuple[int, ...]
+    milliseconds: tuple[float, ...]
+    overhead_ms: tuple[float, ...]
+    repeats: int
+    environment: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("engine", "precision", "device"):
+            _need(isinstance(getattr(self, name), str), name, getattr(self, name), "text")
+        for name in ("batch", "repeats"):
+            _need(_whole(getattr(self, name), 1), name, getattr(self, name), "a whole number from 1")
+        _need(
+            self.threads is None or _whole(self.threads, 1), "threads", self.threads, "a whole number from 1, or null"
+        )
+        for name, value in asdict(self.model).items():
+            _need(_whole(value, 0 if name == "prefix_tokens" else 1), f"model.{name}", value, "a whole number")
+        _need(
+            len(self.tokens) > 0
+            and all(_whole(n, self.model.prefix_tokens) for n in self.tokens)
+            and all(a < b for a, b in zip(self.tokens, self.tokens[1:], strict=False)),
+            "tokens", list(self.tokens), "token counts with the prefix tokens, ascending",
+        )  # fmt: skip
+        for name, above in (("milliseconds", True), ("overhead_ms", False)):
+            row = getattr(self, name)
+            good = len(row) == len(self.tokens) and all(_time(value, above=above) for value in row)
+            _need(good, name, list(row), f"{len(self.tokens)} finite times {'above' if above else 'from'} 0")
+        _need(isinstance(self.environment, Mapping), "environment", self.environment, "an object")
+
+    def block_ms(self, tokens: float) -> float:
+        """Milliseconds of one block with this many tokens, prefix tokens included: on the line between the two measured
+        counts around it.
+
+        Raises:
+            SearchError: outside of what was measured.
+        """
+        return self._between(tokens, self.milliseconds)
+
+    def overhead_at(self, tokens: float) -> float:
+        """Milliseconds of everything but the blocks with this many tokens embedded, in the same way."""
+        return self._between(tokens, self.overhead_ms)
+
+    def predicted_ms(self, tokens: Sequence[int]) -> float:
+        """Milliseconds of a batch under a plan of static steps.
+
+        Args:
+            tokens: of each block [depth], prefix tokens included: `[row.attention for row in plan.tokens()]`.
+
+        Raises:
+            SearchError: another number of blocks, or a count outside of what was measured.
+        """
+        if len(tokens) != self.model.depth:
+            raise SearchError(
+                f"token counts of {len(tokens)} blocks", expected=f"{self.model.depth}, one for each block"
+            )
+        return self.overhead_at(tokens[0]) + sum(self.block_ms(n) for n in tokens)
+
+    def check_model(self, description: ViTDescription) -> None:
+        """Refuse a model that this table was not measured on.
+
+        Raises:
+            SearchError: naming the first difference.
+        """
+        mine, theirs = asdict(self.model), asdict(timed_model(description))
+        for name, value in mine.items():
+            if value != theirs[name]:
+                raise SearchError(
+                    f"the latency table has {name} {value}", expected=f"{theirs[name]}, as {description.name} has",
+                    fix="measure a table of this model",
+                )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON values; `from_dict` reads it back equal."""
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"format": FORMAT, "version": VERSION, **data, "environment": dict(self.environment)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> LatencyTable:
+        """Read a table from JSON values.
+
+        Raises:
+            SearchError: not a table, a future version, or any inconsistency.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise SearchError(f"this is no latency table: its format is {found!r}", expected=f"{FORMAT!r}")
+        if type(data.get("version")) is not int or data["version"] != VERSION:
+            raise SearchError(
+                f"the latency table has version {data.get('version')!r}", expected=f"{VERSION}", fix="upgrade vp-export"
+            )
+        values = {name: value for name, value in data.items() if name not in ("format", "version")}
+        _same_fields("the latency table", values, cls)
+        _need(isinstance(values["model"], Mapping), "model", values["model"], "an object")
+        _same_fields("model of the latency table", values["model"], TimedModel)
+        for name in ("tokens", "milliseconds", "overhead_ms"):
+            _need(isinstance(values[name], list | tuple), name, values[name], "a list of numbers")
+            values[name] = tuple(values[name])
+        return cls(**{**values, "model": TimedModel(**values["model"])})
+
+    def save(self, path: Path) -> None:
+        """Write the table; a crash leaves the old file or the new one.
+
+        Raises:
+            SearchError: the file cannot be written.
+        """
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise SearchError(f"cannot write {path}: {error.strerror}", fix="choose another place") from error
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """Read a table file.
+
+        Raises:
+            SearchError: the file cannot be read, or is no sound table.
+        """
+        try:
+            data = json.loads(path.read_bytes())
+        except OSError as error:
+            raise SearchError(f"cannot read the latency table {path}: {error.strerror}", expected="a file") from error
+        except (ValueError, RecursionError) as error:
+            raise SearchError(f"the latency table {path} is not JSON: {error}", expected=f"a {FORMAT}") from error
+        return cls.from_dict(data)
+
+    def _between(self, tokens: float, values: tuple[float, ...]) -> float:
+        if not self.tokens[0] <= tokens <= self.tokens[-1]:
+            raise SearchError(
+                f"{tokens} tokens are outside of what the latency table measured",
+                expected=f"{self.tokens[0]} to {self.tokens[-1]}", fix="measure a table with more counts",
+            )  # fmt: skip
+        return float(np.interp(tokens, self.tokens, values))
+
+
+def timed_model(description: ViTDescription) -> TimedModel:
+    """What of a model a table must agree with.
+
+    Raises:
+        SearchError: its blocks differ from each other, so that none stands for all.
+    """
+    if len(set(description.blocks)) != 1:
+        raise SearchError(
+            f"the blocks of {description.name} differ in width", expected="equal blocks, of which one is timed for all",
+            fix="search by MACs",
+        )  # fmt: skip
+    block = description.blocks[0]
+    return TimedModel(
+        description.embed_dim, description.num_heads, description.depth, description.prefix_tokens, description.patches,
+        block.attention_linear + block.mlp_linear,
+    )  # fmt: skip
+
+
+def latency_costs(table: LatencyTable, description: ViTDescription) -> Costs:
+    """A table as costs in milliseconds of one batch. Counts below the least measured one cost infinitely much.
+
+    Raises:
+        SearchError: the table is of another model, or does not reach its dense token count.
+    """
+    table.check_model(description)
+    prefix, patches = description.prefix_tokens, description.patches
+    table.block_ms(prefix + patches)
+    known = range(max(table.tokens[0] - prefix, 0), patches + 1)
+    block, embed = np.full(patches + 1, np.inf), np.zeros(patches + 1)
+    block[known.start :] = [table.block_ms(prefix + n) for n in known]
+    embed[known.start :] = [table.overhead_at(prefix + n) for n in known]
+    return Costs(np.tile(block, (description.depth, 1)), embed, 0.0, "ms")
+
+
+def default_counts(patches: int) -> tuple[int, ...]:
+    """About 12 patch counts to measure, from 8 to all: multiples of 8 where there are enough of them."""
+    if patches < 48:
+        spread = np.linspace(1, patches, 8)
+        return tuple(np.unique(spread.round().astype(int)).tolist())
+    spread = np.linspace(8, patches, 12) / 8
+    return tuple(sorted({*(8 * np.floor(spread).astype(int)).tolist(), patches}))
+
+
+def measure_table(
+    vit: nn.Module,
+    description: ViTDescription,
+    *,
+    engine: str = "ort",
+    precision: str | None = None,
+    batch: int = 8,
+    counts: Sequence[int] | None = None,
+    seconds: float = 30.0,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    kernels: Kernels = "portable",
+    progress: Progress = SILENT,
+) -> LatencyTable:
+    """Time one block of a model on an engine.
+
+    Every round runs all engines once, in an order drawn anew, so that drift meets all counts alike; what is kept is the
+    median over rounds of each difference within a round. A run includes the copies from and to the host, as
+    vp_exporter.validate.latency has it.
+
+    Args:
+        engine: a name in vp_engines.backends.ENGINES.
+        precision: None takes the engine's default.
+        batch: images per run.
+        counts: patch counts to measure, in any order (prefix tokens not counted); the dense one is added. None takes
+            `default_counts`.
+        seconds: of timed work, all counts together; building the engines comes on top (two for each count).
+        threads: of one run on the CPU; None is the engine's own choice.
+
+    Raises:
+        SearchError: a count or the batch out of range, blocks that differ, or times drowned in noise.
+        EngineUnavailableError, BuildError: of the engine.
+    """
+    from vp_engines.backends import get_backend
+    from vp_engines.backends.base import BuildOptions
+    from vp_engines.errors import EngineUnavailableError
+    from vp_exporter.validate.latency import environment
+
+    model = timed_model(description)
+    patches = description.patches
+    asked = sorted({*(default_counts(patches) if counts is None else counts), patches})
+    if asked[0] < 1 or asked[-1] > patches:
+        raise SearchError(f"patch counts {asked[0]} to {asked[-1]}", expected=f"1 to {patches}")
+    if batch < 1:
+        raise SearchError(f"a batch of {batch} images", expected="1 or more")
+    backend = get_backend(engine)
+    chosen = cast("Precision", precision or backend.precisions[0])
+    ready = backend.available("build")
+    if not ready.ok:
+        raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
+    backend.check_precision(chosen)
+    options = BuildOptions(min_batch=1, opt_batch=batch, max_batch=batch, device=device)
+    backend.check_options(options)
+
+    cut = {blocks: _cut(vit, description, blocks) for blocks in (SHORT, LONG)}
+    with ExitStack() as stack:
+        runners: list[Runner] = []
+        for count in progress.track(asked, total=len(asked), description=f"building blocks for {engine}"):
+            for blocks in (SHORT, LONG):
+                reduced = ReducedViT(*cut[blocks], _plan(cut[blocks][1], count))
+                runner = _open(
+                    backend, reduced.for_export(chosen, backend.attention_form, kernels), chosen, options, threads
+                )
+                runners.append(stack.enter_context(runner))
+        images = np.random.default_rng(0).standard_normal(
+            (batch, description.in_chans, *description.image_size), dtype=np.float32
+        )
+        with progress.stage("timing one block at each token count"):
+            taken = _rounds(runners, images, seconds)
+    short, long = taken[:, 0::2], taken[:, 1::2]
+    block = np.median(long - short, axis=0) / (LONG - SHORT)
+    if not (block > 0).all():
+        raise SearchError(
+            f"the time of a block is lost in the noise at {asked[int(np.argmin(block))]} patches",
+            expected=f"{LONG} blocks to take longer than {SHORT}", fix="time for longer, or a larger batch",
+        )  # fmt: skip
+    overhead = np.maximum(np.median(short, axis=0) - SHORT * block, 0.0)
+    name = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
+    return LatencyTable(
+        engine=engine,
+        precision=chosen,
+        device=device,
+        batch=batch,
+        threads=threads,
+        model=model,
+        tokens=tuple(description.prefix_tokens + n for n in asked),
+        milliseconds=tuple(block.tolist()),
+        overhead_ms=tuple(overhead.tolist()),
+        repeats=len(taken),
+        environment=environment(engine=engine, engine_version=backend.version(), device=name, threads=threads),
+    )
+
+
+def _cut(vit: nn.Module, description: ViTDescription, blocks: int) -> tuple[nn.Module, ViTDescription]:
+    """The model with so many blocks; a shallower one has its blocks copied, not shared: caches would know them."""
+    twin = copy.deepcopy(vit)
+    twin.blocks = nn.Sequential(*(copy.deepcopy(vit.blocks[i % description.depth]) for i in range(blocks)))
+    return twin, replace(description, blocks=description.blocks[:1] * blocks)
+
+
+def _plan(description: ViTDescription, count: int) -> ReductionPlan | None:
+    """Keep so many patches from block 0 on, spread over the image; which ones does not matter to the clock."""
+    if count == description.patches:
+        return None
+    keep = np.arange(count) * description.patches // count
+    return ReductionPlan(description.plan_model(), (StaticStep(0, tuple(keep.tolist())),))
+
+
+def _open(
+    backend: Backend, model: ReducedViT, precision: Precision, options: BuildOptions, threads: int | None
+) -> Runner:
+    """Lower, build and load a model that `for_export` has prepared; no file is left."""
+    from vp_engines.backends.base import BuildSource, RunOptions
+    from vp_exporter.lowering import export_program, lower_onnx, signature
+
+    inputs, outputs = signature(model)
+    with tempfile.TemporaryDirectory(prefix="vp-latency-") as scratch:
+        folder = Path(scratch) / "engine"
+        folder.mkdir()
+        if backend.source == "program":
+            program = export_program(model.to(options.device))
+            source = BuildSource(precision, inputs, outputs, program=program, attention_blocks=model.description.depth)
+        else:
+            assert backend.opset is not None
+            onnx = Path(scratch) / "model.onnx"
+            lower_onnx(model, onnx, opset=backend.opset, functions=backend.onnx_functions)
+            source = BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=model.description.depth)
+        built = backend.build(source, folder, options)
+        files = {name: (folder / name).read_bytes() for name in built.files}
+        how = RunOptions(device=options.device, threads=threads)
+        return backend.open(built.artefact, files, inputs, outputs, built.requirements, how)
+
+
+def _rounds(runners: Sequence[Runner], images: np.ndarray, seconds: float) -> np.ndarray:
+    """Milliseconds, float64 [rounds, runners], interleaved."""
+    from vp_exporter.validate.latency import MAX_ROUNDS, MIN_ROUNDS, WARM_UP_CALLS
+
+    quickest = math.inf
+    for _ in range(WARM_UP_CALLS):
+        start = time.perf_counter()
+        for runner in runners:
+            runner.run(images)
+        quickest = min(quickest, time.perf_counter() - start)
+    rounds = int(np.clip(seconds / max(quickest, 1e-9), MIN_ROUNDS, MAX_ROUNDS))
+    taken, rng = np.empty((rounds, len(runners))), np.random.default_rng(0)
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for row in taken:
+            for which in rng.permutation(len(runners)):
+                start_ns = time.perf_counter_ns()
+                runners[which].run(images)
+                row[which] = (time.perf_counter_ns() - start_ns) / 1e6
+    finally:
+        if was_on:
+            gc.enable()
+    return taken
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _time(value: Any, *, above: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value < math.inf and (value > 0 if above else value >= 0)  # not isfinite: huge integers overflow it
+
+
+def _need(good: bool, name: str, value: Any, expected: str) -> None:
+    if not good:
+        raise SearchError(f"{name} of the latency table is {str(value)[:80]}", expected=expected)
+
+
+def _same_fields(what: str, values: Mapping[str, Any], kind: type) -> None:
+    known = {field.name for field in fields(kind)}
+    missing, unknown = sorted(known - set(values)), sorted(str(name) for name in set(values) - known)
+    if missing or unknown:
+        raise SearchError(
+            f"{what} {'lacks ' + missing[0] if missing else 'has the unknown field ' + repr(unknown[0])}",
+            expected=f"the fields {', '.join(sorted(known))}",
+        )

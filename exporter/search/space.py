@@ -1,0 +1,293 @@
+"""What can be scheduled: tokens that leave each block, a reducer's settings, and the plans they make at a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from vp_exporter.errors import SearchError
+from vp_exporter.macs import count_macs
+from vp_exporter.methods import MethodRequest, build_plan
+from vp_exporter.methods.base import Steps
+from vp_exporter.methods.diffrate import MERGE_TO, PRUNE_TO
+from vp_exporter.methods.stages import CLUSTER_SHARE, PAIR_SHARE, bat_split
+from vp_exporter.models import ViTDescription
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.reducers import REDUCERS, StaticStep
+
+METHODS = ("tome", "ppt", "evit", "bat", "topk", "diffrate")
+HALVING = ("tome", "ppt")  # bipartite matching merges at most half
+TAU = 7e-5  # PPT's, of DeiT-S at 197 tokens
+
+
+@dataclass(frozen=True)
+class Extras:
+    """A reducer's settings besides the counts, one for each block; an empty one is the default.
+
+    Attributes:
+        tau: of ppt.
+        clusters: of bat, as a share of the patch tokens that leave.
+        pairs: of bat, as a share of the attentive tokens.
+        dropped: of diffrate: of what leaves the share that is dropped, not merged.
+    """
+
+    tau: tuple[float, ...] = ()
+    clusters: tuple[float, ...] = ()
+    pairs: tuple[float, ...] = ()
+    dropped: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, method: str, depth: int) -> Extras:
+        """The published settings; BAT's split, which is not published, as methods.stages has it."""
+        if method == "ppt":
+            return cls(tau=(TAU,) * depth)
+        if method == "bat":
+            return cls(clusters=(CLUSTER_SHARE,) * depth, pairs=(PAIR_SHARE,) * depth)
+        if method == "diffrate":
+            return cls(dropped=tuple(float(share) for share in np.interp(places_of(depth), *curve_of("dropped"))))
+        return cls()
+
+
+def steps_of(
+    method: str,
+    alive: Sequence[int],
+    description: ViTDescription,
+    extras: Extras | None = None,
+    *,
+    patches: int | None = None,
+) -> Steps:
+    """The steps of a schedule; none at a block that as many tokens leave as enter.
+
+    EViT's fused token is one of those alive; where 1 is alive it is the best patch alone (the reducer keeps one).
+
+    Args:
+        alive: patch tokens that leave each block.
+        patches: that enter the first one; all of the model by default.
+
+    Raises:
+        SearchError: a schedule of another depth, one that rises, or one that leaves nothing.
+    """
+    depth, prefix = description.depth, description.prefix_tokens
+    said, usual = extras or Extras(), Extras.of(method, depth)
+    counts = (description.patches if patches is None else patches, *alive)
+    if len(alive) != depth or any(b > a or b < 1 for a, b in pairwise(counts)):
+        raise SearchError(f"the schedule {list(alive)}", expected=f"{depth} counts that never rise, down to 1 or more")
+    steps = []
+    for block, (n, m) in enumerate(pairwise(counts)):
+        if n == m:
+            continue
+        values: dict[str, Any] = {"tokens_out": prefix + m}
+        if method in HALVING:
+            values = {"r": n - m}
+        if method == "ppt":
+            values["tau"] = (said.tau or usual.tau)[block]
+        elif method == "evit":
+            values["fuse"] = m >= 2
+        elif method == "bat":
+            split = _bat(n, m, (said.clusters or usual.clusters)[block], (said.pairs or usual.pairs)[block])
+            values["clusters"], values["pairs"] = split
+        elif method == "diffrate":
+            dropped = rounded((n - m) * (said.dropped or usual.dropped)[block])
+            values = {"prune_to": prefix + n - dropped, "merge_to": prefix + m}
+        steps.append(REDUCERS[method].from_fields(block, values))
+    return tuple(steps)
+
+
+def _bat(n: int, m: int, clusters: float, pairs: float) -> tuple[int, int]:
+    """methods.stages.bat_split with other shares."""
+    centres = min(m, max(1, rounded(clusters * m)))
+    if pairs == PAIR_SHARE:
+        return bat_split(n, m, centres)
+    wanted = rounded(pairs / (1 - pairs) * (m - centres))
+    return centres, max(0, min(wanted, (n - m) // 2, m - centres))
+
+
+@dataclass(frozen=True)
+class Space:
+    """The schedules of one method at one budget. They are searched as `removed`: tokens that leave at each block.
+
+    Attributes:
+        target: MACs as a share of the dense model's.
+        keep: patches that a static step at block 0 keeps; None: all, and no such step.
+
+    Raises:
+        SearchError: an unknown method, or a budget out of reach.
+    """
+
+    method: str
+    description: ViTDescription
+    target: float
+    keep: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SearchError(f"method {self.method!r} has no schedule", expected=f"one of {', '.join(METHODS)}")
+        least = self.macs(self.most) / self.dense
+        if not least <= self.target < 1:
+            raise SearchError(
+                f"--target-macs {self.target:g} is out of reach for {self.method}",
+                expected=f"{least:.4f} to 1 (excluded) of the dense MACs, which schedules of {self.method} reach",
+                fix="choose a share in reach",
+            )
+
+    @property
+    def dense(self) -> int:
+        return count_macs(self.description).total
+
+    @property
+    def budget(self) -> float:
+        return self.target * self.dense
+
+    @property
+    def start(self) -> int:
+        """Patch tokens that enter the first block's attention."""
+        return self.description.patches if self.keep is None else len(self.keep)
+
+    @property
+    def decided(self) -> int:
+        """Blocks to decide about. Where the class token alone is read, what leaves the last block is not: there as many
+        patches go as the reducer lets go, with no change of the answer."""
+        return self.description.depth - (self.description.pool == "token")
+
+    def least(self, entering: int) -> int:
+        """The fewest patch tokens that can leave a block."""
+        return entering - entering // 2 if self.method in HALVING else 1
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        """Everything leaves as early as it can."""
+        return self.clip([self.start] * self.decided)
+
+    def clip(self, removed: Sequence[int]) -> tuple[int, ...]:
+        """No more than can leave."""
+        n, done = self.start, []
+        for count in removed:
+            done.append(min(max(0, count), n - self.least(n)))
+            n -= done[-1]
+        return tuple(done)
+
+    def alive(self, removed: Sequence[int]) -> tuple[int, ...]:
+        """Patch tokens that leave each block; `removed` is clipped."""
+        counts = [self.start]
+        for count in self.clip(removed):
+            counts.append(counts[-1] - count)
+        if self.decided < self.description.depth:
+            counts.append(self.least(counts[-1]))
+        return tuple(counts[1:])
+
+    def macs(self, removed: Sequence[int]) -> int:
+        """As count_macs has them of the plan, without making it."""
+        model, alive = self.description, self.alive(removed)
+        fixed, per_token = model.head_macs
+        total = self.start * model.patch_embed_macs + fixed
+        total += per_token * (alive[-1] + model.prefix_tokens * model.pool_include_prefix)
+        for block, (n, m) in enumerate(pairwise((self.start, *alive))):
+            total += sum(self.block_macs(block, n, m))
+        return total
+
+    def block_macs(self, block: int, entering: int, leaving: int) -> tuple[int, int]:
+        """Attention and MLP of one block."""
+        one, prefix = self.description.blocks[block], self.description.prefix_tokens
+        n, m = prefix + entering, prefix + leaving
+        return n * one.attention_linear + 2 * n * n * one.attention_width, m * one.mlp_linear
+
+    def plan(self, removed: Sequence[int], extras: Extras) -> ReductionPlan:
+        """The plan of a schedule."""
+        return self.plan_of(self.alive(removed), extras)
+
+    def plan_of(self, alive: Sequence[int], extras: Extras) -> ReductionPlan:
+        """The same by what is alive."""
+        front: Steps = () if self.keep is None else (StaticStep(0, self.keep),)
+        return ReductionPlan(
+            model=self.description.plan_model(),
+            steps=front + steps_of(self.method, alive, self.description, extras, patches=self.start),
+            method=self.method,
+            proportional_attention=getattr(REDUCERS[self.method], "proportional", False),
+            budget={"target_macs": self.target, "searched": True},
+        )
+
+    def fill(self, removed: Sequence[int]) -> tuple[int, ...]:
+        """Take tokens back where the budget has room: the largest one that fits, until none does."""
+        now = self.clip(removed)
+        while True:
+            room = [
+                (macs, block, back)
+                for block, count in enumerate(now)
+                if count and (macs := self.macs(back := add(now, block, -1))) <= self.budget
+            ]
+            if not room:
+                return now
+            now = self.clip(max(room)[2])
+
+    def solve(self, shape: Callable[[float], Sequence[int]], high: float) -> tuple[int, ...] | None:
+        """The least u from 0 to `high` at which a line of schedules meets the budget, filled; None where none does."""
+        if self.macs(shape(high)) > self.budget:
+            return None
+        low = 0.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.macs(shape(middle)) > self.budget else (low, middle)
+        return self.fill(shape(high))
+
+    def scaled(self, weights: Sequence[float]) -> tuple[int, ...] | None:
+        """Tokens leave in these proportions."""
+        return self.solve(lambda u: [rounded(u * weight) for weight in weights[: self.decided]], 4.0 * self.start)
+
+    def shifted(self, removed: Sequence[int], back: int, to: int, size: int) -> tuple[int, ...] | None:
+        """`size` tokens fewer leave at block `back`, and at block `to` as many more as the budget asks for."""
+        base = add(removed, back, -min(size, removed[back]))
+        low, high = 0, self.start
+        if self.macs(add(base, to, high)) > self.budget:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.macs(add(base, to, middle)) <= self.budget else (middle + 1, high)
+        return self.fill(add(base, to, low))
+
+
+def uniform(method: str, description: ViTDescription, target: float) -> ReductionPlan:
+    """The paper's schedule, with MACs as near below `target` as it comes.
+
+    ToMe removes the same count at every block; PPT, EViT, Top-K and BAT act after each quarter at an even rate (PPT
+    with tau 7e-5); DiffRate's published curve is scaled.
+
+    Raises:
+        PlanError: out of its reach, or a model without a class token where one is needed.
+    """
+    dense, asked = count_macs(description).total, target
+    while True:
+        plan = build_plan(MethodRequest(method, target_macs=asked, tau=TAU if method == "ppt" else None), description)
+        if count_macs(description, plan).total <= target * dense:
+            return plan
+        asked -= 0.0005  # the nearest plan may lie above what is asked
+
+
+def add(removed: Sequence[int], block: int, count: int) -> tuple[int, ...]:
+    """`count` more at one block."""
+    return (*removed[:block], removed[block] + count, *removed[block + 1 :])
+
+
+def rounded(value: float) -> int:
+    """The nearest whole number; halves go up."""
+    return math.floor(value + 0.5)
+
+
+def places_of(depth: int) -> list[float]:
+    """Where blocks end, as shares of the depth."""
+    return [(block + 1) / depth for block in range(depth)]
+
+
+def curve_of(name: str) -> tuple[list[float], list[float]]:
+    """DiffRate's published rates over relative depth: the share "alive", or "dropped" of what leaves."""
+    places, alive, dropped, before = [0.0], [1.0], [0.0], 197
+    for place, prune_to, merge_to in zip(places_of(len(MERGE_TO)), PRUNE_TO, MERGE_TO, strict=True):
+        places.append(place)
+        alive.append((merge_to - 1) / 196)
+        dropped.append((before - prune_to) / (before - merge_to) if merge_to < before else 0.0)
+        before = merge_to
+    return places, alive if name == "alive" else dropped

@@ -1,0 +1,179 @@
+"""vp-search as its users run it: a plan that vp-export takes, whatever interrupts it, however many processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.exporter.cli.samples import NAME, Inputs, argv, call, create, export_options, model_args
+from tests.exporter.search.test_workers import together
+from vp_exporter.cli.export import app as export
+from vp_exporter.cli.search import app, join_sweep
+from vp_exporter.models import describe
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.search.latency import measure_table
+
+
+def options(inputs: Inputs, out: Path, **changes: Any) -> list[str]:
+    """A search of some seconds; changes as in `export_options`."""
+    given = {
+        "--model": NAME, "--model-arg": model_args(), "--weights": inputs.weights, "--data": inputs.data, "--out": out,
+        "--target-macs": 0.7, "--search-batch": 4, "--evaluations": 6, "--tune-steps": 2,
+    }  # fmt: skip
+    return argv({**given, **{"--" + key.replace("_", "-"): value for key, value in changes.items()}})
+
+
+def refused(message: str, *words: str) -> None:
+    result = call(app, *words)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def searched(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vpruner plan, with its page beside it."""
+    folder = tmp_path_factory.mktemp("searched")
+    result = call(app, *options(inputs, folder / "plan.json", page=folder / "page"))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_plan_keeps_its_budget_and_says_how_it_was_found(searched: Path) -> None:
+    plan = ReductionPlan.load(searched / "plan.json")
+    rows = plan.provenance["search"]["stages"]
+    assert [row["stage"] for row in rows] == ["fisher", "fisher prior", "rearrangement", "tuning"]
+    kl = [row["kl"] for row in rows if "kl" in row]
+    assert kl == sorted(kl, reverse=True), "no stage may raise held-out KL"
+    assert all(0 < row["macs_share"] <= 0.7 for row in rows if "macs_share" in row)
+    names = {row["stage"] for row in plan.provenance["search"]["baselines"]}
+    assert names == {"center", "grid", *(f"random {seed}" for seed in range(5)), "fisher farthest-point"}
+    assert plan.method == "vpruner"
+    assert plan.budget["target_macs"] == 0.7
+    assert len(plan.provenance["search"]["data_fingerprint"]) == 64
+    assert not (searched / "plan.json.search").exists()
+
+
+def test_its_page(searched: Path) -> None:
+    assert {path.name for path in (searched / "page").iterdir()} >= {"search.html", "search.json"}
+    shown = json.loads((searched / "page" / "search.json").read_text())
+    assert len(shown["baselines"]) == 8
+    assert len(shown["trace"]) > 0
+
+
+def test_vp_export_takes_the_plan(searched: Path, inputs: Inputs) -> None:
+    given = export_options(inputs, searched / "m.vpe", masks=None, plan=searched / "plan.json", validate=None)
+    result = call(export, *argv({**given, "--no-validate": True, "--no-dense": True}))
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_the_same_plan_again_and_by_two_processes(searched: Path, inputs: Inputs, tmp_path: Path) -> None:
+    want = (searched / "plan.json").read_text()
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        for done in together(["-m", "vp_exporter.cli.search", *options(inputs, out)], world):
+            assert done.returncode == 0, done.stderr
+        assert _decisive(out.read_text()) == _decisive(want)
+
+
+def _decisive(text: str) -> Any:
+    """A plan without its clock times."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: clean(entry) for key, entry in value.items() if key not in ("seconds", "evaluations", "images_run")
+            }
+        return [clean(entry) for entry in value] if isinstance(value, list) else value
+
+    return clean(json.loads(text))
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on(searched: Path, inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    words = options(inputs, out)
+    started = subprocess.Popen([sys.executable, "-m", "vp_exporter.cli.search", *words], stderr=subprocess.PIPE)
+    folder, limit = tmp_path / "plan.json.search", time.monotonic() + 120
+    while time.monotonic() < limit and not list(folder.glob("*fisher*")) and started.poll() is None:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert folder.is_dir(), "killed before it had begun, or after its end"
+    assert not out.exists()
+    refused("the same search", *options(inputs, out, seed=1))
+    result = call(app, *words)
+    assert result.exit_code == 0, result.output
+    assert _decisive(out.read_text()) == _decisive((searched / "plan.json").read_text())
+    assert not folder.exists()
+
+
+def test_a_schedule_and_a_sweep(inputs: Inputs, tmp_path: Path) -> None:
+    result = call(app, *options(inputs, tmp_path / "plans", method="topk", target_macs=None, sweep="0.8 0.65"))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == ["topk-0.65.json", "topk-0.8.json"]
+    for path in (tmp_path / "plans").iterdir():
+        rows = ReductionPlan.load(path).provenance["search"]
+        assert rows["stages"][-1]["kl"] <= rows["baselines"][0]["kl"]
+
+
+def test_a_latency_budget_reads_its_table(inputs: Inputs, tmp_path: Path) -> None:
+    vit = create()
+    table = measure_table(vit, describe(vit, NAME), batch=2, counts=(4, 16), seconds=0.2)
+    # Noise may make a block of 4 patches slower than one of 16: what is read here is a file, not this machine.
+    steady = dataclasses.replace(table, milliseconds=(1.0, 2.0), overhead_ms=(0.5, 1.0))
+    steady.save(tmp_path / "table.json")
+    words = options(
+        inputs, tmp_path / "plan.json", target_macs=None, target_latency=0.8, rearrange="none", tune="none",
+        latency_table=tmp_path / "table.json", min_tokens=4,
+    )  # fmt: skip
+    result = call(app, *words)
+    assert result.exit_code == 0, result.output
+    plan = ReductionPlan.load(tmp_path / "plan.json")
+    assert 0.6 < steady.predicted_ms([row.attention for row in plan.tokens()]) / steady.predicted_ms([17, 17]) <= 0.8
+    assert plan.provenance["latency_table"] == steady.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_macs": None}, "no budget is named"),
+        ({"sweep": "0.8"}, "--sweep is given with another budget"),
+        ({"target_macs": None, "sweep": "half"}, "--sweep is 'half'"),
+        ({"target_macs": 0.01}, "0.01"),
+        ({"search_batch": 16}, "24 calibration images"),
+        ({"data": "nowhere"}, "no folder nowhere"),
+        ({"device": "tpu"}, "--device is 'tpu'"),
+        ({"rearrange": "luck"}, "--rearrange names 'luck'"),
+        ({"method": "magic"}, "--method is 'magic'"),
+    ],
+)
+def test_bad_input_is_one_line(inputs: Inputs, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    refused(message, *options(inputs, tmp_path / "plan.json", **changes))
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_plan_is_not_written_over(searched: Path, inputs: Inputs) -> None:
+    refused("exists already", *options(inputs, searched / "plan.json"))
+    refused("is a folder", *options(inputs, searched))
+    refused("there is no folder", *options(inputs, searched / "none" / "plan.json"))
+
+
+def test_one_class_with_labels_asked_for(inputs: Inputs, tmp_path: Path) -> None:
+    refused("has no labels", *options(inputs, tmp_path / "p.json", data=inputs.data / "a", targets="labels"))
+
+
+def test_sweep_takes_the_numbers_behind_it() -> None:
+    assert join_sweep(["--sweep", "0.8", "0.65", "--out", "p"]) == ["--sweep", "0.8 0.65", "--out", "p"]
+    assert join_sweep(["--out", "p", "--sweep", "0.8,0.5"]) == ["--out", "p", "--sweep", "0.8,0.5"]
+    assert join_sweep(["--out", "3"]) == ["--out", "3"]
+    assert join_sweep(["--sweep"]) == ["--sweep"]
