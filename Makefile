@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test lint typecheck check demo bench bench-reducers bench-gpu support-table clean
+.PHONY: help setup test lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -42,6 +42,10 @@ bench: setup  ## the flowers ViT-S/16 on every engine that runs here (needs ../s
 bench-reducers: setup  ## every reducer on the flowers ViT-S/16 (needs ../shared); goes on where it was interrupted
 	@mkdir -p build
 	$(BIN)/python benchmarks/reducers.py --cache build/bench-reducers.json --out docs/results/reducers.md
+
+bench-search: setup  ## searched plans on the flowers ViT-S/16 (needs ../shared; hours); goes on where it was interrupted
+	@mkdir -p build
+	$(BIN)/python benchmarks/search.py --cache build/bench-search.json --out docs/results/search.md
 
 bench-gpu:  ## kernels and reduced models on a GPU, with nothing installed but torch, triton and timm
 	@mkdir -p build

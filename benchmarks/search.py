@@ -1,0 +1,230 @@
+"""Searched plans on the flowers ViT-S/16: every stage of vpruner, every schedule, beside their baselines.
+
+    python benchmarks/search.py --out docs/results/search.md
+
+Needs the model and the photographs in ../shared (see ../shared/data/README.md). Searches on train photographs only,
+reports on val only. With --cache FILE what is measured is kept, row by row, and an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import timm
+import torch
+from common import SHARED, Cache, command_line, machine, need_shared, preparation, prose, span, table
+from reducers import BATCH, Bench, Recorded, short_tokens, sources
+
+from vp_exporter.macs import count_macs
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.search.calibration import Calibration, load_calibration
+from vp_exporter.search.checkpoint import Checkpoint
+from vp_exporter.search.pipeline import search
+from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.settings import SearchSettings
+from vp_exporter.validate.accuracy import evaluate
+from vp_exporter.validate.latency import compare
+
+TRAIN = SHARED / "data" / "flowers" / "train"
+SHOWN = ("images", "dense_top1", "reduced_top1", "top1_difference", "agreement", "kl")
+METHODS = ("vpruner", "tome", "ppt", "evit", "topk", "bat", "diffrate", "static+diffrate")
+STATIC_BASELINES = ("center", "grid", *(f"random {seed}" for seed in range(5)), "fisher prior", "fisher farthest-point")
+
+
+class SearchBench(Bench):
+    """The reducers' bench, with train photographs to search on."""
+
+    def __init__(self, work: Path, seconds: float, limit: int | None, images: int) -> None:
+        super().__init__(work, seconds, limit)
+        self.images = images
+        self._calibration: Calibration | None = None
+
+    @property
+    def calibration(self) -> Calibration:
+        """Read when a search is not in the cache."""
+        if self._calibration is None:
+            prepare = preparation(self.model)
+            self._calibration = load_calibration(
+                TRAIN, prepare, self.model.vit, self.description, limit=self.images, strict=True
+            )
+        return self._calibration
+
+    def search(self, method: str, share: float, evaluations: int) -> dict[str, Any]:
+        """The plan of every stage and baseline, and how long the search took."""
+        calibration, start = self.calibration, time.perf_counter()
+        settings = SearchSettings(method=method, target_macs=share, evaluations=evaluations)
+        result = search(
+            Scorer(self.model.vit, self.description, calibration), settings, Checkpoint(None, {"method": method})
+        )
+        # Every plan without what else a plan says: the cache holds what is run.
+        bare = {name: dataclasses.replace(plan, provenance={}).to_dict() for name, plan in result.plans.items()}
+        return {
+            "plans": bare,
+            "seconds": time.perf_counter() - start,
+            "stages": result.stages,
+            "baselines": result.baselines,
+        }
+
+    def answers(self, plan: ReductionPlan) -> dict[str, Any]:
+        """In fp32 PyTorch, on all val photographs."""
+        logits = np.concatenate([self.pytorch(plan, batch.images) for batch in self.photographs.batches(BATCH)])
+        found = evaluate(Recorded(self.dense_logits), Recorded(logits), self.photographs, batch_size=BATCH).to_dict()
+        return {
+            key: found[key] for key in ("images", "dense_top1", "reduced_top1", "top1_difference", "agreement", "kl")
+        }
+
+    def timed(self, plan: ReductionPlan) -> dict[str, Any]:
+        """On ONNX Runtime, against the dense engine."""
+        macs = count_macs(self.description).total, count_macs(self.description, plan).total
+        with self.open(self.lower(plan, "searched")) as engine:
+            (line,) = compare(
+                self.dense, engine, image_shape=(3, *self.description.image_size), batches=(8,),
+                min_seconds=self.seconds, macs_dense=macs[0], macs_reduced=macs[1],
+            )  # fmt: skip
+        return line.to_dict()
+
+
+def row_cells(name: str, plan: ReductionPlan, found: dict[str, Any], timing: dict[str, Any], share: float) -> list[str]:
+    return [
+        name,
+        f"{share:.3f}",
+        short_tokens(plan),
+        f"{found['reduced_top1']:.2f}%",
+        span(found["top1_difference"], 2),
+        f"{found['agreement']['value']:.2f}%",
+        span(found["kl"], 4),
+        span(timing["speedup"], 2),
+        f"{timing['efficiency']:.3f}",
+    ]
+
+
+HEAD = [
+    "plan",
+    "MACs",
+    "tokens @block",
+    "top-1",
+    "difference (95%)",
+    "agreement",
+    "KL (95%)",
+    "speed-up, batch 8 (95%)",
+]
+HEAD += ["efficiency"]
+
+
+def bars(share: float, kl: dict[str, float], agreement: dict[str, float], ends: Sequence[str]) -> list[str]:
+    """The bars of one budget, met or not, by point estimates."""
+    lines = []
+    rivals = {name: kl[f"vpruner: {name}"] for name in STATIC_BASELINES if f"vpruner: {name}" in kl}
+    randoms = [value for name, value in rivals.items() if name.startswith("random")]
+    if randoms:
+        others = {name: value for name, value in rivals.items() if not name.startswith("random")}
+        others["random (mean of five)"] = float(np.mean(randoms))
+        best = min(others, key=lambda name: others[name])
+        ours = kl["vpruner: tuning"]
+        met = "met" if ours <= 0.85 * others[best] else "missed"
+        lines.append(
+            f"- {share:g}: vpruner's KL {ours:.4f} against {others[best]:.4f} of the best static baseline ({best}), "
+            f"at most 0.85 of it: **{met}** ({ours / others[best]:.2f})"
+        )
+    for method in ("tome", "ppt", "evit", "bat"):
+        if f"{method}: uniform" in kl:
+            ours, uniform = kl[f"{method}: schedule"], kl[f"{method}: uniform"]
+            met = "met" if ours <= 0.5 * uniform else "missed"
+            lines.append(
+                f"- {share:g}: {method}'s schedule {ours:.4f} against uniform {uniform:.4f}, at most 0.5 of it: "
+                f"**{met}** ({ours / uniform:.2f})"
+            )
+    limits = {0.65: (0.005, 99.3), 0.5: (0.02, 98.3)}
+    if share in limits and ends:
+        most, least = limits[share]
+        best = min(ends, key=lambda name: kl[name])
+        met = "met" if kl[best] <= most and agreement[best] >= least else "missed"
+        lines.append(
+            f"- {share:g}: best plan of any kind ({best}): KL {kl[best]:.4f} (at most {most:g}), agreement "
+            f"{agreement[best]:.2f}% (at least {least:g}%): **{met}**"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the tables there as Markdown")
+    parser.add_argument("--cache", type=Path, help="keep what is measured there")
+    parser.add_argument("--plans", type=Path, help="write every searched plan there, too")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.65, 0.5, 0.8])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--images", type=int, default=512, help="train photographs to search on")
+    parser.add_argument("--evaluations", type=int, default=150, help="candidates of each strategy")
+    parser.add_argument("--limit", type=int, help="report on this many val photographs (default: all 736)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed work of a plan")
+    args = parser.parse_args()
+    need_shared()
+    settings = {"images": args.images, "evaluations": args.evaluations, "limit": args.limit, "seconds": args.seconds}
+    settings |= {"sources": sources(), "onnxruntime": ort.__version__, "torch": torch.__version__}
+    cache, lines, verdicts, took = Cache(args.cache, settings), [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = SearchBench(Path(scratch), args.seconds, args.limit, args.images)
+        for share in args.budgets:
+            rows, kl, agreement, ends = [], {}, {}, []
+            for method in args.methods:
+                found = cache.get(
+                    f"search {method} {share:g}", lambda m=method, s=share: bench.search(m, s, args.evaluations)
+                )
+                took.append([f"{method} {share:g}", f"{found['seconds'] / 60:.1f}"])
+                for name, data in found["plans"].items():
+                    plan = ReductionPlan.from_dict(data)
+                    key = plan.fingerprint()
+                    answers = cache.get(f"answers {key}", lambda p=plan: bench.answers(p))
+                    timing = cache.get(f"time {key}", lambda p=plan: bench.timed(p))
+                    macs = count_macs(bench.description, plan).total / count_macs(bench.description).total
+                    title = f"{method}: {name}"
+                    kl[title], agreement[title] = answers["kl"]["value"], answers["agreement"]["value"]
+                    rows.append(row_cells(title, plan, answers, timing, macs))
+                    dense = answers
+                ends.append(title)
+                if args.plans is not None:
+                    args.plans.mkdir(parents=True, exist_ok=True)
+                    plan.save(args.plans / f"{method}-{share:g}.json")
+            lines += [f"## {share:g} of the dense MACs", "", *table(HEAD, rows)]
+            verdicts += bars(share, kl, agreement, ends)
+    text = "\n".join(
+        [
+            "# Searched plans on the flowers ViT-S/16",
+            "",
+            f"Command: `{command_line('search')}`",
+            "",
+            machine(),
+            f"Versions: onnxruntime {ort.__version__}, torch {torch.__version__}, timm {timm.__version__}. fp32.",
+            "",
+            prose(
+                f"Searched on {args.images} train photographs (a quarter of them held out), reported on "
+                f"{dense['images']} val photographs; dense top-1 {dense['dense_top1']:.2f}%. KL of dense to reduced in "
+                "nats; difference of top-1 in points, paired. Rows stand in the order of the search: baselines, then "
+                "stages, each from the one before. Nothing is retrained."
+            ),
+            "",
+            "## Bars",
+            "",
+            *verdicts,
+            "",
+            *lines,
+            "## Search time",
+            "",
+            *table(["search", "minutes"], took),
+        ]
+    )
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
