@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vp_exporter.errors import PlanError
+from vp_exporter.files import write_atomically
 from vp_exporter.reducers import StaticStep, Step, Tokens, step_from_dict
 
 if TYPE_CHECKING:
@@ -315,12 +315,9 @@ class ReductionPlan:
 
     def save(self, path: Path) -> None:
         """Write the plan; a crash leaves the old file or the new one."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            partial.write_text(self.dumps(), encoding="utf-8")
-            os.replace(partial, path)
+            write_atomically(path, self.dumps().encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise PlanError(f"cannot write {path}: {error.strerror}", fix="choose another place") from error
 
     @classmethod

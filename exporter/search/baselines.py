@@ -12,6 +12,8 @@ from vp_exporter.errors import SearchError
 from vp_exporter.methods.static import center_patches, grid_patches, random_patches
 from vp_exporter.models import ViTDescription
 
+PRIOR = "fisher prior"
+
 # The importance is a squared gradient: its root is in the gradient's own unit, and a distance is not squared either.
 POWER = 0.5
 
@@ -64,7 +66,7 @@ def baselines(
     }
     for seed in seeds:
         found[f"random {seed}"] = _by_count(partial(_random, patches, seed), counts, patches)
-    found["fisher prior"] = ranked(importance, counts)
+    found[PRIOR] = ranked(importance, counts)
     found["fisher farthest-point"] = nested(farthest_point_order(importance[0], grid, power=power), counts, patches)
     return found
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from safetensors import numpy as safetensors_numpy
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from vp_exporter import files
 from vp_exporter.errors import SearchError
 from vp_exporter.search.workers import Workers, single
 
@@ -44,27 +44,13 @@ _MISSING = object()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` a file of these bytes, through to the disk: a crash leaves the old file or the new one.
+    """vp_exporter.files.write_atomically, in the words of a search.
 
     Raises:
         SearchError: the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        try:
-            with open(partial, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        files.write_atomically(path, data)
     except OSError as error:
         raise SearchError(
             f"cannot write {path}: {error.strerror or error}", expected="a folder that can be written",

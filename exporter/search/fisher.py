@@ -9,19 +9,17 @@ A gate sees attention only. Where the head pools over patches, that a removed pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from vp_exporter.errors import SearchError
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.scoring import Scorer, frozen
 
 TARGETS = ("model", "labels", "logits")
 
@@ -84,7 +82,7 @@ def gate_gradients(
         divisor = temperature if targets == "model" else 1.0
         return _backward(model, scorer.calibration.images(batch), target, divisor)
 
-    with _frozen(scorer.vit), torch.inference_mode(False), torch.enable_grad():
+    with frozen(scorer.vit), torch.inference_mode(False), torch.enable_grad():
         parts = scorer.workers.map(one, batches)
     gradients = torch.cat(parts)
     # After the gather, so that every process raises alike.
@@ -156,15 +154,3 @@ def _backward(model: ReducedViT, images: Tensor, target: Tensor, temperature: fl
         loss = F.cross_entropy(logits / temperature, target, reduction="sum")
     found = torch.autograd.grad(loss, gates)
     return torch.stack(found, dim=1)[:, :, description.prefix_tokens :].contiguous()
-
-
-@contextmanager
-def _frozen(vit: nn.Module) -> Iterator[None]:
-    """No gradients for the weights: activations that only they would need are not kept."""
-    flags = [(parameter, parameter.requires_grad) for parameter in vit.parameters()]
-    vit.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

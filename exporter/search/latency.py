@@ -11,7 +11,6 @@ import copy
 import gc
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ import torch
 import torch.nn as nn
 
 from vp_exporter.errors import SearchError
+from vp_exporter.files import write_atomically
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.progress import SILENT, Progress
@@ -185,12 +185,9 @@ class LatencyTable:
         Raises:
             SearchError: the file cannot be written.
         """
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise SearchError(f"cannot write {path}: {error.strerror}", fix="choose another place") from error
 
     @classmethod

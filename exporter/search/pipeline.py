@@ -14,7 +14,7 @@ from vp_exporter.macs import count_macs
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.progress import SILENT, Progress
 from vp_exporter.search.allowance import Trace
-from vp_exporter.search.baselines import baselines, farthest_point_order
+from vp_exporter.search.baselines import PRIOR, baselines, farthest_point_order
 from vp_exporter.search.budget import Costs, macs_costs, search_lifetimes
 from vp_exporter.search.checkpoint import Checkpoint
 from vp_exporter.search.fisher import dead_from, gate_gradients, importance
@@ -25,8 +25,6 @@ from vp_exporter.search.schedule import search_schedule
 from vp_exporter.search.scoring import Scorer
 from vp_exporter.search.settings import MIXED, STATIC, SearchSettings
 from vp_exporter.search.tune import tune
-
-PRIOR = "fisher prior"
 
 
 @dataclass
@@ -111,7 +109,7 @@ class _Run:
 
     def static(self, costs: Costs) -> SearchResult:
         """V-Pruner: Fisher, mask search, rearrangement, tuning."""
-        settings, result, held = self.settings, self.result, self.calibration.held
+        settings, result = self.settings, self.result
         gradients = self.fisher()
         weights = importance(gradients)
         result.importance = weights
@@ -151,7 +149,7 @@ class _Run:
             life, plan = moved.life, plan_of(moved.life, self.description)
             self.row("rearrangement", plan, start, rows=list(moved.rows), note=str(moved))
         result.life = life
-        return self.tuned(plan, held)
+        return self.tuned(plan)
 
     def scheduled(self) -> SearchResult:
         """Counts for each block of a reducer that chooses by image."""
@@ -201,7 +199,7 @@ class _Run:
         self.result.stages.append({"stage": "fisher", "seconds": round(time.perf_counter() - start, 2)})
         return gradients
 
-    def tuned(self, plan: ReductionPlan, held: tuple[int, ...]) -> SearchResult:
+    def tuned(self, plan: ReductionPlan) -> SearchResult:
         """Token Mask Tuning."""
         settings = self.settings
         if settings.tuning:

@@ -11,12 +11,12 @@ import numpy as np
 
 from vp_exporter.errors import SearchError
 from vp_exporter.search.allowance import Allowance, Trace
+from vp_exporter.search.baselines import PRIOR
 from vp_exporter.search.greedy import block_fisher_swap, local_search
 from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.ppo import ppo_search
 from vp_exporter.search.scoring import Scorer
 
-PRIOR = "fisher prior"
 SWAP = "block fisher swap"
 START = "start"
 STRATEGIES = ("greedy", "ppo")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,3 +213,16 @@ def _shared(first: Sequence[str], second: Sequence[str]) -> int:
             break
         count += 1
     return count
+
+
+@contextmanager
+def frozen(vit: nn.Module) -> Iterator[None]:
+    """No gradients for the weights, so that activations which only they need are not kept; as they were afterwards."""
+    asked = [parameter for parameter in vit.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)

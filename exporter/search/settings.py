@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vp_exporter.errors import SearchError
+from vp_exporter.search.fisher import TARGETS
+from vp_exporter.search.rearrange import STRATEGIES
+from vp_exporter.search.space import METHODS as SCHEDULED
+from vp_exporter.search.tune import METHODS as TUNING
 
 STATIC = "vpruner"
-SCHEDULED = ("tome", "ppt", "bat", "evit", "topk", "diffrate")
-MIXED = tuple(f"static+{name}" for name in ("diffrate", "ppt", "tome", "evit", "topk", "bat"))
+MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
-TARGETS = ("model", "logits", "labels")
-STRATEGIES = ("greedy", "ppo")
-TUNING = ("shared", "least-squares", "adam")
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from vp_exporter.blocks import ReducedBlock
@@ -37,7 +35,7 @@ from vp_exporter.search.scales import (
     through_mlp,
     why_not_linear,
 )
-from vp_exporter.search.scoring import Scorer, embed, kl
+from vp_exporter.search.scoring import Scorer, embed, frozen, kl
 
 METHODS = ("shared", "least-squares", "adam")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of log(patches / alive)
@@ -366,19 +364,6 @@ def _groups(batches: Sequence[int], parts: int, seed: int) -> Iterator[tuple[lis
             order = [batches[i] for i in rng.permutation(len(batches))]
             for first in range(0, len(order), parts):
                 yield order[first : first + parts], part
-
-
-@contextmanager
-def frozen(vit: nn.Module) -> Iterator[None]:
-    """No gradients for the weights; as they were afterwards."""
-    asked = [parameter for parameter in vit.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
 
 
 def _device(scorer: Scorer) -> torch.device:

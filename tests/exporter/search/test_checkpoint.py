@@ -268,7 +268,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SearchError, match="No space left on device; expected a folder that can be written; free"):
         write_atomically(tmp_path / "f", b"new")
     assert files(tmp_path) == ["f"]

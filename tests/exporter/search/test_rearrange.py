@@ -16,10 +16,11 @@ from tests.exporter.tiny import DEPTH, tiny_vit
 from vp_exporter.errors import SearchError
 from vp_exporter.search import greedy
 from vp_exporter.search.allowance import Allowance, Trace
+from vp_exporter.search.baselines import PRIOR
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.greedy import Exchanges, Incumbent, block_fisher_swap, local_search, standard_log
 from vp_exporter.search.lifetimes import plan_of
-from vp_exporter.search.rearrange import PRIOR, START, SWAP, Rearranged, rearrange
+from vp_exporter.search.rearrange import START, SWAP, Rearranged, rearrange
 from vp_exporter.search.scoring import Scorer
 
 PATCHES = 16

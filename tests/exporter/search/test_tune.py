@@ -22,7 +22,7 @@ from vp_exporter.search import scales, tune
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.scales import normal_equations, responses, row_weights, sample_rows, solve
-from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.scoring import Scorer, frozen
 from vp_exporter.search.workers import Workers
 
 LINEAR = [kind for kind in KINDS if kind != "qk-norm"]
@@ -286,7 +286,7 @@ def test_adam_lowers_the_loss_it_is_given_and_leaves_the_weights_alone() -> None
         assert asked == now_asked
         assert torch.equal(value, now)
     assert all(p.grad is None for p in scorer.vit.parameters())
-    with pytest.raises(ZeroDivisionError), tune.frozen(scorer.vit):
+    with pytest.raises(ZeroDivisionError), frozen(scorer.vit):
         1 / 0  # noqa: B018
     assert [asked for asked, _ in before] == [asked for asked, _ in state(scorer)]
 
