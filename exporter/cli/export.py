@@ -18,11 +18,9 @@ EPILOG = "Exit codes: 0 good, 1 budget missed (the bundle is written and says so
 def export(
     model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="NAME.vpe", help="The bundle to write.")],
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help=".safetensors or .pth (tensors only).")] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Weights from timm's hub.")] = False,
-    random_init: Annotated[
-        bool, typer.Option("--random-init", help="Random weights: for latency studies only.")
-    ] = False,
+    weights: options.Weights = None,
+    pretrained: options.Pretrained = False,
+    random_init: options.RandomInit = False,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Reduction plan (JSON).")] = None,
     masks: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Bare mask [depth, patches]: .npy, .npz or .safetensors.")
@@ -66,10 +64,10 @@ def export(
     num_classes: options.NumClasses = None,
     model_arg: options.ModelArgs = None,
     classes: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one a line.")] = None,
-    crop_pct: Annotated[float | None, typer.Option(help="Input size over resized size; by default timm's.")] = None,
-    interpolation: Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest or lanczos.")] = None,
-    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Preprocessing mean; by default timm's.")] = None,
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Preprocessing std; by default timm's.")] = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle at --out.")] = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
@@ -114,9 +112,7 @@ def export(
         ready = backend.available("build")  # before the seconds that torch takes to import
         if not ready.ok:
             raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
-        from vp_exporter.loading import ModelRequest, load_model
         from vp_exporter.package import ExportRequest, export_bundle
-        from vp_exporter.preprocessing import PreprocessingOverrides, preprocessing_of
         from vp_exporter.validate.check import CheckRequest
 
         progress = console.ConsoleProgress(quiet=quiet)
@@ -156,15 +152,10 @@ def export(
             classes=_lines(classes),
             kernels=cast(Literal["portable", "vp", "auto"], kernels),
         )
-        with progress.stage(f"loading {model}"):
-            loaded = load_model(
-                ModelRequest(model, options.parse_model_args(model_arg), weights, pretrained, random_init, num_classes)
-            )
-            overrides = PreprocessingOverrides(
-                crop_pct, interpolation, options.parse_channels(mean, "--mean"), options.parse_channels(std, "--std")
-            )
-            preprocessing = preprocessing_of(loaded.vit, loaded.description, overrides)
-            reduction = plans.read_plan(plan, masks, wanted, loaded.description)
+        source = options.ModelSource(model, model_arg, weights, pretrained, random_init, num_classes)
+        inputs = options.InputOverrides(crop_pct, interpolation, mean, std)
+        loaded, preprocessing = options.load(source, inputs, progress)
+        reduction = plans.read_plan(plan, masks, wanted, loaded.description)
         result = export_bundle(loaded, reduction, preprocessing, request, progress)
         if as_json:
             console.print_json(_summary(result, out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,9 @@ from vp_engines.errors import VpError
 from vp_exporter.cli import console
 
 if TYPE_CHECKING:
+    from vp_engines.manifest import Preprocessing
+    from vp_exporter.loading import LoadedModel
+    from vp_exporter.progress import Progress
     from vp_exporter.validate.verdict import Budget
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="timm model name.")]
@@ -22,6 +26,13 @@ ModelArgs = Annotated[
 NumClasses = Annotated[
     int | None, typer.Option(min=0, help="Classes of the head; by default as in the weights. 0: features.")
 ]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help=".safetensors or .pth (tensors only).")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Weights from timm's hub.")]
+RandomInit = Annotated[bool, typer.Option("--random-init", help="Random weights: for latency studies only.")]
+CropPct = Annotated[float | None, typer.Option(help="Input size over resized size; by default timm's.")]
+Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest or lanczos.")]
+Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Preprocessing mean; by default timm's.")]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Preprocessing std; by default timm's.")]
 Data = Annotated[
     Path | None, typer.Option(metavar="DIR", help="ImageFolder to validate on (one folder per class, or unlabelled).")
 ]
@@ -74,6 +85,52 @@ MethodArgs = Annotated[
     list[str] | None,
     typer.Option("--method-arg", metavar="KEY=VALUE", help="Argument of the method, e.g. fuse=false (JSON values)."),
 ]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The options that name a model and its weights, as they were typed."""
+
+    model: str
+    model_arg: list[str] | None = None
+    weights: Path | None = None
+    pretrained: bool = False
+    random_init: bool = False
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class InputOverrides:
+    """The options that replace parts of timm's preprocessing, as they were typed."""
+
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: str | None = None
+    std: str | None = None
+
+
+def load(source: ModelSource, inputs: InputOverrides, progress: Progress) -> tuple[LoadedModel, Preprocessing]:
+    """The model, and how its images are prepared.
+
+    Raises:
+        VpError: options that do not parse, or whatever loading the model raises.
+    """
+    from vp_exporter.loading import ModelRequest, load_model
+    from vp_exporter.preprocessing import PreprocessingOverrides, preprocessing_of
+
+    request = ModelRequest(
+        source.model, parse_model_args(source.model_arg), source.weights, source.pretrained, source.random_init,
+        source.num_classes,
+    )  # fmt: skip
+    overrides = PreprocessingOverrides(
+        inputs.crop_pct,
+        inputs.interpolation,
+        parse_channels(inputs.mean, "--mean"),
+        parse_channels(inputs.std, "--std"),
+    )
+    with progress.stage(f"loading {source.model}"):
+        loaded = load_model(request)
+        return loaded, preprocessing_of(loaded.vit, loaded.description, overrides)
 
 
 def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:

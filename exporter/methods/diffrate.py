@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, listed
 from vp_exporter.methods.request import label
+from vp_exporter.methods.schedule import rounded
 
 if TYPE_CHECKING:
     from vp_exporter.methods.request import MethodRequest
@@ -45,7 +45,7 @@ class DiffRateMethod(Method):
 
     def family(self, request: MethodRequest, model: ViTDescription) -> Family:
         blocks = acting_blocks(request, model, tuple(range(model.depth)))
-        alive = [_between(_ALIVE, (block + 1) / model.depth) for block in blocks]
+        alive = [share_alive((block + 1) / model.depth) for block in blocks]
         first = next((block for block, share in zip(blocks, alive, strict=True) if share < 1), None)
         if first is None:
             raise PlanError(
@@ -62,9 +62,9 @@ class DiffRateMethod(Method):
     def _scaled(self, model: ViTDescription, blocks: Sequence[int], alive: Sequence[float], power: float) -> Steps:
         steps, left = [], model.patches
         for block, share in zip(blocks, alive, strict=True):
-            out = min(left, max(1, math.floor(model.patches * share**power + 0.5)))
+            out = min(left, max(1, rounded(model.patches * share**power)))
             if out < left:
-                dropped = math.floor((left - out) * _between(_DROPPED, (block + 1) / model.depth) + 0.5)
+                dropped = rounded((left - out) * share_dropped((block + 1) / model.depth))
                 prefix = model.prefix_tokens
                 steps.append(self.step(block, {"prune_to": prefix + left - dropped, "merge_to": prefix + out}))
             left = out
@@ -88,6 +88,16 @@ def _curves() -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
 
 
 _ALIVE, _DROPPED = _curves()
+
+
+def share_alive(depth: float) -> float:
+    """Share of the patch tokens alive at this relative depth, 0 to 1, of the published rates."""
+    return _between(_ALIVE, depth)
+
+
+def share_dropped(depth: float) -> float:
+    """Share that is dropped of what leaves at this relative depth."""
+    return _between(_DROPPED, depth)
 
 
 def _between(curve: Sequence[tuple[float, float]], x: float) -> float:

@@ -6,6 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 
 
+def rounded(value: float) -> int:
+    """The nearest whole number; halves go up."""
+    return math.floor(value + 0.5)
+
+
 def slope(shape: str, blocks: int, r: float) -> list[float]:
     """r at each of `blocks` acting blocks, its mean being `r` (ToMe, Bolya et al. 2023: constant, or linear).
 
@@ -25,7 +30,7 @@ def whole(values: Sequence[float]) -> list[int]:
     counts, total, before = [], 0.0, 0
     for value in values:
         total += value
-        now = math.floor(round(total, 9) + 0.5)  # halves go up; the inner rounding hides the noise of the sum
+        now = rounded(round(total, 9))  # the inner rounding hides the noise of the sum
         counts.append(now - before)
         before = now
     return counts

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, listed, stage_blocks
 from vp_exporter.methods.request import label
-from vp_exporter.methods.schedule import share_of
+from vp_exporter.methods.schedule import rounded, share_of
 
 if TYPE_CHECKING:
     from vp_exporter.methods.request import MethodRequest
@@ -82,21 +81,18 @@ class StageMethod(Method):
         return self.step(block, {"tokens_out": model.prefix_tokens + m, **values})
 
 
-def bat_split(n: int, m: int, clusters: int | None = None) -> tuple[int, int]:
+def bat_split(n: int, m: int, clusters: int | None = None, pair_share: float = PAIR_SHARE) -> tuple[int, int]:
     """BAT's clusters and pairs where n patch tokens become m: ours, no split is published.
 
-    Clusters: 15% of m, at least 1, unless they are given. Pairs: 8% of the n_a = m - clusters + pairs attentive tokens,
-    but at most half of the n - m that leave: near a keep rate of 1 no token would be left to cluster otherwise.
+    Clusters: 15% of m, at least 1, unless they are given. Pairs: `pair_share` of the n_a = m - clusters + pairs
+    attentive tokens, but at most half of the n - m that leave: near a keep rate of 1 no token would be left to cluster
+    otherwise.
     """
     if clusters is None:
-        clusters = max(1, _rounded(CLUSTER_SHARE * m))
-    pairs = _rounded(PAIR_SHARE / (1 - PAIR_SHARE) * (m - clusters))
+        clusters = max(1, rounded(CLUSTER_SHARE * m))
+    pairs = rounded(pair_share / (1 - pair_share) * (m - clusters))
     pairs = max(0, min(pairs, (n - m) // 2, m - clusters))  # p <= n_a // 2 with n_a = m - clusters + p
     return clusters, pairs
-
-
-def _rounded(value: float) -> int:
-    return math.floor(value + 0.5)
 
 
 def _of_stage(key: str, value: Any, stage: int, stages: int) -> Any:

@@ -9,8 +9,9 @@ import numpy as np
 
 from vp_exporter.errors import SearchError
 from vp_exporter.search.allowance import Allowance, Trace
-from vp_exporter.search.schedule import Local, Scheduled, Space, begin, sensitivity, settle, uniform
+from vp_exporter.search.schedule import Local, Scheduled, begin, sensitivity, settle
 from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.space import Space, uniform
 
 DROPS = (0, 8, 16, 32, 48, 64)  # patches that a static step at block 0 drops
 _SHORT = 24  # evaluations that each size gets where only the clock ends the search

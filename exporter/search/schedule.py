@@ -18,24 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vp_exporter.methods.diffrate import share_alive
+from vp_exporter.methods.schedule import rounded
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.scoring import Scorer
 from vp_exporter.search.sensitivity import LEVELS, Sensitivity, allocate, measure
-from vp_exporter.search.space import METHODS, Extras, Space, add, curve_of, places_of, rounded, steps_of, uniform
-
-__all__ = [
-    "METHODS",
-    "Extras",
-    "Local",
-    "Scheduled",
-    "Space",
-    "planned",
-    "search_schedule",
-    "sensitivity",
-    "steps_of",
-    "uniform",
-]
+from vp_exporter.search.space import Extras, Space, add, places_of, uniform
 
 SIZES = (16, 8, 4, 2, 1)  # tokens that one move shifts
 _PATIENCE = 6  # moves in a row that do not help, before their estimates are measured again
@@ -105,15 +94,20 @@ class Local:
 
     def begin(self, starts: Sequence[tuple[int, ...] | None]) -> None:
         """Take the best of some schedules and of the usual shapes; None stands for one that cannot meet the budget."""
-        space, places = self.space, places_of(self.space.description.depth)
-        curve = np.interp(places, *curve_of("alive"))
+        space = self.space
+        curve = [share_alive(place) for place in places_of(space.description.depth)]
 
         def published(u: float) -> tuple[int, ...]:
             alive = [max(1, rounded(space.start * share ** (u / (1 - u)))) for share in curve[: space.decided]]
             return tuple(a - b for a, b in pairwise((space.start, *alive)))
 
-        shapes = [space.scaled([block**power for block in range(len(places))]) for power in (1.0, 2.0)]
-        for removed in (*starts, *shapes, space.solve(published, 1 - 1e-6), space.scaled([1.0] * len(places))):
+        shapes = [space.scaled([block**power for block in range(space.description.depth)]) for power in (1.0, 2.0)]
+        for removed in (
+            *starts,
+            *shapes,
+            space.solve(published, 1 - 1e-6),
+            space.scaled([1.0] * space.description.depth),
+        ):
             if removed is not None and (self.allowance.left or not self._losses):
                 self._try(removed, self.extras, "start")
         if not self._losses:

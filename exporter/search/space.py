@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from vp_exporter.errors import SearchError
 from vp_exporter.macs import count_macs
 from vp_exporter.methods import MethodRequest, build_plan
 from vp_exporter.methods.base import Steps
-from vp_exporter.methods.diffrate import MERGE_TO, PRUNE_TO
+from vp_exporter.methods.diffrate import share_dropped
+from vp_exporter.methods.schedule import rounded
 from vp_exporter.methods.stages import CLUSTER_SHARE, PAIR_SHARE, bat_split
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
@@ -49,7 +47,7 @@ class Extras:
         if method == "bat":
             return cls(clusters=(CLUSTER_SHARE,) * depth, pairs=(PAIR_SHARE,) * depth)
         if method == "diffrate":
-            return cls(dropped=tuple(float(share) for share in np.interp(places_of(depth), *curve_of("dropped"))))
+            return cls(dropped=tuple(share_dropped(place) for place in places_of(depth)))
         return cls()
 
 
@@ -89,22 +87,14 @@ def steps_of(
         elif method == "evit":
             values["fuse"] = m >= 2
         elif method == "bat":
-            split = _bat(n, m, (said.clusters or usual.clusters)[block], (said.pairs or usual.pairs)[block])
-            values["clusters"], values["pairs"] = split
+            centres = min(m, max(1, rounded((said.clusters or usual.clusters)[block] * m)))
+            pairs = (said.pairs or usual.pairs)[block]
+            values["clusters"], values["pairs"] = bat_split(n, m, centres, pairs)
         elif method == "diffrate":
             dropped = rounded((n - m) * (said.dropped or usual.dropped)[block])
             values = {"prune_to": prefix + n - dropped, "merge_to": prefix + m}
         steps.append(REDUCERS[method].from_fields(block, values))
     return tuple(steps)
-
-
-def _bat(n: int, m: int, clusters: float, pairs: float) -> tuple[int, int]:
-    """methods.stages.bat_split with other shares."""
-    centres = min(m, max(1, rounded(clusters * m)))
-    if pairs == PAIR_SHARE:
-        return bat_split(n, m, centres)
-    wanted = rounded(pairs / (1 - pairs) * (m - centres))
-    return centres, max(0, min(wanted, (n - m) // 2, m - centres))
 
 
 @dataclass(frozen=True)
@@ -272,22 +262,6 @@ def add(removed: Sequence[int], block: int, count: int) -> tuple[int, ...]:
     return (*removed[:block], removed[block] + count, *removed[block + 1 :])
 
 
-def rounded(value: float) -> int:
-    """The nearest whole number; halves go up."""
-    return math.floor(value + 0.5)
-
-
 def places_of(depth: int) -> list[float]:
     """Where blocks end, as shares of the depth."""
     return [(block + 1) / depth for block in range(depth)]
-
-
-def curve_of(name: str) -> tuple[list[float], list[float]]:
-    """DiffRate's published rates over relative depth: the share "alive", or "dropped" of what leaves."""
-    places, alive, dropped, before = [0.0], [1.0], [0.0], 197
-    for place, prune_to, merge_to in zip(places_of(len(MERGE_TO)), PRUNE_TO, MERGE_TO, strict=True):
-        places.append(place)
-        alive.append((merge_to - 1) / 196)
-        dropped.append((before - prune_to) / (before - merge_to) if merge_to < before else 0.0)
-        before = merge_to
-    return places, alive if name == "alive" else dropped

@@ -19,20 +19,10 @@ from vp_exporter.plan import ReductionPlan
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.schedule import (
-    METHODS,
-    Extras,
-    Local,
-    Space,
-    planned,
-    search_schedule,
-    sensitivity,
-    settle,
-    steps_of,
-    uniform,
-)
+from vp_exporter.search.schedule import Local, planned, search_schedule, sensitivity, settle
 from vp_exporter.search.scoring import Scorer, kl
 from vp_exporter.search.sensitivity import Sensitivity, allocate
+from vp_exporter.search.space import METHODS, Extras, Space, steps_of, uniform
 
 VIT, DESCRIPTION = tiny_vit()
 AVERAGE = tiny_vit("average-pool-fc-norm-class-token")

@@ -1,0 +1,203 @@
+"""What vp-search does once its options are read: images, one search a budget, and what is shown of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vp_exporter.cli import console
+
+if TYPE_CHECKING:
+    from vp_engines.manifest import Preprocessing
+    from vp_exporter.loading import LoadedModel
+    from vp_exporter.plan import ReductionPlan
+    from vp_exporter.search.latency import LatencyTable
+    from vp_exporter.search.pipeline import SearchResult
+    from vp_exporter.search.settings import SearchSettings
+    from vp_exporter.search.workers import Workers
+
+
+class SearchRun:
+    """The model and its images, over which one budget after another is searched."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        spec: Preprocessing,
+        workers: Workers,
+        progress: console.ConsoleProgress,
+        device: str,
+        table: LatencyTable | None,
+    ) -> None:
+        self.loaded, self.spec, self.workers, self.progress = loaded, spec, workers, progress
+        self.device, self.table = device, table
+        self.description = loaded.description
+        loaded.vit.to(device)
+
+    def read(
+        self, data: Path, images: int, held: float, batch: int, seed: int, strict: bool, *, need_labels: bool
+    ) -> None:
+        from vp_engines.preprocess import preprocess
+        from vp_exporter.search.calibration import load_calibration
+
+        self.calibration = load_calibration(
+            data,
+            lambda path: preprocess([path], self.spec)[0],
+            self.loaded.vit,
+            self.description,
+            limit=images,
+            batch_size=batch,
+            held_share=held,
+            seed=seed,
+            strict=strict,
+            need_labels=need_labels,
+            workers=self.workers,
+            progress=self.progress,
+            device=self.device,
+        )
+        self.facts = {
+            "weights_sha256": self.loaded.weights_sha256,
+            "images": images,
+            "held_out": held,
+            "search_batch": batch,
+            "preprocessing": self.spec.model_dump(mode="json"),
+            "versions": _versions(),
+        }
+
+    def run(self, settings: SearchSettings, out: Path) -> SearchResult:
+        from vp_exporter.search.checkpoint import Checkpoint
+        from vp_exporter.search.latency import latency_costs
+        from vp_exporter.search.pipeline import search as run_search
+        from vp_exporter.search.scoring import Scorer
+
+        identity = {
+            "model": self.description.name,
+            "data": self.calibration.fingerprint,
+            "settings": settings.asked(),
+            **self.facts,
+        }
+        checkpoint = Checkpoint(out.with_name(out.name + ".search"), identity, self.workers)
+        scorer = Scorer(self.loaded.vit, self.description, self.calibration, self.workers, checkpoint.memo)
+        costs = None
+        if settings.target_latency is not None:
+            assert self.table is not None
+            costs = latency_costs(self.table, self.description)
+            self.facts["latency_table"] = self.table.to_dict()
+        result = run_search(scorer, settings, checkpoint, costs=costs, facts=self.facts, progress=self.progress)
+        if self.workers.leader:
+            result.plan.save(out)
+        checkpoint.remove()
+        return result
+
+    def show(self, results: list[SearchResult], outs: list[Path]) -> None:
+        """The stages as a table, and where the plan is."""
+        from rich.table import Table
+
+        from vp_exporter.cli import show
+        from vp_exporter.macs import mac_ratio
+
+        for result, out in zip(results, outs, strict=True):
+            table = Table(title=f"search, {result.plan.method}", title_justify="left", title_style="bold", box=None)
+            for column in ("stage", "MACs", "held-out KL", "agreement", "seconds"):
+                table.add_column(column, justify="left" if column == "stage" else "right")
+            for row in [*result.baselines, *result.stages]:
+                if "kl" in row:
+                    cells = (f"{row['macs_share']:.3f}", f"{row['kl']:.5f}", f"{row['agreement']:.2f}%")
+                    table.add_row(row["stage"], *cells, f"{row['seconds']:.1f}")
+            console.stdout.print(table)
+            dense = self.description.prefix_tokens + self.description.patches
+            show.tokens([(row.attention, row.mlp) for row in result.plan.tokens()], dense)
+            for text in result.warnings:
+                console.stdout.print(f"note: {text}", markup=False, soft_wrap=True)
+            ratio = mac_ratio(self.description, result.plan)
+            console.stdout.print(f"wrote {out} (MAC ratio {ratio:.3f})", markup=False, soft_wrap=True)
+
+    def page(self, results: list[SearchResult]) -> dict[str, Any]:
+        """What the page and its pictures show: the last result, and the front of all."""
+        last = results[-1]
+        plan, description = last.plan, self.description
+        measured = [
+            {"name": row["stage"], **{key: row[key] for key in ("macs_share", "kl", "agreement", "seconds")}}
+            for result in results
+            for row in [*result.baselines, *result.stages]
+            if "kl" in row
+        ]
+        mine = measured[len(measured) - sum("kl" in row for row in [*last.baselines, *last.stages]) :]
+        baselines = mine[: len(last.baselines)]
+        found: dict[str, Any] = {
+            "title": f"vp-search: {description.name}, {plan.method}",
+            "model": description.name,
+            "method": plan.method,
+            "budget": f"{plan.budget.get('target_macs') or plan.budget.get('target_latency'):g} of dense",
+            "facts": [[key, str(value)] for key, value in self.facts.items() if key != "latency_table"],
+            "grid": list(description.grid),
+            "baselines": baselines,
+            "stages": mine[len(baselines) :],
+            "tokens": {
+                "counts": {name: [row.attention for row in each.tokens()] for name, each in last.plans.items()},
+                "dense": description.prefix_tokens + description.patches,
+            },
+            "trace": last.trace,
+            "warnings": last.warnings,
+            "importance": last.importance,
+            "life": last.life,
+            "front": measured,
+        }
+        if plan.key_bias and last.life is not None:
+            found["key_scales"] = _scales(plan, description.prefix_tokens)
+        return found
+
+
+def _scales(plan: ReductionPlan, prefix: int) -> Any:
+    """The tuned scale of each patch in each block, float64 [depth, patches]; 0 where it is gone."""
+    import numpy as np
+
+    scales = np.zeros((plan.model.depth, plan.model.patches))
+    for block, row in enumerate(plan.tokens()):
+        bias = plan.key_bias.get(block, (0.0,) * row.attention)
+        scales[block, list(row.positions or ())] = np.exp(bias[prefix:])
+    return scales
+
+
+def latency_table(
+    loaded: LoadedModel,
+    settings: SearchSettings,
+    workers: Workers,
+    engine: str,
+    precision: str | None,
+    batch: int,
+    path: Path | None,
+    progress: console.ConsoleProgress,
+) -> LatencyTable | None:
+    """The measured latencies that a latency budget needs: from a file, or measured by one process for all."""
+    if settings.target_latency is None:
+        return None
+    from vp_exporter.search.latency import LatencyTable, measure_table
+
+    def make() -> LatencyTable:
+        if path is not None and path.exists():
+            return LatencyTable.load(path)
+        found = measure_table(
+            loaded.vit, loaded.description, engine=engine, precision=precision, batch=batch, progress=progress
+        )
+        if path is not None:
+            found.save(path)
+        return found
+
+    with progress.stage(f"measuring a block on {engine}"):
+        return workers.from_leader(make)
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import timm
+    import torch
+
+    import vp_engines
+
+    return {
+        "vp-export": vp_engines.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+    }
