@@ -67,6 +67,9 @@ def search(
     ] = None,
     page: Annotated[Path | None, typer.Option(metavar="DIR", help="Write pictures and search.html there.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda: where the search runs.")] = "cpu",
+    augment: Annotated[
+        str, typer.Option(help="cutmix (every second image is cut into another one) or none.")
+    ] = "cutmix",
     strict: options.Strict = False,
     num_classes: options.NumClasses = None,
     model_arg: options.ModelArgs = None,
@@ -114,7 +117,7 @@ def search(
 
         import torch
 
-        from vp_exporter.search import workers as processes
+        from vp_exporter import workers as processes
 
         if device == "cuda" and not torch.cuda.is_available():
             raise VpError("--device is cuda and torch sees no GPU", expected="cpu, or a machine with a GPU")
@@ -128,7 +131,7 @@ def search(
                 loaded, requests[0], workers, engine, precision, batch, latency_table, progress
             )
             runner = search_run.SearchRun(loaded, spec, workers, progress, device, table)
-            runner.read(data, images, held_out, search_batch, seed, strict, need_labels=targets == "labels")
+            runner.read(data, images, held_out, search_batch, seed, augment, strict, need_labels=targets == "labels")
             results = [runner.run(request, path) for request, path in zip(requests, outs, strict=True)]
             if workers.leader:
                 if page is not None:

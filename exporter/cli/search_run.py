@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vp_exporter.search.latency import LatencyTable
     from vp_exporter.search.pipeline import SearchResult
     from vp_exporter.search.settings import SearchSettings
-    from vp_exporter.search.workers import Workers
+    from vp_exporter.workers import Workers
 
 
 class SearchRun:
@@ -35,7 +35,16 @@ class SearchRun:
         loaded.vit.to(device)
 
     def read(
-        self, data: Path, images: int, held: float, batch: int, seed: int, strict: bool, *, need_labels: bool
+        self,
+        data: Path,
+        images: int,
+        held: float,
+        batch: int,
+        seed: int,
+        augment: str,
+        strict: bool,
+        *,
+        need_labels: bool,
     ) -> None:
         from vp_engines.preprocess import preprocess
         from vp_exporter.search.calibration import load_calibration
@@ -49,6 +58,7 @@ class SearchRun:
             batch_size=batch,
             held_share=held,
             seed=seed,
+            augment=augment,
             strict=strict,
             need_labels=need_labels,
             workers=self.workers,
@@ -60,6 +70,7 @@ class SearchRun:
             "images": images,
             "held_out": held,
             "search_batch": batch,
+            "augment": augment,
             "preprocessing": self.spec.model_dump(mode="json"),
             "versions": _versions(),
         }

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vp_exporter.cli import console, options
 
+if TYPE_CHECKING:
+    from vp_exporter.workers import Workers
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command(epilog="Exit codes: 0 good, 1 budget missed, 2 bad input, 3 engine unavailable.")
+EPILOG = (
+    "Exit codes: 0 good, 1 budget missed, 2 bad input, 3 engine unavailable. Several processes: torchrun "
+    "--nproc-per-node N -m vp_exporter.cli.validate ...; they share the images of --data, and one of them times."
+)
+
+
+@app.command(epilog=EPILOG)
 def validate(
     bundle: Annotated[Path, typer.Argument(metavar="NAME.vpe", help="The bundle.")],
     data: options.Data = None,
@@ -38,7 +47,7 @@ def validate(
 ) -> None:
     """Run a bundle against its dense baseline: accuracy on --data, latency on this machine."""
 
-    def body() -> int:
+    def check(workers: Workers) -> int:
         import vp_engines
         from vp_engines.bundle import update_bundle
         from vp_engines.errors import EngineUnavailableError, VpError
@@ -47,37 +56,61 @@ def validate(
         from vp_exporter.validate.check import CheckRequest, check_bundle
         from vp_exporter.validate.report import Report
 
-        request = CheckRequest(
-            data=data,
-            budget=options.read_budget(max_drop, min_speedup, min_agreement, data),
-            batches=tuple(dict.fromkeys(batch or (1, 8))),
-            limit=limit,
-            strict=strict,
-            seconds=seconds,
-            against=against,
-            device=device,
-            threads=threads,
-            samples=samples,
-        )
-        if report is not None and report.exists() and not report.is_dir():
-            raise VpError(f"--report {report} is a file", expected="a folder, or a name for a new one")
-        manifest = vp_engines.verify_bundle(bundle).manifest
-        from vp_engines.backends import get_backend
+        def prepare() -> CheckRequest:
+            request = CheckRequest(
+                data=data,
+                budget=options.read_budget(max_drop, min_speedup, min_agreement, data),
+                batches=tuple(dict.fromkeys(batch or (1, 8))),
+                limit=limit,
+                strict=strict,
+                seconds=seconds,
+                against=against,
+                device=device,
+                threads=threads,
+                samples=samples,
+            )
+            if report is not None and report.exists() and not report.is_dir():
+                raise VpError(f"--report {report} is a file", expected="a folder, or a name for a new one")
+            manifest = vp_engines.verify_bundle(bundle).manifest
+            from vp_engines.backends import get_backend
 
-        ready = get_backend(manifest.engine.name).available("run")
-        if not ready.ok:
-            raise EngineUnavailableError(f"the engine '{manifest.engine.name}' cannot run here: {ready.reason}")
-        found = check_bundle(bundle, request, progress=console.ConsoleProgress(quiet=quiet))
-        if report is not None:
-            report.mkdir(parents=True, exist_ok=True)
-            Report(found).write(report)
-        if update:
-            update_bundle(bundle, files=report_files(found), validation=validation_fields(found))
-        if as_json:
-            console.print_json(Report(found).to_dict())
-        else:
-            show.report(found, brief=quiet)
-        return found.verdict.exit_code
+            ready = get_backend(manifest.engine.name).available("run")
+            if not ready.ok:
+                raise EngineUnavailableError(f"the engine '{manifest.engine.name}' cannot run here: {ready.reason}")
+            return request
+
+        request = workers.agree(prepare)
+        progress = console.ConsoleProgress(quiet=quiet or not workers.leader)
+        found = check_bundle(bundle, request, progress=progress, workers=workers)
+
+        def hand_over() -> int:
+            if report is not None:
+                report.mkdir(parents=True, exist_ok=True)
+                Report(found).write(report)
+            if update:
+                update_bundle(bundle, files=report_files(found), validation=validation_fields(found))
+            if as_json:
+                console.print_json(Report(found).to_dict())
+            else:
+                show.report(found, brief=quiet)
+            return found.verdict.exit_code
+
+        # The others wait for it: torchrun ends all once one has ended with another code than 0.
+        return workers.from_leader(hand_over)
+
+    def body() -> int:
+        from vp_exporter import workers as processes
+
+        # The bundle says whether it is for a GPU, and is read later: on a CPU this changes nothing.
+        if processes.announced() and device != "cpu":
+            processes.own_gpu()
+        workers = processes.from_environment()
+        try:
+            return check(workers)
+        finally:
+            processes.close(workers)
+            # Whatever ends one process ends all of them, with the same code: the leader says why.
+            console.stderr.quiet = not workers.leader
 
     raise typer.Exit(console.run(body, debug=debug))
 

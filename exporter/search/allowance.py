@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vp_exporter.errors import SearchError
-from vp_exporter.search.workers import Workers, single
+from vp_exporter.workers import Workers, single
 
 
 class Allowance:
@@ -50,7 +50,8 @@ class Trace:
     """The loss of every candidate, for the pictures.
 
     Attributes:
-        rows: {"stage", "evaluation" (from 1, over all stages), "loss", "best" (of its stage)}, KL in nats.
+        rows: {"stage", "evaluation" (from 1, over all stages), "loss", "best" (of its stage)}, as a search
+            goes by them (vp_exporter.search.scoring.Scorer.losses).
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 
 from vp_exporter.errors import SearchError
 from vp_exporter.models import ViTDescription
-from vp_exporter.search.lifetimes import counts_of
+from vp_exporter.search.lifetimes import counts_of, last_is_free
 
 # Steps of the cost axis, between what the cheapest counts cost and the budget: first to find the way, then the last
 # mile. The finer one is a multiple of the coarser one, so what was within budget stays so.
@@ -44,6 +44,7 @@ class Costs:
         embed: float64 [patches + 1]: embedding n patches.
         fixed: what is always paid.
         unit: "MACs" or "ms".
+        dense_extra: what the dense model costs above a plan that keeps every patch.
 
     Raises:
         SearchError: shapes that do not go together, NaN or negative costs.
@@ -53,6 +54,7 @@ class Costs:
     embed: np.ndarray
     fixed: float
     unit: str
+    dense_extra: float = 0.0
 
     def __post_init__(self) -> None:
         if self.blocks.ndim != 2 or self.embed.shape != self.blocks.shape[1:] or self.blocks.shape[1] < 2:
@@ -73,8 +75,8 @@ class Costs:
 
     @property
     def dense(self) -> float:
-        """With every patch in every block."""
-        return self.total([self.patches] * self.depth)
+        """Of the dense model."""
+        return self.total([self.patches] * self.depth) + self.dense_extra
 
     def total(self, counts: Sequence[int]) -> float:
         """Patches alive in each block [depth] -> cost."""
@@ -99,7 +101,7 @@ class Found:
 
 
 def macs_costs(description: ViTDescription) -> Costs:
-    """Multiply-accumulates of one image, as vp_exporter.macs counts them for plans of static steps."""
+    """Multiply-accumulates of one image, as vp_exporter.macs counts them for plans of `lifetimes.plan_of`."""
     patches = np.arange(description.patches + 1, dtype=np.float64)
     tokens = patches + description.prefix_tokens
     blocks = np.stack(
@@ -108,9 +110,13 @@ def macs_costs(description: ViTDescription) -> Costs:
             for block in description.blocks
         ]
     )
+    saved = np.zeros_like(patches)
+    if last_is_free(description):
+        saved = np.maximum(patches - 1, 0) * description.blocks[-1].mlp_linear
+        blocks[-1] -= saved
     fixed, per_token = description.head_macs
     blocks[-1] += (tokens if description.pool_include_prefix else patches) * per_token
-    return Costs(blocks, patches * description.patch_embed_macs, float(fixed), "MACs")
+    return Costs(blocks, patches * description.patch_embed_macs, float(fixed), "MACs", float(saved[-1]))
 
 
 def search_lifetimes(

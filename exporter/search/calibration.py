@@ -15,8 +15,9 @@ from vp_exporter.errors import SearchError
 from vp_exporter.models import ViTDescription
 from vp_exporter.progress import SILENT, Progress
 from vp_exporter.reduced import ReducedViT
-from vp_exporter.search.workers import Workers, single
+from vp_exporter.search.augment import AUGMENTS, cutmix
 from vp_exporter.validate.data import ImageFolder
+from vp_exporter.workers import Workers, single
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def load_calibration(
     seed: int = 0,
     strict: bool = False,
     need_labels: bool = False,
+    augment: str = "cutmix",
     workers: Workers | None = None,
     progress: Progress = SILENT,
     device: str | torch.device = "cpu",
@@ -133,12 +135,16 @@ def load_calibration(
         prepare: image file -> float32 [3, H, W].
         limit: take this many, evenly spaced over the folder; None takes all.
         need_labels: refuse a folder without labels, or with one class only.
+        augment: of vp_exporter.search.augment.AUGMENTS: whether every second image is cut into another one. Its label
+            stays that of the larger part.
 
     Raises:
         DataError: the folder cannot be read, or holds no sound image.
         SearchError: too few images, no labels where they are needed, one class only, or logits that are not finite.
     """
     workers = workers or single()
+    if augment not in AUGMENTS:
+        raise SearchError(f"--augment is {augment!r}", expected=" or ".join(AUGMENTS))
     if not description.num_classes:
         raise SearchError(
             f"{description.name} gives features, no classes", expected="a model with a head: --num-classes above 0"
@@ -169,7 +175,8 @@ def load_calibration(
         folder.labels = np.arange(len(chosen), dtype=np.int64)
         read = list(folder.batches(batch_size))
         skipped.extend(folder.skipped)
-        images[batch] = torch.from_numpy(np.concatenate([part.images for part in read])).to(device)
+        pixels = torch.from_numpy(np.concatenate([part.images for part in read])).to(device)
+        images[batch] = cutmix(pixels, (seed, batch)) if augment == "cutmix" else pixels
         places = np.concatenate([part.labels for part in read if part.labels is not None])
         return torch.from_numpy(chosen[places])
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vp_exporter import files
 from vp_exporter.errors import SearchError
-from vp_exporter.search.workers import Workers, single
+from vp_exporter.workers import Workers, single
 
 FORMAT, VERSION = "vp-search-checkpoint", 1
 FLUSH_SECONDS = 10.0

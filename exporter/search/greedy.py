@@ -78,7 +78,7 @@ class Incumbent:
         batches: all that are searched on.
 
     Attributes:
-        loss: mean over the images of `batches`, nats.
+        loss: mean over the images of `batches`, as Scorer.losses has it at the temperature.
     """
 
     def __init__(self, scorer: Scorer, life: np.ndarray, batches: Sequence[int], temperature: float) -> None:
@@ -96,7 +96,7 @@ class Incumbent:
         self._unshared, self._remembered = 0, False
 
     def losses(self, batches: Sequence[int]) -> np.ndarray:
-        """Of the incumbent: float64 [n], nats."""
+        """Of the incumbent: float64 [n]."""
         return np.concatenate([self._losses[batch].numpy() for batch in batches])
 
     def difference(self, life: np.ndarray, batches: Sequence[int]) -> np.ndarray:

@@ -15,7 +15,8 @@ import numpy as np
 from vp_exporter.errors import SearchError
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reducers import StaticStep
+from vp_exporter.reducers import StaticStep, Step
+from vp_exporter.reducers.topk import TopKStep
 
 
 def mask_of(life: np.ndarray, depth: int) -> np.ndarray:
@@ -41,6 +42,11 @@ def counts_of(life: np.ndarray, depth: int) -> tuple[int, ...]:
     return tuple(int((life > block).sum()) for block in range(depth))
 
 
+def last_is_free(description: ViTDescription) -> bool:
+    """Whether nobody reads the patches that leave the last block: they need no MLP there."""
+    return description.pool == "token" and description.class_token
+
+
 def same_until(first: np.ndarray, second: np.ndarray) -> int:
     """The first block in which two masks differ; a number above every block where they are equal."""
     differing = first != second
@@ -55,17 +61,22 @@ def plan_of(
     budget: Any = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> ReductionPlan:
-    """The plan of static steps that lifetimes make.
+    """The plan that lifetimes make: static steps, and behind the last attention all patches leave that may.
+
+    Where the head reads prefix tokens only, what leaves the last block is not read: dropping the patches before its MLP
+    changes no answer. The plan language has a step for it that keeps one patch (topk).
 
     Raises:
         PlanError: a block would keep no patch.
     """
     mask, before = mask_of(life, description.depth), np.ones(description.patches, dtype=bool)
-    steps = []
+    steps: list[Step] = []
     for block, row in enumerate(mask):
         if not np.array_equal(row, before):
             steps.append(StaticStep(block, tuple(np.flatnonzero(row).tolist())))
         before = row
+    if last_is_free(description) and before.sum() > 1:
+        steps.append(TopKStep(description.depth - 1, tokens_out=description.prefix_tokens + 1))
     return ReductionPlan(
         description.plan_model(), tuple(steps), method=method, budget=budget, provenance=dict(provenance or {})
     )

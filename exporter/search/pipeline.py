@@ -114,11 +114,10 @@ class _Run:
         weights = importance(gradients)
         result.importance = weights
         start = time.perf_counter()
-        dense = costs.total((self.description.patches,) * self.description.depth)
         with self.progress.stage("token mask search"):
             found = [
                 search_lifetimes(
-                    weights, costs, settings.share * dense, min_tokens=settings.min_tokens,
+                    weights, costs, settings.share * costs.dense, min_tokens=settings.min_tokens,
                     multiple=settings.multiple, first_block_only=first,
                 )
                 for first in (False, True)
@@ -130,7 +129,7 @@ class _Run:
         prior = found[best]
         self.row(PRIOR, plans[best], start, note=f"counts {'free' if best == 0 else 'equal'} over the blocks")
         if settings.multiple > 1:
-            self.note_multiple(weights, costs, settings.share * dense, prior.predicted_loss, first=best == 1)
+            self.note_multiple(weights, costs, settings.share * costs.dense, prior.predicted_loss, first=best == 1)
         starts = baselines(counts_of(prior.life, self.description.depth), self.description, weights)
         starts[PRIOR] = prior.life
         for name, life in self.progress.track(starts.items(), total=len(starts), description="baselines"):

@@ -31,8 +31,8 @@ class Rearranged:
         strategy: how it was found: "greedy", "ppo", "block fisher swap", or "start" (nothing beat a start).
         start: the name of the start that it came from.
         prior_kl, kl: of the Fisher prior and of `life` on the held-out batches: mean KL(dense || reduced), nats.
-        rows: one for each candidate: {strategy, start, search_loss, held_kl, evaluations, seconds}; the loss is the
-            softened one that was searched on.
+        rows: one for each candidate: {strategy, start, search_loss, held_kl, held_loss, evaluations, seconds}; the
+            losses are what a search goes by (Scorer.losses).
     """
 
     life: np.ndarray
@@ -71,8 +71,8 @@ def rearrange(
     """Improve the best of some masks by exchanges.
 
     The best start on the search batches, and what `block_fisher_swap` makes of it, are compared; each strategy goes on
-    from the better one, with the same allowance. Then all of them, starts included, meet the held-out images; the
-    lowest plain KL wins, and of equal ones the Fisher prior.
+    from the better one, with the same allowance. Then all of them, starts included, meet the held-out images: of those
+    whose plain KL is not above the Fisher prior's the one with the least loss wins, and of equal ones the prior.
 
     Args:
         starts: lifetimes int [patches] by name, "fisher prior" among them. A strategy keeps the counts of its start.
@@ -98,7 +98,8 @@ def rearrange(
         life = np.array(life, dtype=np.int64)
         found.append((strategy, start, life, loss))
         rows.append(
-            {"strategy": strategy, "start": start, "search_loss": loss, "held_kl": float("nan"), "evaluations": spent,
+            {"strategy": strategy, "start": start, "search_loss": loss, "held_kl": float("nan"),
+             "held_loss": float("nan"), "evaluations": spent,
              "seconds": time.perf_counter() - clock}
         )  # fmt: skip
         clock = time.perf_counter()
@@ -130,8 +131,11 @@ def rearrange(
             )  # fmt: skip
         add(strategy, start, better, loss, allowance.spent)
     for row, (_, _, life, _) in zip(rows, found, strict=True):
-        row["held_kl"] = scorer.loss(plan_of(life, scorer.description), scorer.calibration.held)
-    best = min(range(len(rows)), key=lambda k: rows[k]["held_kl"])
+        plan = plan_of(life, scorer.description)
+        row["held_kl"] = scorer.loss(plan, scorer.calibration.held)
+        row["held_loss"] = scorer.loss(plan, scorer.calibration.held, temperature)
+    sound = [k for k, row in enumerate(rows) if row["held_kl"] <= rows[0]["held_kl"]]
+    best = min(sound, key=lambda k: rows[k]["held_loss"])
     strategy, start, life, _ = found[best]
     return Rearranged(life, strategy, start, rows[0]["held_kl"], rows[best]["held_kl"], tuple(rows))
 

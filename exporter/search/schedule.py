@@ -43,7 +43,7 @@ class Scheduled:
     Attributes:
         plan: the winner; on the held-out images no worse than `uniform_plan`.
         kl, uniform_kl: mean KL on the held-out images, nats, temperature 1.
-        rows: of the trace, as far as this search added them; losses are those of the search (softened).
+        rows: of the trace, as far as this search added them; losses are those of the search (roots, softened).
     """
 
     plan: ReductionPlan

@@ -21,7 +21,7 @@ from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import InnerStep
 from vp_exporter.reducers.stream import Stream
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.workers import Workers, single
+from vp_exporter.workers import Workers, single
 
 # What a search has measured, by plan and batch: logits as nested lists (JSON). A checkpoint keeps it, and a search that
 # is run again from the start meets the same questions and finds them answered.
@@ -72,24 +72,28 @@ class Scorer:
         self._remembered_keys: list[str] = []
         self._streams: dict[int, list[Stream]] = {}
 
-    def losses(self, plan: ReductionPlan, batches: Sequence[int], temperature: float = 1.0) -> Tensor:
-        """KL(dense || reduced) of each image.
+    def losses(self, plan: ReductionPlan, batches: Sequence[int], temperature: float | None = None) -> Tensor:
+        """KL(dense || reduced) of each image, or a tamer measure of the same to search by.
+
+        The mean KL hangs on the few images whose answer changes: two halves of 368 images put 20 plans in unrelated
+        orders. What a search goes by is the root of the KL softened by a temperature. To first order that is the
+        length of the change of the logits; every image has its say, and it foretells the KL on other images better
+        than the KL itself does (docs/search.md).
 
         Args:
-            temperature: both sides' logits are divided by it, and the result is multiplied by its square: a softened
-                one is carried by many images, the plain one by few.
+            temperature: of what a search goes by; None for the plain KL, which decides what is kept.
 
         Returns:
-            float64 [n] in nats, in the order of the batches, the same on every process.
+            float64 [n], nats or their root, in the order of the batches, the same on every process.
 
         Raises:
             SearchError: logits that are not finite; PlanError: a plan for another model.
         """
         logits = self.logits(plan, batches)
         dense = torch.cat([self.calibration.dense(batch) for batch in batches])
-        return kl(dense, logits, temperature)
+        return kl(dense, logits) if temperature is None else kl(dense, logits, temperature).sqrt()
 
-    def loss(self, plan: ReductionPlan, batches: Sequence[int], temperature: float = 1.0) -> float:
+    def loss(self, plan: ReductionPlan, batches: Sequence[int], temperature: float | None = None) -> float:
         """Their mean."""
         return float(self.losses(plan, batches, temperature).mean())
 

@@ -20,7 +20,7 @@ class Sensitivity:
 
     Attributes:
         shares: of the patch tokens that the step leaves, falling, below 1.
-        losses: [depth][shares], nats (softened by the temperature that they were measured at).
+        losses: [depth][shares], nats; of losses that a search goes by (Scorer.losses), the square of the mean.
     """
 
     shares: tuple[float, ...]
@@ -48,7 +48,7 @@ def measure(
     patches: int,
     *,
     batches: Sequence[int],
-    temperature: float = 1.0,
+    temperature: float | None = None,
     left: Callable[[], bool] = lambda: True,
 ) -> Sensitivity | None:
     """Run one-step plans: every count at every block.
@@ -71,7 +71,8 @@ def measure(
         for level, count in enumerate(counts):
             if not left():
                 return None
-            losses[block][level] = scorer.loss(plan_at(block, count), batches, temperature)
+            loss = scorer.loss(plan_at(block, count), batches, temperature)
+            losses[block][level] = loss if temperature is None else loss**2  # roots do not add up, as changes do not
     return Sensitivity(tuple(count / patches for count in counts), tuple(map(tuple, losses)))
 
 

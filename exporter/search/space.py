@@ -17,6 +17,7 @@ from vp_exporter.methods.stages import CLUSTER_SHARE, PAIR_SHARE, bat_split
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reducers import REDUCERS, StaticStep
+from vp_exporter.search.lifetimes import last_is_free
 
 METHODS = ("tome", "ppt", "evit", "bat", "topk", "diffrate")
 HALVING = ("tome", "ppt")  # bipartite matching merges at most half
@@ -142,7 +143,7 @@ class Space:
     def decided(self) -> int:
         """Blocks to decide about. Where the class token alone is read, what leaves the last block is not: there as many
         patches go as the reducer lets go, with no change of the answer."""
-        return self.description.depth - (self.description.pool == "token")
+        return self.description.depth - last_is_free(self.description)
 
     def least(self, entering: int) -> int:
         """The fewest patch tokens that can leave a block."""

@@ -51,7 +51,8 @@ class Tuned:
     Attributes:
         plan: the given one where nothing helped.
         kl_before, kl_after: mean KL(dense || reduced) on the held-out batches, nats; after <= before.
-        rows: {"stage", "held_kl" (of what the stage gave; None where it gave nothing), "accepted", "seconds", "note"}.
+        rows: {"stage", "held_kl" and "held_loss" (of what the stage gave; None where it gave nothing), "accepted",
+            "seconds", "note"}; the loss is what a search goes by (Scorer.losses).
     """
 
     plan: ReductionPlan
@@ -70,7 +71,8 @@ def tune(
     lr: float = 0.03,
     methods: Sequence[str] = METHODS,
 ) -> Tuned:
-    """Run stages one after another on the search batches; each is kept only if the held-out plain KL falls.
+    """Run stages one after another on the search batches; each is kept only if on the held-out images both the plain KL
+    and the loss that a search goes by fall.
 
     Args:
         steps, seed, temperature, lr: of `adam`; the seed also draws the queries of `least_squares`.
@@ -89,6 +91,7 @@ def tune(
         "adam": lambda now: adam(scorer, now, search, steps=steps, lr=lr, temperature=temperature, seed=seed),
     }
     before = best = scorer.loss(plan, held)
+    best_loss = scorer.loss(plan, held, temperature)
     rows: list[dict[str, Any]] = []
     for method in methods:
         start = time.perf_counter()
@@ -96,12 +99,16 @@ def tune(
         candidate = plan if reason else stages[method](plan)
         changed = candidate.fingerprint() != plan.fingerprint()
         held_kl = scorer.loss(candidate, held) if changed else None
-        accepted = held_kl is not None and held_kl < best
+        held_loss = scorer.loss(candidate, held, temperature)
+        accepted = held_kl is not None and held_kl < best and held_loss < best_loss
         note = reason or ("" if changed else "nothing to change")
         if held_kl is not None and accepted:
-            plan, best = candidate, held_kl
+            plan, best, best_loss = candidate, held_kl, held_loss
         seconds = time.perf_counter() - start
-        rows.append({"stage": method, "held_kl": held_kl, "accepted": accepted, "seconds": seconds, "note": note})
+        rows.append(
+            {"stage": method, "held_kl": held_kl, "held_loss": held_loss if changed else None, "accepted": accepted,
+             "seconds": seconds, "note": note}
+        )  # fmt: skip
     return Tuned(plan, before, best, rows)
 
 

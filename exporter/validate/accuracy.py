@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from vp_exporter.errors import DataError
+from vp_exporter.errors import DataError, VpError
 from vp_exporter.progress import SILENT, Progress
 from vp_exporter.validate.data import Batch
 from vp_exporter.validate.intervals import Interval, bootstrap_mean, mcnemar_exact, paired_difference, wilson
+from vp_exporter.workers import Workers, single
 
 OUTPUT = "logits"
 NAMED_FAILURES = 5
@@ -36,6 +37,8 @@ class Data(Sized, Protocol):
     @property
     def skipped(self) -> list[tuple[str, str]]: ...
     def batches(self, batch_size: int) -> Iterator[Batch]: ...
+    def part(self, rank: int, world: int, batch_size: int) -> Data: ...
+    def rejoin(self, skipped: Sequence[tuple[str, str]]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def evaluate(
     reference: Callable[[np.ndarray], np.ndarray] | None = None,
     reference_limit: int = 64,
     progress: Progress = SILENT,
+    workers: Workers | None = None,
 ) -> Accuracy:
     """Run both engines over the same batches and compare their logits.
 
@@ -129,25 +133,27 @@ def evaluate(
         reference: the reduced model in PyTorch, images float32 [B, 3, H, W] -> logits [B, classes] (numpy), for
             `Accuracy.parity`.
         reference_limit: how many images the reference sees (from the front); it is far slower than an engine.
+        workers: the processes that share the images, each with engines of its own; all of them call this and get the
+            same answer. None is one process. Where one fails, all raise its error once the others have ended their
+            shares.
 
     Raises:
         DataError: the data cannot be read, or the logits do not fit the number of classes.
+        VpError: a reference with several processes: it would slow down one of them only, and all would wait.
     """
-    tally = _Tally(data.num_classes, data.labelled)
-    parity = _ParityTally(reference_limit)
-    steps = math.ceil(len(data) / batch_size)
-    for batch in progress.track(data.batches(batch_size), total=steps, description="comparing with the dense model"):
-        first = _logits(dense, batch, data.num_classes, "dense")
-        second = _logits(reduced, batch, data.num_classes, "reduced")
-        tally.add(first, second, batch)
-        missing = min(reference_limit - parity.images, len(batch.images))
-        if reference is not None and missing > 0:
-            expected = np.asarray(reference(batch.images[:missing]))
-            _check_logits(expected, missing, data.num_classes, "PyTorch")
-            parity.add(expected.astype(np.float64), second[:missing])
+    workers = workers or single()
+    if workers.world > 1 and reference is not None:
+        raise VpError(f"parity with PyTorch asked of {workers.world} processes", expected="one process")
+    parity = None if reference is None else _ParityTally(reference, reference_limit)
+    if workers.world == 1:
+        tally = _score(dense, reduced, data, batch_size, progress, parity)
+    else:
+        tally = _score_share(dense, reduced, data, batch_size, progress, workers)
     if not tally.images:
         raise DataError("no image to validate on", fix="point to a folder of images")
-    result = tally.result(len(data.skipped), parity.result() if reference is not None and parity.images else None)
+    result = tally.result(len(data.skipped), parity.result() if parity is not None and parity.images else None)
+    if not workers.leader:
+        return result  # the leader warns for all
     if not result.finite:
         progress.warn(
             f"NaN or infinite logits: dense {result.nonfinite_dense}, reduced {result.nonfinite_reduced} of "
@@ -159,6 +165,42 @@ def evaluate(
             "order of the model's classes, or the preprocessing is not the model's"
         )
     return result
+
+
+def _score(
+    dense: RunnerLike,
+    reduced: RunnerLike,
+    data: Data,
+    batch_size: int,
+    progress: Progress,
+    parity: _ParityTally | None = None,
+) -> _Tally:
+    tally = _Tally(data.num_classes, data.labelled)
+    steps = math.ceil(len(data) / batch_size)
+    for batch in progress.track(data.batches(batch_size), total=steps, description="comparing with the dense model"):
+        first = _logits(dense, batch, data.num_classes, "dense")
+        second = _logits(reduced, batch, data.num_classes, "reduced")
+        tally.add(first, second, batch)
+        if parity is not None:
+            parity.add(batch.images, second)
+    return tally
+
+
+def _score_share(
+    dense: RunnerLike, reduced: RunnerLike, data: Data, batch_size: int, progress: Progress, workers: Workers
+) -> _Tally:
+    """Score this process's share of the images; the tally of all shares, on every process."""
+
+    def mine() -> tuple[_Tally, list[tuple[str, str]]]:
+        share = data.part(workers.rank, workers.world, batch_size)
+        return _score(dense, reduced, share, batch_size, progress), share.skipped
+
+    shares = workers.gather(workers.agree(mine))
+    data.rejoin([entry for _, skipped in shares for entry in skipped])
+    whole = _Tally(data.num_classes, data.labelled)
+    for tally, _ in shares:
+        whole.merge(tally)
+    return whole
 
 
 def kl_divergence(dense: np.ndarray, reduced: np.ndarray) -> np.ndarray:
@@ -239,6 +281,17 @@ class _Tally:
         self.only_dense += int((right[0] & ~right[1]).sum())
         self.only_reduced += int((right[1] & ~right[0]).sum())
 
+    def merge(self, later: _Tally) -> None:
+        """Add the tally of images that follow this one's: the bootstrap draws by position, so the order counts."""
+        self.images += later.images
+        self.only_dense += later.only_dense
+        self.only_reduced += later.only_reduced
+        self.agree += later.agree
+        for mine, its in ((self.top1, later.top1), (self.top5, later.top5), (self.bad, later.bad)):
+            mine[:] = [a + b for a, b in zip(mine, its, strict=True)]
+        self.bad_names += later.bad_names
+        self.kl += later.kl
+
     def result(self, skipped: int, parity: Parity | None) -> Accuracy:
         def percent(count: int, wanted: bool) -> float | None:
             return 100 * count / self.images if wanted else None
@@ -267,16 +320,23 @@ class _Tally:
 
 
 class _ParityTally:
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    """The reduced engine's logits on the first `limit` images, beside those of the reference."""
+
+    def __init__(self, reference: Callable[[np.ndarray], np.ndarray], limit: int) -> None:
         self.images = 0
+        self._reference, self._limit = reference, limit
         self._expected: list[np.ndarray] = []
         self._got: list[np.ndarray] = []
 
-    def add(self, expected: np.ndarray, got: np.ndarray) -> None:
-        self.images += len(expected)
-        self._expected.append(expected)
-        self._got.append(got)
+    def add(self, images: np.ndarray, got: np.ndarray) -> None:
+        rows = min(self._limit - self.images, len(images))
+        if rows <= 0:
+            return
+        expected = np.asarray(self._reference(images[:rows]))
+        _check_logits(expected, rows, got.shape[1], "PyTorch")
+        self.images += rows
+        self._expected.append(expected.astype(np.float64))
+        self._got.append(got[:rows])
 
     def result(self) -> Parity:
         expected, got = np.concatenate(self._expected), np.concatenate(self._got)

@@ -25,6 +25,7 @@ from vp_exporter.validate.data import ImageFolder
 from vp_exporter.validate.latency import LatencyRow, compare, environment
 from vp_exporter.validate.report import ReportData
 from vp_exporter.validate.verdict import Budget, judge
+from vp_exporter.workers import Workers, single
 
 SAMPLES = 6
 
@@ -91,6 +92,7 @@ def check_bundle(
     reference: Callable[[np.ndarray], np.ndarray] | None = None,
     notes: Sequence[str] = (),
     progress: Progress = SILENT,
+    workers: Workers | None = None,
 ) -> ReportData:
     """Compare the reduced engine of a bundle with the dense one.
 
@@ -98,10 +100,13 @@ def check_bundle(
         data: of `open_data`, where it is open already.
         reference: the reduced model in PyTorch, for the engine's parity with it.
         notes: lines for the report.
+        workers: the processes that share the images; all of them call this and get the same report. Only the leader
+            times, while the others are idle. None is one process.
 
     Raises:
-        VpError: the bundle, the data or the engine cannot be used.
+        VpError: the bundle, the data or the engine cannot be used; a reference with several processes.
     """
+    workers = workers or single()
     manifest = vp_engines.read_manifest(path)
     plan = ReductionPlan.loads((path / manifest.plan.path).read_bytes())
     notes, warnings = list(notes), []
@@ -110,7 +115,9 @@ def check_bundle(
     ready = get_backend(manifest.engine.name).available("run")
     has_baseline = request.against is not None or "dense" in manifest.variants
     if data is None:
-        data = open_data(request, manifest.preprocessing, manifest.classes, manifest.model.num_classes, progress)
+        data = workers.agree(
+            lambda: open_data(request, manifest.preprocessing, manifest.classes, manifest.model.num_classes, progress)
+        )
     if not ready.ok:
         warnings.append(f"The engine was built but not run: {ready.reason}. Neither speed nor accuracy is measured.")
     elif not has_baseline:
@@ -124,10 +131,7 @@ def check_bundle(
     else:
         with contextlib.ExitStack() as stack:
             with progress.stage("loading both engines"):
-                reduced = stack.enter_context(_load(path, "reduced", request))
-                dense = stack.enter_context(
-                    _load(request.against, "reduced", request) if request.against else _load(path, "dense", request)
-                )
+                reduced, dense = workers.agree(lambda: _load_both(path, request, stack))
             if data is not None:
                 accuracy = evaluate(
                     dense,
@@ -136,27 +140,39 @@ def check_bundle(
                     batch_size=_fitting(manifest, request.batch_size),
                     reference=reference,
                     progress=progress,
+                    workers=workers,
                 )
                 notes += data.notes
             batches = [size for size in request.batches if size == _fitting(manifest, size)]
             if len(batches) < len(request.batches):
                 warnings.append("Batch sizes that the engine was not built for are not timed.")
             if batches:
-                latency = compare(
-                    dense,
-                    reduced,
-                    image_shape=manifest.preprocessing.input_size,
-                    batches=batches,
-                    min_seconds=request.seconds,
-                    macs_dense=manifest.plan.macs_dense,
-                    macs_reduced=manifest.plan.macs_reduced,
-                    progress=progress,
+                latency = workers.from_leader(
+                    lambda: compare(
+                        dense,
+                        reduced,
+                        image_shape=manifest.preprocessing.input_size,
+                        batches=batches,
+                        min_seconds=request.seconds,
+                        macs_dense=manifest.plan.macs_dense,
+                        macs_reduced=manifest.plan.macs_reduced,
+                        progress=progress,
+                    )
                 )
     if data is not None and data.skipped:
         warnings.append(f"Skipped {_count(len(data.skipped))} that could not be decoded: {_some(data.skipped)}.")
     if request.against:
         notes.append(f"The baseline is the bundle {request.against.name}, not this bundle's own dense engine.")
-    return _report_data(manifest, plan, request, data, accuracy, latency, notes, warnings)
+    return workers.from_leader(lambda: _report_data(manifest, plan, request, data, accuracy, latency, notes, warnings))
+
+
+def _load_both(
+    path: Path, request: CheckRequest, stack: contextlib.ExitStack
+) -> tuple[vp_engines.Engine, vp_engines.Engine]:
+    """The reduced engine and its baseline; the stack closes them."""
+    reduced = stack.enter_context(_load(path, "reduced", request))
+    baseline = _load(request.against, "reduced", request) if request.against else _load(path, "dense", request)
+    return reduced, stack.enter_context(baseline)
 
 
 def _load(path: Path, variant: str, request: CheckRequest) -> vp_engines.Engine:

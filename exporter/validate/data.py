@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections import deque
@@ -78,6 +79,7 @@ class ImageFolder:
         self._prepare, self._strict, self._progress = prepare, strict, progress
         self._workers = workers or min(4, os.cpu_count() or 1)
         self._warned: set[str] = set()
+        self._whole = True
         if classes is not None and len(classes) != num_classes:
             raise DataError(
                 f"{len(classes)} class names for a model of {num_classes} classes", expected="one per class"
@@ -116,14 +118,52 @@ class ImageFolder:
         """Files listed; a pass yields as many images, less the skipped ones."""
         return len(self.paths)
 
+    def part(self, rank: int, world: int, batch_size: int) -> ImageFolder:
+        """One process's share of the files: a run of whole batches, so that each holds the images that it holds in a
+        single pass (as far as none is skipped).
+
+        Args:
+            rank: of the process, from 0; the shares follow each other in the order of ranks.
+            world: how many processes there are.
+            batch_size: of the pass.
+
+        Returns:
+            A folder with `skipped` of its own. It may be empty, or hold no sound file: a pass over it then yields
+            nothing and raises nothing, because only all shares together can tell (`rejoin`).
+
+        Raises:
+            DataError: the batch size is below 1.
+        """
+        _check_batch_size(batch_size)
+        batches = -(-len(self) // batch_size)
+        # Rounded up: no share is larger than the leader's, whose progress bar stands for all.
+        start, stop = (batch_size * -(-each * batches // world) for each in (rank, rank + 1))
+        share = copy.copy(self)
+        share.paths = self.paths[start:stop]
+        share.labels = None if self.labels is None else self.labels[start:stop]
+        share.skipped, share._whole = [], False
+        return share
+
+    def rejoin(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """End a pass that was made in shares.
+
+        Args:
+            skipped: what the shares skipped, in the order of ranks.
+
+        Raises:
+            DataError: no file could be decoded, as `batches` has it.
+        """
+        self.skipped[:] = skipped
+        if len(self.skipped) == len(self):
+            raise self._none_sound()
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """One pass over the files in order; every batch but the last is full, whatever is skipped.
 
         Raises:
             DataError: no file could be decoded, or (strict) one could not; `prepare` gave arrays that do not fit.
         """
-        if batch_size < 1:
-            raise DataError(f"a batch size of {batch_size}", expected="1 or more")
+        _check_batch_size(batch_size)
         self.skipped.clear()
         decoded = self._decoded(ahead=max(2 * batch_size, self._workers))
         empty = True
@@ -135,12 +175,8 @@ class ImageFolder:
                 None if self.labels is None else self.labels[index],
                 tuple(self.paths[i] for i in index),
             )
-        if empty:
-            name, reason = self.skipped[0]
-            raise DataError(
-                f"none of the {len(self)} images in {self.root} can be decoded, the first ({name}) because: {reason}",
-                fix="point to a folder of sound images",
-            )
+        if empty and self._whole:
+            raise self._none_sound()
 
     def fingerprint(self) -> str:
         """sha256 over the names (relative to `root`) and sizes of the files, in order, as 64 hex digits."""
@@ -176,7 +212,6 @@ class ImageFolder:
                     shape = image.shape
                 if image.dtype != np.float32 or image.ndim != 3 or image.shape != shape:
                     want = list(shape) if len(shape) == 3 else "[3, height, width]"
-                    want = list(shape) if len(shape) == 3 else "[3, height, width]"
                     raise DataError(
                         f"{self._name(self.paths[i])} was prepared as {image.dtype} {list(image.shape)}",
                         expected=f"float32 {want}, as for every image",
@@ -187,6 +222,13 @@ class ImageFolder:
                 yield i, image
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _none_sound(self) -> DataError:
+        name, reason = self.skipped[0]
+        return DataError(
+            f"none of the {len(self)} images in {self.root} can be decoded, the first ({name}) because: {reason}",
+            fix="point to a folder of sound images",
+        )
 
     def _skip(self, path: Path, reason: str, cause: Exception | None) -> None:
         name, reason = self._name(path), _printable(" ".join(reason.split()))
@@ -240,6 +282,11 @@ class ImageFolder:
             return {name: int(name) for name in names}
         self._note(f"labels follow the sorted order of the folder names: {names[0]!r} is class 0")
         return {name: i for i, name in enumerate(names)}
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise DataError(f"a batch size of {batch_size}", expected="1 or more")
 
 
 def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:

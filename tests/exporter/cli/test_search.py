@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.exporter.cli.samples import NAME, Inputs, argv, call, create, export_options, model_args
-from tests.exporter.search.test_workers import together
+from tests.exporter.processes import together
 from vp_exporter.cli.export import app as export
 from vp_exporter.cli.search import app, join_sweep
 from vp_exporter.models import describe

@@ -17,7 +17,7 @@ from vp_exporter.search import fisher
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.fisher import dead_from, gate_gradients, importance
 from vp_exporter.search.scoring import Scorer
-from vp_exporter.search.workers import Workers
+from vp_exporter.workers import Workers
 
 IMAGES, BATCH = 6, 2
 

