@@ -57,6 +57,11 @@ class Calibration:
         """Images in these batches."""
         return sum(len(self._dense[batch]) for batch in batches)
 
+    def first(self, images: int) -> tuple[int, ...]:
+        """The fewest search batches, from the first one, that hold this many images; all where they do not."""
+        count = next((k for k in range(1, len(self.search)) if self.count(self.search[:k]) >= images), len(self.search))
+        return self.search[:count]
+
     @property
     def labelled(self) -> bool:
         return all(labels is not None for labels in self._labels.values())

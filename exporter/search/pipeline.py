@@ -124,7 +124,7 @@ class _Run:
             ]  # fmt: skip
             # The diagonal prediction knows no interactions, and they decide where tokens may leave: ask the model.
             plans = [plan_of(each.life, self.description) for each in found]
-            losses = [self.scorer.loss(plan, self.calibration.search[:_SOME], settings.temperature) for plan in plans]
+            losses = [self.scorer.loss(plan, self.calibration.first(_SOME), settings.temperature) for plan in plans]
         best = int(np.argmin(losses))
         prior = found[best]
         self.row(PRIOR, plans[best], start, note=f"counts {'free' if best == 0 else 'equal'} over the blocks")
@@ -256,4 +256,4 @@ class _Run:
         )
 
 
-_SOME = 4  # search batches that decide between two shapes of the prior
+_SOME = 128  # search images that decide between two shapes of the prior

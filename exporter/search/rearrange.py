@@ -15,7 +15,7 @@ from vp_exporter.search.baselines import PRIOR
 from vp_exporter.search.greedy import block_fisher_swap, local_search
 from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.ppo import ppo_search
-from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.scoring import COMPARED, Scorer
 
 SWAP = "block fisher swap"
 START = "start"
@@ -88,7 +88,7 @@ def rearrange(
             not finite.
     """
     _check(scorer, starts, effects, importance, strategies)
-    batches, workers = scorer.calibration.search, scorer.workers
+    batches, workers = scorer.calibration.first(COMPARED), scorer.workers
     found: list[tuple[str, str, np.ndarray, float]] = []  # strategy, start, life, search loss
     rows: list[dict[str, Any]] = []
     clock = time.perf_counter()

@@ -22,7 +22,7 @@ from vp_exporter.methods.diffrate import share_alive
 from vp_exporter.methods.schedule import rounded
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.allowance import Allowance, Trace
-from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.scoring import COMPARED, Scorer
 from vp_exporter.search.sensitivity import LEVELS, Sensitivity, allocate, measure
 from vp_exporter.search.space import Extras, Space, add, places_of, uniform
 
@@ -56,8 +56,8 @@ class Scheduled:
 class Local:
     """A local search in one space; `begin`, then `improve` as often as there is something to spend.
 
-    Every decision hangs on losses and on a seed, so all processes decide alike. A candidate that is clearly worse on
-    the first part of the images is not run on the others.
+    Every decision hangs on losses and on a seed, so all processes decide alike. A candidate that is worse on the
+    first part of the images is not run on the others.
 
     Attributes:
         removed, extras, loss: the best so far, its loss on the search images.
@@ -83,9 +83,9 @@ class Local:
         self._seen: set[str] = set()
         self._losses: list[Tensor] = []
         self._started = extras is not None  # settings found elsewhere are not searched widely again
-        batches, world = scorer.calibration.search, scorer.workers.world
-        part = max(world, -(-len(batches) // 4))
-        self._parts = [batches[i : i + part] for i in range(0, len(batches), part)]
+        self._batches = scorer.calibration.first(COMPARED)
+        part = -(-len(self._batches) // 4)
+        self._parts = [self._batches[i : i + part] for i in range(0, len(self._batches), part)]
         self._name = space.method if space.keep is None else f"static {space.start} + {space.method}"
 
     @property
@@ -144,8 +144,8 @@ class Local:
             losses.append(self.scorer.losses(plan, part, self.temperature))
             if self._losses:
                 worse = torch.cat(losses) - torch.cat(self._losses[: len(losses)])
-                if float(worse.mean()) > float(worse.std(unbiased=False)) / math.sqrt(len(worse)):
-                    break  # on the same images worse by more than the standard error
+                if float(worse.mean()) >= 0:
+                    break  # on the same images
         # What was seen of it, set against the same images of the best: the two sums are then of one scale.
         loss = float(torch.cat(losses).mean()) if worse is None else self.loss + float(worse.mean())
         taken = worse is None or (len(losses) == len(self._parts) and float(worse.mean()) < 0)
@@ -159,7 +159,7 @@ class Local:
 
     def remember(self) -> None:
         """Keep what leaves each block under the best plan."""
-        self.scorer.remember(self.plan, self.scorer.calibration.search)
+        self.scorer.remember(self.plan, self._batches)
 
     def _shift(self, size: int, until: int | None) -> bool:
         """Estimate what a token more costs at each block, and move tokens from dear blocks to cheap ones."""
@@ -252,8 +252,6 @@ def sensitivity(
         counts = counts[-1:] if levels == 1 else counts[: min(levels, len(counts))]
     if not counts:
         return None
-    batches = scorer.calibration.search
-    enough = next((i for i in range(1, len(batches)) if scorer.calibration.count(batches[:i]) >= images), len(batches))
     extras = Extras.of(space.method, space.description.depth)
 
     def plan_at(block: int, count: int) -> ReductionPlan:
@@ -265,10 +263,10 @@ def sensitivity(
         allowance.spend()
         return True
 
-    some = batches[: max(enough, scorer.workers.world)]
     return measure(
-        scorer, plan_at, counts, range(space.decided), space.start, batches=some, temperature=temperature, left=left
-    )
+        scorer, plan_at, counts, range(space.decided), space.start, batches=scorer.calibration.first(images),
+        temperature=temperature, left=left,
+    )  # fmt: skip
 
 
 def planned(space: Space, table: Sensitivity, power: float = 1.0) -> tuple[int, ...] | None:

@@ -23,6 +23,8 @@ from vp_exporter.reducers.stream import Stream
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.workers import Workers, single
 
+COMPARED = 128  # search images that candidates are compared on: on the same images their mean roots differ by little
+
 # What a search has measured, by plan and batch: logits as nested lists (JSON). A checkpoint keeps it, and a search that
 # is run again from the start meets the same questions and finds them answered.
 Memo = MutableMapping[str, list[list[float]]]

@@ -35,7 +35,7 @@ from vp_exporter.search.scales import (
     through_mlp,
     why_not_linear,
 )
-from vp_exporter.search.scoring import Scorer, embed, frozen, kl
+from vp_exporter.search.scoring import COMPARED, Scorer, embed, frozen, kl
 
 METHODS = ("shared", "least-squares", "adam")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of log(patches / alive)
@@ -71,7 +71,7 @@ def tune(
     lr: float = 0.03,
     methods: Sequence[str] = METHODS,
 ) -> Tuned:
-    """Run stages one after another on the search batches; each is kept only if on the held-out images both the plain KL
+    """Run stages one after another on the search batches (the first two on COMPARED images of them); each is kept only if on the held-out images both the plain KL
     and the loss that a search goes by fall.
 
     Args:
@@ -85,9 +85,10 @@ def tune(
     if unknown:
         raise SearchError(f"the tuning method {unknown[0]!r}", expected=f"of {', '.join(METHODS)}")
     search, held = scorer.calibration.search, scorer.calibration.held
+    some = scorer.calibration.first(COMPARED)
     stages: dict[str, Callable[[ReductionPlan], ReductionPlan]] = {
-        "shared": lambda now: shared_bias(scorer, now, search, temperature=temperature),
-        "least-squares": lambda now: least_squares(scorer, now, search, seed=seed),
+        "shared": lambda now: shared_bias(scorer, now, some, temperature=temperature),
+        "least-squares": lambda now: least_squares(scorer, now, some, seed=seed),
         "adam": lambda now: adam(scorer, now, search, steps=steps, lr=lr, temperature=temperature, seed=seed),
     }
     before = best = scorer.loss(plan, held)
