@@ -71,8 +71,9 @@ def tune(
     lr: float = 0.03,
     methods: Sequence[str] = METHODS,
 ) -> Tuned:
-    """Run stages one after another on the search batches (the first two on COMPARED images of them); each is kept only if on the held-out images both the plain KL
-    and the loss that a search goes by fall.
+    """Run stages one after another, Adam on the search batches, the others on COMPARED images of them.
+
+    Each is kept only if on the held-out images both the plain KL and the loss that a search goes by fall.
 
     Args:
         steps, seed, temperature, lr: of `adam`; the seed also draws the queries of `least_squares`.
