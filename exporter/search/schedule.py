@@ -26,8 +26,9 @@ from vp_exporter.search.scoring import COMPARED, Scorer
 from vp_exporter.search.sensitivity import LEVELS, Sensitivity, allocate, measure
 from vp_exporter.search.space import Extras, Space, add, places_of, uniform
 
-SIZES = (16, 8, 4, 2, 1)  # tokens that one move shifts
+SIZES = (16, 8, 4, 2, 1)  # tokens that one move shifts, at most a 24th of all
 _PATIENCE = 6  # moves in a row that do not help, before their estimates are measured again
+_SETTLED = 4  # schedules that meet the held-out images
 _TWEAKS = 12  # settings of single blocks that one round tries
 _GRID, _COSTS = 24, 1200  # levels of a count and of the budget in the dynamic program
 # Settings that a move tries; those of tau are 0 (always drop), 1 (always merge: shares vary less), and factors.
@@ -61,6 +62,7 @@ class Local:
 
     Attributes:
         removed, extras, loss: the best so far, its loss on the search images.
+        past: the plans that were the best, one after another.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Local:
         )  # fmt: skip
         self.removed, self.loss = space.fill(space.most), math.inf
         self.extras = extras or Extras.of(space.method, space.description.depth)
+        self.past: list[ReductionPlan] = []
         self._rng = np.random.default_rng(seed)
         self._seen: set[str] = set()
         self._losses: list[Tensor] = []
@@ -120,7 +123,7 @@ class Local:
             self._tweak(self._wide(), until)
         while self._left(until):
             before = self.loss
-            for size in SIZES:
+            for size in [size for size in SIZES if size == 1 or 24 * size <= self.space.start]:
                 while self._shift(size, until):
                     pass
                 self._tweak(self._narrow(), until)
@@ -151,6 +154,7 @@ class Local:
         taken = worse is None or (len(losses) == len(self._parts) and float(worse.mean()) < 0)
         if taken:
             self.removed, self.extras, self._losses = self.space.clip(removed), extras, losses
+            self.past.append(plan)
             self.loss = float(torch.cat(losses).mean())
             if stage != "start":
                 self.remember()
@@ -239,7 +243,7 @@ class Local:
 
 
 def sensitivity(
-    scorer: Scorer, space: Space, allowance: Allowance, temperature: float, *, images: int = 64
+    scorer: Scorer, space: Space, allowance: Allowance, temperature: float, *, images: int = 32
 ) -> Sensitivity | None:
     """The table of a space without a static step, on the first batches that hold `images` images.
 
@@ -349,10 +353,17 @@ def begin(
 
 
 def settle(scorer: Scorer, local: Local, even: ReductionPlan, rows: list[dict[str, Any]]) -> Scheduled:
-    """The better of what was found and the uniform schedule, on the held-out images; gives the memory back."""
+    """The best of the last schedules and the uniform one on the held-out images; gives the memory back.
+
+    Of those whose plain KL is not above the uniform schedule's the one with the least loss that a search goes by.
+    """
     held = scorer.calibration.held
-    plan, kl, uniform_kl = local.plan, scorer.loss(local.plan, held), scorer.loss(even, held)
-    if uniform_kl < kl:
-        plan, kl = dataclasses.replace(even, budget=plan.budget), uniform_kl
+    uniform_kl = scorer.loss(even, held)
+    best = dataclasses.replace(even, budget=local.plan.budget)
+    kl, least = uniform_kl, scorer.loss(even, held, local.temperature)
+    for plan in local.past[: -_SETTLED - 1 : -1]:
+        loss, plan_kl = scorer.loss(plan, held, local.temperature), scorer.loss(plan, held)
+        if plan_kl <= uniform_kl and loss < least:
+            best, kl, least = plan, plan_kl, loss
     scorer.forget()
-    return Scheduled(plan, even, uniform_kl, kl, rows)
+    return Scheduled(best, even, uniform_kl, kl, rows)

@@ -11,7 +11,7 @@ import numpy as np
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.scoring import Scorer
 
-LEVELS = (0.85, 0.6, 0.35, 0.1)  # shares of the patch tokens that one step leaves
+LEVELS = (0.7, 0.25)  # shares of the patch tokens that one step leaves
 
 
 @dataclass(frozen=True)
