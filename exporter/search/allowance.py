@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from vp_exporter.errors import SearchError
 from vp_exporter.workers import Workers, single
+
+TELL_SECONDS = 20.0
 
 
 class Allowance:
@@ -52,9 +55,15 @@ class Trace:
     Attributes:
         rows: {"stage", "evaluation" (from 1, over all stages), "loss", "best" (of its stage)}, as a search
             goes by them (vp_exporter.search.scoring.Scorer.losses).
+        tell: gets a line every TELL_SECONDS, from the first candidate on: a search is long.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    tell: Callable[[str], None] | None = None
+    _told: float = field(default_factory=lambda: time.monotonic())
 
     def add(self, stage: str, loss: float, best: float) -> None:
         self.rows.append({"stage": stage, "evaluation": len(self.rows) + 1, "loss": loss, "best": best})
+        if self.tell is not None and time.monotonic() - self._told >= TELL_SECONDS:
+            self._told = time.monotonic()
+            self.tell(f"{len(self.rows)} candidates, at {stage}: best loss {best:.5f}")

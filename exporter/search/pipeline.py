@@ -105,7 +105,7 @@ class _Run:
         self.scorer, self.settings, self.checkpoint, self.progress = scorer, settings, checkpoint, progress
         self.calibration, self.description = scorer.calibration, scorer.description
         self.dense_macs = count_macs(self.description).total
-        self.trace, self.result = Trace(), SearchResult(ReductionPlan(self.description.plan_model()))
+        self.trace, self.result = Trace(tell=progress.note), SearchResult(ReductionPlan(self.description.plan_model()))
 
     def static(self, costs: Costs) -> SearchResult:
         """V-Pruner: Fisher, mask search, rearrangement, tuning."""
