@@ -59,9 +59,10 @@ def search(
     min_tokens: Annotated[int, typer.Option(help="Patches that every block keeps at least (vpruner).")] = 8,
     multiple: Annotated[int, typer.Option(help="Patch counts are multiples of this (vpruner).")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
-    engine: Annotated[str, typer.Option(help="Engine of --target-latency.")] = "ort",
+    engine: Annotated[str | None, typer.Option(help="Engine of --target-latency; by default ort.")] = None,
     precision: Annotated[str | None, typer.Option(help="Precision of --target-latency.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size of --target-latency.")] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size of --target-latency; by default 8.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine of --target-latency.")] = None,
     latency_table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measured latencies: read if it is there, else written.")
     ] = None,
@@ -128,7 +129,7 @@ def search(
             inputs = options.InputOverrides(crop_pct, interpolation, mean, std)
             loaded, spec = options.load(source, inputs, progress)
             table = search_run.latency_table(
-                loaded, requests[0], workers, engine, precision, batch, latency_table, progress
+                loaded, requests[0], workers, engine, precision, batch, threads, latency_table, progress
             )
             runner = search_run.SearchRun(loaded, spec, workers, progress, device, table)
             runner.read(data, images, held_out, search_batch, seed, augment, strict, need_labels=targets == "labels")

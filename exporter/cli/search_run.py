@@ -174,28 +174,48 @@ def latency_table(
     loaded: LoadedModel,
     settings: SearchSettings,
     workers: Workers,
-    engine: str,
+    engine: str | None,
     precision: str | None,
-    batch: int,
+    batch: int | None,
+    threads: int | None,
     path: Path | None,
     progress: console.ConsoleProgress,
 ) -> LatencyTable | None:
-    """The measured latencies that a latency budget needs: from a file, or measured by one process for all."""
+    """The measured latencies that a latency budget needs: from a file, or measured by one process for all.
+
+    Raises:
+        SearchError: a file that cannot be read, or of another engine, precision, batch or number of threads.
+    """
     if settings.target_latency is None:
         return None
-    from vp_exporter.search.latency import LatencyTable, measure_table
+    from vp_engines.backends import get_backend
+    from vp_exporter.errors import SearchError
+    from vp_exporter.search.latency import LatencyTable
+    from vp_exporter.search.latency_measure import measure_table
+
+    name = engine or "ort"
+    backend = get_backend(name)
 
     def make() -> LatencyTable:
         if path is not None and path.exists():
-            return LatencyTable.load(path)
+            found = LatencyTable.load(path)
+            asked = {"engine": engine, "precision": precision, "batch": batch, "threads": threads}
+            for key, value in asked.items():
+                if value is not None and value != getattr(found, key):
+                    raise SearchError(
+                        f"the latency table {path} is of {key} {getattr(found, key)}", expected=f"{key} {value}",
+                        fix=f"name another file for what is to be measured, or leave out --{key}",
+                    )  # fmt: skip
+            return found
         found = measure_table(
-            loaded.vit, loaded.description, engine=engine, precision=precision, batch=batch, progress=progress
-        )
+            loaded.vit, loaded.description, engine=name, precision=precision, batch=batch or 8, threads=threads,
+            device=backend.devices[0], progress=progress,
+        )  # fmt: skip
         if path is not None:
             found.save(path)
         return found
 
-    with progress.stage(f"measuring a block on {engine}"):
+    with progress.stage(f"measuring a block on {name}"):
         return workers.from_leader(make)
 
 

@@ -19,7 +19,7 @@ from vp_exporter.cli.export import app as export
 from vp_exporter.cli.search import app, join_sweep
 from vp_exporter.models import describe
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.search.latency import measure_table
+from vp_exporter.search.latency_measure import measure_table
 
 
 def options(inputs: Inputs, out: Path, **changes: Any) -> list[str]:
@@ -132,15 +132,18 @@ def test_a_latency_budget_reads_its_table(inputs: Inputs, tmp_path: Path) -> Non
     # Noise may make a block of 4 patches slower than one of 16: what is read here is a file, not this machine.
     steady = dataclasses.replace(table, milliseconds=(1.0, 2.0), overhead_ms=(0.5, 1.0))
     steady.save(tmp_path / "table.json")
-    words = options(
-        inputs, tmp_path / "plan.json", target_macs=None, target_latency=0.8, rearrange="none", tune="none",
-        latency_table=tmp_path / "table.json", min_tokens=4,
-    )  # fmt: skip
+    asked = {
+        "target_macs": None, "target_latency": 0.8, "rearrange": "none", "tune": "none",
+        "latency_table": tmp_path / "table.json", "min_tokens": 4,
+    }  # fmt: skip
+    words = options(inputs, tmp_path / "plan.json", **asked)
     result = call(app, *words)
     assert result.exit_code == 0, result.output
     plan = ReductionPlan.load(tmp_path / "plan.json")
     assert 0.6 < steady.predicted_ms([row.attention for row in plan.tokens()]) / steady.predicted_ms([17, 17]) <= 0.8
     assert plan.provenance["latency_table"] == steady.to_dict()
+    refused("table.json is of batch 2; expected batch 4", *options(inputs, tmp_path / "other.json", batch=4, **asked))
+    assert not (tmp_path / "other.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,8 @@ from vp_exporter.errors import SearchError
 from vp_exporter.models import ViTDescription
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.search.budget import search_lifetimes
-from vp_exporter.search.latency import (
-    LatencyTable,
-    _cut,
-    _plan,
-    default_counts,
-    latency_costs,
-    measure_table,
-    timed_model,
-)
+from vp_exporter.search.latency import LatencyTable, latency_costs, timed_model
+from vp_exporter.search.latency_measure import _cut, _plan, default_counts, measure_table
 
 VIT, DESCRIPTION = tiny_vit()  # 16 patches and a class token, 4 blocks
 
