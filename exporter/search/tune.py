@@ -41,6 +41,7 @@ METHODS = ("shared", "least-squares", "adam")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of log(patches / alive)
 FRACTIONS = (0.0, 0.25, 0.5, 1.0)  # of the least-squares step
 LIMIT = 10.0  # nats: a bias of -10 is a token that is gone
+SMOOTH = 1e-4  # nats: where the root of a smaller KL than that would have an endless slope
 DIGITS = 6  # of a bias in the plan: far below what an engine in fp16 keeps
 
 
@@ -294,9 +295,9 @@ def adam(
     decay: float = 1e-3,
     parts: int = 4,
 ) -> ReductionPlan:
-    """Adam on all biases against the softened KL to the dense model, the rate falling linearly to 0.
+    """Adam on all biases against the root of the softened KL to the dense model, the rate falling linearly to 0.
 
-    The plain KL is carried by a handful of images; the softened one by many.
+    The KL is carried by a handful of images, its root by all (Scorer.losses).
 
     Args:
         batches: to fit on. A step takes 1/parts of the images of each of `parts` batches: as many images as one batch
@@ -341,7 +342,7 @@ def adam(
         leaf = now.detach().to(images.device, torch.float32).requires_grad_()
         for block, row in zip(blocks, leaf.tensor_split(cuts), strict=True):
             model.blocks[block].key_bias = row[None]
-        loss = kl(dense.to(images.device), model(images), temperature).sum()
+        loss = (kl(dense.to(images.device), model(images), temperature) + SMOOTH).sqrt().sum()
         (slope,) = torch.autograd.grad(loss, leaf)
         return torch.cat([slope.cpu().double(), origin.new_tensor([len(images)])])
 
