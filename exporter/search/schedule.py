@@ -28,7 +28,7 @@ from vp_exporter.search.space import Extras, Space, add, places_of, uniform
 
 SIZES = (16, 8, 4, 2, 1)  # tokens that one move shifts, at most a 24th of all
 _PATIENCE = 6  # moves in a row that do not help, before their estimates are measured again
-_SETTLED = 4  # schedules that meet the held-out images
+_SETTLED = 8  # schedules that meet the held-out images
 _TWEAKS = 12  # settings of single blocks that one round tries
 _GRID, _COSTS = 24, 1200  # levels of a count and of the budget in the dynamic program
 # Settings that a move tries; those of tau are 0 (always drop), 1 (always merge: shares vary less), and factors.
