@@ -24,6 +24,7 @@ from vp_exporter.search.rearrange import rearrange
 from vp_exporter.search.schedule import search_schedule
 from vp_exporter.search.scoring import Scorer
 from vp_exporter.search.settings import MIXED, STATIC, SearchSettings
+from vp_exporter.search.spread import spread_masks
 from vp_exporter.search.tune import tune
 
 
@@ -138,6 +139,8 @@ class _Run:
                 self.row(name, plan_of(life, self.description), began, baseline=True)
         life, plan = prior.life, plans[best]
         if settings.strategies:
+            counts = counts_of(prior.life, self.description.depth)
+            starts |= spread_masks(counts, self.description.grid, weights[0], settings.seed)
             start = time.perf_counter()
             with self.progress.stage("token mask rearrangement"):
                 moved = rearrange(
