@@ -56,6 +56,8 @@ def test_the_plan_keeps_its_budget_and_says_how_it_was_found(searched: Path) -> 
     assert all(0 < row["macs_share"] <= 0.7 for row in rows if "macs_share" in row)
     names = {row["stage"] for row in plan.provenance["search"]["baselines"]}
     assert names == {"center", "grid", *(f"random {seed}" for seed in range(5)), "fisher farthest-point"}
+    starts = {row["start"] for row in next(row for row in rows if row["stage"] == "rearrangement")["rows"]}
+    assert starts >= names | {"fisher prior", "spread 1.2", "spread 1.2 by importance"}
     assert plan.method == "vpruner"
     assert plan.budget["target_macs"] == 0.7
     assert len(plan.provenance["search"]["data_fingerprint"]) == 64
