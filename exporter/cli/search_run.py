@@ -128,13 +128,20 @@ class SearchRun:
         last = results[-1]
         plan, description = last.plan, self.description
         measured = [
-            {"name": row["stage"], **{key: row[key] for key in ("macs_share", "kl", "agreement", "seconds")}}
+            {
+                "name": row["stage"],
+                **{key: row[key] for key in ("macs_share", "kl", "agreement", "seconds")},
+                "baseline": baseline,
+            }
             for result in results
-            for row in [*result.baselines, *result.stages]
+            for rows, baseline in ((result.baselines, True), (result.stages, False))
+            for row in rows
             if "kl" in row
         ]
         mine = measured[len(measured) - sum("kl" in row for row in [*last.baselines, *last.stages]) :]
         baselines = mine[: len(last.baselines)]
+        # Plans of the same counts are one line, named by the last of them.
+        curves = {tuple(row.attention for row in each.tokens()): name for name, each in last.plans.items()}
         found: dict[str, Any] = {
             "title": f"vp-search: {description.name}, {plan.method}",
             "model": description.name,
@@ -145,7 +152,7 @@ class SearchRun:
             "baselines": baselines,
             "stages": mine[len(baselines) :],
             "tokens": {
-                "counts": {name: [row.attention for row in each.tokens()] for name, each in last.plans.items()},
+                "counts": {name: list(counts) for counts, name in curves.items()},
                 "dense": description.prefix_tokens + description.patches,
             },
             "trace": last.trace,

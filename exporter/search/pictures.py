@@ -191,7 +191,7 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
     _log_axis(axis, all_losses)
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axis.set_xlabel("candidates evaluated")
-    axis.set_ylabel("KL to the dense model (nats)")
+    axis.set_ylabel("loss (mean root of softened KL)")
     if rows:
         _legend_below(figure, axis, title="best so far (dots: each candidate)")
     return _png(figure)
