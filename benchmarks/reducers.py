@@ -221,12 +221,18 @@ def short_tokens(plan: ReductionPlan) -> str:
     return ", ".join(changes) if len(changes) <= 3 else f"{changes[0]} to {changes[-1]}"
 
 
-def sources() -> str:
-    """sha256 over the code that decides a figure: a cache is of no use once it has changed."""
+def sources(*more: str) -> str:
+    """sha256 over the code that decides a figure: a cache is of no use once it has changed.
+
+    Args:
+        more: folders of the exporter that decide as well.
+    """
     exporter, engines = Path(vp_exporter.__file__).parent, Path(vp_engines.__file__).parent
     files = [engines / "backends" / "ort.py", *sorted(Path(__file__).parent.glob("*.py"))]
     files += [exporter / f"{name}.py" for name in ("attention", "blocks", "evidence", "reduced")]
-    files += [path for name in ("lowering", "methods", "reducers") for path in sorted((exporter / name).glob("*.py"))]
+    files += [
+        path for name in ("lowering", "methods", "reducers", *more) for path in sorted((exporter / name).glob("*.py"))
+    ]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 

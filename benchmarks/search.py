@@ -68,7 +68,9 @@ class SearchBench(Bench):
         """
         calibration, start = self.calibration, time.perf_counter()
         settings = SearchSettings(method=method, target_macs=share, evaluations=evaluations)
-        checkpoint = Checkpoint(kept, {"settings": settings.asked(), "images": self.images, "sources": sources()})
+        checkpoint = Checkpoint(
+            kept, {"settings": settings.asked(), "images": self.images, "sources": sources("search")}
+        )
         scorer = Scorer(self.model.vit, self.description, calibration, memo=checkpoint.memo)
         result = search(scorer, settings, checkpoint)
         checkpoint.remove()
@@ -203,7 +205,7 @@ def main() -> None:
     args = parser.parse_args()
     need_shared()
     settings = {"images": args.images, "evaluations": args.evaluations, "limit": args.limit, "seconds": args.seconds}
-    settings |= {"sources": sources(), "onnxruntime": ort.__version__, "torch": torch.__version__}
+    settings |= {"sources": sources("search"), "onnxruntime": ort.__version__, "torch": torch.__version__}
     cache, lines, verdicts, took = Cache(args.cache, settings), [], [], []
 
     def kept(method: str, share: float) -> Path | None:

@@ -127,19 +127,7 @@ class SearchRun:
         """What the page and its pictures show: the last result, and the front of all."""
         last = results[-1]
         plan, description = last.plan, self.description
-        measured = [
-            {
-                "name": row["stage"],
-                **{key: row[key] for key in ("macs_share", "kl", "agreement", "seconds")},
-                "baseline": baseline,
-            }
-            for result in results
-            for rows, baseline in ((result.baselines, True), (result.stages, False))
-            for row in rows
-            if "kl" in row
-        ]
-        mine = measured[len(measured) - sum("kl" in row for row in [*last.baselines, *last.stages]) :]
-        baselines = mine[: len(last.baselines)]
+        mine = _measured(last)
         # Plans of the same counts are one line, named by the last of them.
         curves = {tuple(row.attention for row in each.tokens()): name for name, each in last.plans.items()}
         found: dict[str, Any] = {
@@ -149,8 +137,8 @@ class SearchRun:
             "budget": f"{plan.budget.get('target_macs') or plan.budget.get('target_latency'):g} of dense",
             "facts": [[key, str(value)] for key, value in self.facts.items() if key != "latency_table"],
             "grid": list(description.grid),
-            "baselines": baselines,
-            "stages": mine[len(baselines) :],
+            "baselines": [row for row in mine if row["baseline"]],
+            "stages": [row for row in mine if not row["baseline"]],
             "tokens": {
                 "counts": {name: list(counts) for counts, name in curves.items()},
                 "dense": description.prefix_tokens + description.patches,
@@ -159,11 +147,25 @@ class SearchRun:
             "warnings": last.warnings,
             "importance": last.importance,
             "life": last.life,
-            "front": measured,
+            "front": [row for result in results for row in _measured(result)],
         }
         if plan.key_bias and last.life is not None:
             found["key_scales"] = _scales(plan, description.prefix_tokens)
         return found
+
+
+def _measured(result: SearchResult) -> list[dict[str, Any]]:
+    """The baselines and stages of a search that have a held-out KL, as the page takes them."""
+    return [
+        {
+            "name": row["stage"],
+            **{key: row[key] for key in ("macs_share", "kl", "agreement", "seconds")},
+            "baseline": baseline,
+        }
+        for rows, baseline in ((result.baselines, True), (result.stages, False))
+        for row in rows
+        if "kl" in row
+    ]
 
 
 def _scales(plan: ReductionPlan, prefix: int) -> Any:

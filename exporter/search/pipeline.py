@@ -18,7 +18,7 @@ from vp_exporter.search.baselines import PRIOR, baselines, farthest_point_order
 from vp_exporter.search.budget import Costs, macs_costs, search_lifetimes
 from vp_exporter.search.checkpoint import Checkpoint
 from vp_exporter.search.fisher import dead_from, gate_gradients, importance
-from vp_exporter.search.lifetimes import counts_of, plan_of
+from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.mixed import search_mixed
 from vp_exporter.search.rearrange import rearrange
 from vp_exporter.search.schedule import search_schedule
@@ -131,7 +131,7 @@ class _Run:
         self.row(PRIOR, plans[best], start, note=f"counts {'free' if best == 0 else 'equal'} over the blocks")
         if settings.multiple > 1:
             self.note_multiple(weights, costs, settings.share * costs.dense, prior.predicted_loss, first=best == 1)
-        starts = baselines(counts_of(prior.life, self.description.depth), self.description, weights)
+        starts = baselines(prior.counts, self.description, weights)
         starts[PRIOR] = prior.life
         for name, life in self.progress.track(starts.items(), total=len(starts), description="baselines"):
             if name != PRIOR:
@@ -139,8 +139,7 @@ class _Run:
                 self.row(name, plan_of(life, self.description), began, baseline=True)
         life, plan = prior.life, plans[best]
         if settings.strategies:
-            counts = counts_of(prior.life, self.description.depth)
-            starts |= spread_masks(counts, self.description.grid, weights[0], settings.seed)
+            starts |= spread_masks(prior.counts, self.description.grid, weights[0], settings.seed)
             start = time.perf_counter()
             with self.progress.stage("token mask rearrangement"):
                 moved = rearrange(

@@ -101,15 +101,16 @@ def tune(
         reason = why_not_linear(scorer.vit) if method == "least-squares" else None
         candidate = plan if reason else stages[method](plan)
         changed = candidate.fingerprint() != plan.fingerprint()
-        held_kl = scorer.loss(candidate, held) if changed else None
-        held_loss = scorer.loss(candidate, held, temperature)
-        accepted = held_kl is not None and held_kl < best and held_loss < best_loss
-        note = reason or ("" if changed else "nothing to change")
-        if held_kl is not None and accepted:
-            plan, best, best_loss = candidate, held_kl, held_loss
+        held_kl = held_loss = None
+        accepted, note = False, reason or "nothing to change"
+        if changed:
+            held_kl, held_loss, note = scorer.loss(candidate, held), scorer.loss(candidate, held, temperature), ""
+            accepted = held_kl < best and held_loss < best_loss
+            if accepted:
+                plan, best, best_loss = candidate, held_kl, held_loss
         seconds = time.perf_counter() - start
         rows.append(
-            {"stage": method, "held_kl": held_kl, "held_loss": held_loss if changed else None, "accepted": accepted,
+            {"stage": method, "held_kl": held_kl, "held_loss": held_loss, "accepted": accepted,
              "seconds": seconds, "note": note}
         )  # fmt: skip
     return Tuned(plan, before, best, rows)
