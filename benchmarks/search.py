@@ -60,7 +60,7 @@ class SearchBench(Bench):
             )
         return self._calibration
 
-    def search(self, method: str, share: float, evaluations: int, kept: Path | None) -> dict[str, Any]:
+    def search(self, method: str, share: float, evaluations: int | None, kept: Path | None) -> dict[str, Any]:
         """The plan of every stage and baseline, and how long the search took.
 
         Args:
@@ -198,13 +198,13 @@ def main() -> None:
     parser.add_argument("--plans", type=Path, help="write every searched plan there, too")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.65, 0.5, 0.8])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--images", type=int, default=256, help="train photographs to search on")
-    parser.add_argument("--evaluations", type=int, default=200, help="candidates of each strategy")
+    parser.add_argument("--images", type=int, default=512, help="train photographs to search on")
+    parser.add_argument("--evaluations", type=int, help="candidates of each strategy (default: vp-search's)")
     parser.add_argument("--limit", type=int, help="report on this many val photographs (default: all 736)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="timed work of a plan")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed work of a plan; 0: no times")
     args = parser.parse_args()
     need_shared()
-    settings = {"images": args.images, "evaluations": args.evaluations, "limit": args.limit, "seconds": args.seconds}
+    settings = {"images": args.images, "evaluations": args.evaluations, "limit": args.limit}
     settings |= {"sources": sources("search"), "onnxruntime": ort.__version__, "torch": torch.__version__}
     cache, lines, verdicts, took = Cache(args.cache, settings), [], [], []
 
@@ -227,8 +227,8 @@ def main() -> None:
                     answers = cache.get(f"answers {key}", lambda p=plan: bench.answers(p))
                     # Masks that keep as many patches take as long: one of them is timed.
                     last = name == list(found["plans"])[-1]
-                    timed = last or name in ("uniform", PRIOR, f"grid{ALL}")
-                    timing = cache.get(f"time {key}", lambda p=plan: bench.timed(p)) if timed else None
+                    timed = args.seconds and (last or name in ("uniform", PRIOR, f"grid{ALL}"))
+                    timing = cache.get(f"time {args.seconds:g} {key}", lambda p=plan: bench.timed(p)) if timed else None
                     macs = count_macs(bench.description, plan).total / count_macs(bench.description).total
                     title = f"{method}: {name}"
                     kl[title], agreement[title] = answers["kl"]["value"], answers["agreement"]["value"]
@@ -250,7 +250,7 @@ def main() -> None:
             f"Versions: onnxruntime {ort.__version__}, torch {torch.__version__}, timm {timm.__version__}. fp32.",
             "",
             prose(
-                f"Searched on {args.images} train photographs (a quarter of them held out), reported on "
+                f"Searched on {args.images} train photographs (a part of them held out), reported on "
                 f"{dense['images']} val photographs; dense top-1 {dense['dense_top1']:.2f}%. KL of dense to reduced in "
                 "nats; difference of top-1 in points, paired. Rows stand in the order of the search: baselines, then "
                 'stages, each from the one before. Nothing is retrained. Masks "all blocks" are static masks as '

@@ -45,13 +45,15 @@ def search(
     images: Annotated[int, typer.Option(min=2, help="Calibration images, evenly spaced over the folder.")] = 512,
     held_out: Annotated[float, typer.Option(help="Share of them that only accepts and rejects.")] = 0.25,
     search_batch: Annotated[int, typer.Option(min=1, help="Images of one calibration batch.")] = 32,
-    evaluations: Annotated[int, typer.Option(help="Candidate plans that each strategy may run.")] = 150,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Candidate plans that each strategy may run; 60 for vpruner, 300 for schedules.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="The same by the clock; the plan then depends on it.")] = None,
     rearrange: Annotated[str, typer.Option(metavar="NAMES", help="greedy,ppo, one of them, or none.")] = "greedy,ppo",
     tune: Annotated[
         str, typer.Option(metavar="NAMES", help="shared,least-squares,adam in their order, or none.")
     ] = "shared,least-squares,adam",
-    tune_steps: Annotated[int, typer.Option(help="Steps of adam.")] = 32,
+    tune_steps: Annotated[int, typer.Option(help="Steps of adam.")] = 12,
     targets: Annotated[
         str, typer.Option(help="Fisher information of: model (its own answers), logits or labels.")
     ] = "model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,11 @@ class Calibration:
         """The fewest search batches, from the first one, that hold this many images; all where they do not."""
         count = next((k for k in range(1, len(self.search)) if self.count(self.search[:k]) >= images), len(self.search))
         return self.search[:count]
+
+    def holding_out(self, images: int) -> Calibration:
+        """The same images, all but `first(images)` held out: for a search that fits to no others."""
+        kept = self.first(images)
+        return replace(self, search=kept, held=(*self.search[len(kept) :], *self.held))
 
     @property
     def labelled(self) -> bool:

@@ -72,7 +72,7 @@ def search_mixed(
         # What is best for the sizes before is a start for this one.
         extras = None if best is None else best.extras
         local = Local(scorer, space, allowance, seed=seed, temperature=temperature, trace=trace, extras=extras)
-        begin(local, even, table, [] if best is None else [space.scaled(best.removed)])
+        begin(local, even, table, [] if best is None else [space.scaled(best.removed)], shapes=best is None)
         local.remember()
         local.improve(until)
         if best is None or local.loss < best.loss:

@@ -21,8 +21,8 @@ from vp_exporter.search.fisher import dead_from, gate_gradients, importance
 from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.mixed import search_mixed
 from vp_exporter.search.rearrange import rearrange
-from vp_exporter.search.schedule import search_schedule
-from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.schedule import FITTED, search_schedule
+from vp_exporter.search.scoring import COMPARED, Scorer
 from vp_exporter.search.settings import MIXED, STATIC, SearchSettings
 from vp_exporter.search.spread import spread_masks
 from vp_exporter.search.tune import tune
@@ -73,6 +73,9 @@ def search(
         SearchError: a budget out of reach, or losses that are not finite.
         PlanError: a model that lacks what a reducer needs.
     """
+    if settings.method != STATIC:
+        # A schedule has few numbers to fit and looks at no more images: all others are there to decide.
+        scorer = scorer.holding_out(FITTED)
     run = _Run(scorer, settings, checkpoint, progress)
     if settings.method == STATIC:
         result = run.static(costs or macs_costs(scorer.description))
@@ -125,7 +128,7 @@ class _Run:
             ]  # fmt: skip
             # The diagonal prediction knows no interactions, and they decide where tokens may leave: ask the model.
             plans = [plan_of(each.life, self.description) for each in found]
-            losses = [self.scorer.loss(plan, self.calibration.first(_SOME), settings.temperature) for plan in plans]
+            losses = [self.scorer.loss(plan, self.calibration.first(COMPARED), settings.temperature) for plan in plans]
         best = int(np.argmin(losses))
         prior = found[best]
         self.row(PRIOR, plans[best], start, note=f"counts {'free' if best == 0 else 'equal'} over the blocks")
@@ -256,6 +259,3 @@ class _Run:
         self.result.warnings.append(
             f"counts are multiples of {self.settings.multiple}: predicted loss {change:+.1f}% against any counts"
         )
-
-
-_SOME = 128  # search images that decide between two shapes of the prior

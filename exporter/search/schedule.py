@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vp_exporter.methods.diffrate import share_alive
 from vp_exporter.methods.schedule import rounded
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.allowance import Allowance, Trace
-from vp_exporter.search.scoring import COMPARED, Scorer
+from vp_exporter.search.scoring import Scorer, merit
 from vp_exporter.search.sensitivity import LEVELS, Sensitivity, allocate, measure
-from vp_exporter.search.space import Extras, Space, add, places_of, uniform
+from vp_exporter.search.space import Extras, Space, add, uniform, usual_shapes
 
+FITTED = 256  # search images that schedules are compared on: some that differ by much are ordered wrongly by 128
 SIZES = (16, 8, 4, 2, 1)  # tokens that one move shifts, at most a 24th of all
 _PATIENCE = 6  # moves in a row that do not help, before their estimates are measured again
-_SETTLED = 8  # schedules that meet the held-out images
+_SETTLED = 5  # schedules that meet the held-out images, and as many other starts
+_CLOSE = 0.1  # of the best loss: a start this much worse on some images is not run on the others
 _TWEAKS = 12  # settings of single blocks that one round tries
 _GRID, _COSTS = 24, 1200  # levels of a count and of the budget in the dynamic program
 # Settings that a move tries; those of tau are 0 (always drop), 1 (always merge: shares vary less), and factors.
@@ -63,6 +64,7 @@ class Local:
     Attributes:
         removed, extras, loss: the best so far, its loss on the search images.
         past: the plans that were the best, one after another.
+        starts: the others that the search could have started from, and their losses.
     """
 
     def __init__(
@@ -82,35 +84,22 @@ class Local:
         self.removed, self.loss = space.fill(space.most), math.inf
         self.extras = extras or Extras.of(space.method, space.description.depth)
         self.past: list[ReductionPlan] = []
+        self.starts: list[tuple[float, ReductionPlan]] = []
         self._rng = np.random.default_rng(seed)
         self._seen: set[str] = set()
         self._losses: list[Tensor] = []
         self._started = extras is not None  # settings found elsewhere are not searched widely again
-        self._batches = scorer.calibration.first(COMPARED)
-        part = -(-len(self._batches) // 4)
-        self._parts = [self._batches[i : i + part] for i in range(0, len(self._batches), part)]
+        self._batches = scorer.calibration.first(FITTED)
+        self._parts = doubling(self._batches)
         self._name = space.method if space.keep is None else f"static {space.start} + {space.method}"
 
     @property
     def plan(self) -> ReductionPlan:
         return self.space.plan(self.removed, self.extras)
 
-    def begin(self, starts: Sequence[tuple[int, ...] | None]) -> None:
+    def begin(self, starts: Sequence[tuple[int, ...] | None], *, shapes: bool = True) -> None:
         """Take the best of some schedules and of the usual shapes; None stands for one that cannot meet the budget."""
-        space = self.space
-        curve = [share_alive(place) for place in places_of(space.description.depth)]
-
-        def published(u: float) -> tuple[int, ...]:
-            alive = [max(1, rounded(space.start * share ** (u / (1 - u)))) for share in curve[: space.decided]]
-            return tuple(a - b for a, b in pairwise((space.start, *alive)))
-
-        shapes = [space.scaled([block**power for block in range(space.description.depth)]) for power in (1.0, 2.0)]
-        for removed in (
-            *starts,
-            *shapes,
-            space.solve(published, 1 - 1e-6),
-            space.scaled([1.0] * space.description.depth),
-        ):
+        for removed in (*starts, *(usual_shapes(self.space) if shapes else ())):
             if removed is not None and (self.allowance.left or not self._losses):
                 self._try(removed, self.extras, "start")
         if not self._losses:
@@ -147,7 +136,8 @@ class Local:
             losses.append(self.scorer.losses(plan, part, self.temperature))
             if self._losses:
                 worse = torch.cat(losses) - torch.cat(self._losses[: len(losses)])
-                if float(worse.mean()) >= 0:
+                # A start may be the best on other images: it is given up only where it is worse by much.
+                if float(worse.mean()) >= (_CLOSE * self.loss if stage == "start" else 0):
                     break  # on the same images
         # What was seen of it, set against the same images of the best: the two sums are then of one scale.
         loss = float(torch.cat(losses).mean()) if worse is None else self.loss + float(worse.mean())
@@ -158,6 +148,8 @@ class Local:
             self.loss = float(torch.cat(losses).mean())
             if stage != "start":
                 self.remember()
+        elif stage == "start" and len(losses) == len(self._parts):
+            self.starts.append((loss, plan))
         self.trace.add(f"{self._name}: {stage}", loss, self.loss)
         return taken
 
@@ -240,6 +232,12 @@ class Local:
     def _settings(self) -> list[tuple[str, int]]:
         names = [entry.name for entry in dataclasses.fields(self.extras) if getattr(self.extras, entry.name)]
         return [(name, option) for name in names for option in range(len(_OPTIONS.get(name, range(4))))]
+
+
+def doubling(batches: Sequence[int]) -> list[Sequence[int]]:
+    """An eighth of the batches, another one, a quarter, the other half: what a candidate is run on, one by one."""
+    cuts = sorted({0, *(-(-len(batches) * eighths // 8) for eighths in (1, 2, 4, 8))})
+    return [batches[a:b] for a, b in pairwise(cuts)]
 
 
 def sensitivity(
@@ -342,28 +340,36 @@ def search_schedule(
 
 
 def begin(
-    local: Local, even: ReductionPlan, table: Sensitivity | None, more: Sequence[tuple[int, ...] | None] = ()
+    local: Local,
+    even: ReductionPlan,
+    table: Sensitivity | None,
+    more: Sequence[tuple[int, ...] | None] = (),
+    *,
+    shapes: bool = True,
 ) -> None:
-    """Start from the uniform schedule, from the optima of a table, and from `more`."""
+    """Start from the uniform schedule, from the optima of a table, from `more` and from the usual shapes."""
     space = local.space
     alive = [row.mlp - space.description.prefix_tokens for row in even.tokens()]
     weights = [a - b for a, b in pairwise((space.description.patches, *alive))]
     optima = [planned(space, table, power) for power in (1.0, 0.5)] if table else []
-    local.begin([space.scaled(weights), *optima, *more])
+    local.begin([space.scaled(weights), *optima, *more], shapes=shapes)
 
 
 def settle(scorer: Scorer, local: Local, even: ReductionPlan, rows: list[dict[str, Any]]) -> Scheduled:
-    """The best of the last schedules and the uniform one on the held-out images; gives the memory back.
+    """The best of the last schedules, other starts and the uniform one on the held-out images; gives the memory back.
 
-    Of those whose plain KL is not above the uniform schedule's the one with the least loss that a search goes by.
+    What was best on the search images has been fitted to them, the usual shapes have not. Of those whose plain KL is
+    not above the uniform schedule's the one of most merit (scoring.merit).
     """
     held = scorer.calibration.held
     uniform_kl = scorer.loss(even, held)
     best = dataclasses.replace(even, budget=local.plan.budget)
-    kl, least = uniform_kl, scorer.loss(even, held, local.temperature)
-    for plan in local.past[: -_SETTLED - 1 : -1]:
-        loss, plan_kl = scorer.loss(plan, held, local.temperature), scorer.loss(plan, held)
-        if plan_kl <= uniform_kl and loss < least:
-            best, kl, least = plan, plan_kl, loss
+    kl, least = uniform_kl, merit(uniform_kl, scorer.loss(even, held, local.temperature))
+    others = [plan for _, plan in sorted(local.starts, key=lambda start: start[0])]
+    for plan in (*local.past[: -_SETTLED - 1 : -1], *others[:_SETTLED]):
+        plan_kl = scorer.loss(plan, held)
+        found = merit(plan_kl, scorer.loss(plan, held, local.temperature))
+        if plan_kl <= uniform_kl and found < least:
+            best, kl, least = plan, plan_kl, found
     scorer.forget()
     return Scheduled(best, even, uniform_kl, kl, rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +75,13 @@ class Scorer:
         self._remembered: ReductionPlan | None = None
         self._remembered_keys: list[str] = []
         self._streams: dict[int, list[Stream]] = {}
+
+    def holding_out(self, images: int) -> Scorer:
+        """A scorer that searches on `Calibration.first(images)` and holds out all others; answers are shared."""
+        scorer = copy.copy(self)
+        scorer.calibration = self.calibration.holding_out(images)
+        scorer.forget()
+        return scorer
 
     def losses(self, plan: ReductionPlan, batches: Sequence[int], temperature: float | None = None) -> Tensor:
         """KL(dense || reduced) of each image, or a tamer measure of the same to search by.
@@ -192,6 +201,18 @@ def kl(dense: Tensor, reduced: Tensor, temperature: float = 1.0) -> Tensor:
     p = F.log_softmax(dense.double() / temperature, dim=1)
     q = F.log_softmax(reduced.double() / temperature, dim=1)
     return temperature**2 * (p.exp() * (p - q)).sum(dim=1).clamp_min(0.0)
+
+
+def merit(plain: float, root: float) -> float:
+    """What the choice between plans hangs on, the less the better: the mean of their two losses' logarithms.
+
+    A plan's mean KL and the square of its mean root KL estimate nearly the same: one is carried by the few images whose
+    answer changes, the other one by all images, and their errors have little to do with each other.
+
+    Args:
+        plain: mean KL, nats; root: mean root of the softened KL (Scorer.losses), of the same images.
+    """
+    return (math.log(max(plain, 1e-12)) + 2 * math.log(max(root, 1e-6))) / 2
 
 
 def block_keys(plan: ReductionPlan) -> list[str]:

@@ -15,6 +15,10 @@ from vp_exporter.search.tune import METHODS as TUNING
 STATIC = "vpruner"
 MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
+EXCHANGES, SCHEDULES = (
+    60,
+    300,
+)  # candidates by default: masks soon fit the images instead of the model, schedules do not
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class SearchSettings:
         target_latency: share of the dense latency as the engine's measured table predicts it (vpruner only).
         min_tokens: patches that every block keeps at least (vpruner).
         multiple: patch counts are multiples of it (vpruner).
-        evaluations: candidate plans that each strategy may run.
+        evaluations: candidate plans that each strategy may run; None becomes EXCHANGES for vpruner, else SCHEDULES.
         minutes: the same by the clock, for each strategy; the result then depends on the machine.
         strategies: of the rearrangement.
         tuning: of the mask tuning, in order; () for none.
@@ -46,11 +50,11 @@ class SearchSettings:
     target_latency: float | None = None
     min_tokens: int = 8
     multiple: int = 1
-    evaluations: int = 150
+    evaluations: int | None = None
     minutes: float | None = None
     strategies: tuple[str, ...] = STRATEGIES
     tuning: tuple[str, ...] = TUNING
-    tune_steps: int = 32
+    tune_steps: int = 12
     targets: str = "model"
     temperature: float = 3.0
     seed: int = 0
@@ -58,6 +62,8 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise SearchError(f"--method is {self.method!r}", expected=f"one of {', '.join(METHODS)}")
+        if self.evaluations is None:
+            object.__setattr__(self, "evaluations", EXCHANGES if self.method == STATIC else SCHEDULES)
         if (self.target_macs is None) == (self.target_latency is None):
             found = "no budget is named" if self.target_macs is None else "two budgets are named"
             raise SearchError(found, expected="one of --target-macs SHARE and --target-latency SHARE")

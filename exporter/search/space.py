@@ -11,7 +11,7 @@ from vp_exporter.errors import SearchError
 from vp_exporter.macs import count_macs
 from vp_exporter.methods import MethodRequest, build_plan
 from vp_exporter.methods.base import Steps
-from vp_exporter.methods.diffrate import share_dropped
+from vp_exporter.methods.diffrate import share_alive, share_dropped
 from vp_exporter.methods.schedule import rounded
 from vp_exporter.methods.stages import CLUSTER_SHARE, PAIR_SHARE, bat_split
 from vp_exporter.models import ViTDescription
@@ -266,3 +266,31 @@ def add(removed: Sequence[int], block: int, count: int) -> tuple[int, ...]:
 def places_of(depth: int) -> list[float]:
     """Where blocks end, as shares of the depth."""
     return [(block + 1) / depth for block in range(depth)]
+
+
+def usual_shapes(space: Space) -> list[tuple[int, ...] | None]:
+    """Schedules of a few numbers that meet the budget; None for each that does not.
+
+    From every block of the first half on the same count or a rising one, quarters at an even rate, DiffRate's curve.
+    Of what a schedule can win by, where reduction begins and whether it rises is most.
+    """
+    depth = space.description.depth
+    curve = [share_alive(place) for place in places_of(depth)]
+    stages = {depth * quarter // 4 for quarter in (1, 2, 3)}
+
+    def published(u: float) -> tuple[int, ...]:
+        return left([share ** (u / (1 - u)) for share in curve[: space.decided]])
+
+    def staged(u: float) -> tuple[int, ...]:
+        return left([(1 - u) ** sum(stage <= block for stage in stages) for block in range(space.decided)])
+
+    def left(shares: Sequence[float]) -> tuple[int, ...]:
+        alive = [max(1, rounded(space.start * share)) for share in shares]
+        return tuple(a - b for a, b in pairwise((space.start, *alive)))
+
+    rising = [
+        space.scaled([max(0, block - first + 1) ** power if block >= first else 0 for block in range(depth)])
+        for power in (0.0, 1.0)
+        for first in range(depth // 2 + 1)
+    ]
+    return [*rising, space.solve(published, 1 - 1e-6), space.solve(staged, 1 - 1e-6)]
