@@ -19,10 +19,10 @@ from vp_exporter.plan import ReductionPlan
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.schedule import Local, planned, search_schedule, sensitivity, settle
+from vp_exporter.search.schedule import Local, doubling, planned, search_schedule, sensitivity, settle
 from vp_exporter.search.scoring import Scorer, kl
 from vp_exporter.search.sensitivity import Sensitivity, allocate
-from vp_exporter.search.space import METHODS, Extras, Space, steps_of, uniform
+from vp_exporter.search.space import METHODS, Extras, Space, steps_of, uniform, usual_shapes
 
 VIT, DESCRIPTION = tiny_vit()
 AVERAGE = tiny_vit("average-pool-fc-norm-class-token")
@@ -261,6 +261,38 @@ def test_the_uniform_schedule_is_returned_where_it_is_better_on_held_out_images(
     assert scorer.loss(local.plan, scorer.calibration.held) > found.kl == found.uniform_kl
     assert found.plan.steps == even.steps
     assert found.plan.budget == {"target_macs": 0.7, "searched": True}
+
+
+def test_a_start_wins_where_what_was_fitted_is_worse_on_held_out_images(scorer: Scorer) -> None:
+    space, even = Space("topk", DESCRIPTION, 0.7), uniform("topk", DESCRIPTION, 0.7)
+    local = Local(scorer, space, Allowance(), seed=0, temperature=3.0, trace=Trace())
+    dear = space.plan(space.most, local.extras)
+    local.past = [dear]
+    better = ReductionPlan(DESCRIPTION.plan_model(), even.steps[1:])  # it drops less
+    local.starts = [(0.2, dear), (0.1, better)]
+    found = settle(scorer, local, even, [])
+    assert found.plan == better
+    assert found.kl == scorer.loss(better, scorer.calibration.held) < found.uniform_kl
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_parts_double_and_hold_every_batch_once(count: int) -> None:
+    parts = doubling(range(count))
+    assert [batch for part in parts for batch in part] == list(range(count))
+    assert all(parts)
+    if count == 16:
+        assert [len(part) for part in parts] == [2, 2, 4, 8]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_usual_shapes_meet_the_budget_and_begin_where_they_say(method: str) -> None:
+    space = Space(method, DESCRIPTION, 0.75)
+    shapes = usual_shapes(space)
+    assert len(shapes) == 2 * (DEPTH // 2 + 1) + 2
+    for shape in shapes:
+        assert shape is None or 0.6 * space.dense < space.macs(shape) <= space.budget
+    even = [shape for shape in shapes[: DEPTH // 2 + 1] if shape is not None]
+    assert [next(block for block, count in enumerate(shape) if count) for shape in even] == list(range(len(even)))
 
 
 def test_a_search_lowers_its_own_loss_and_decides_the_same_twice(images: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from vp_exporter.reducers import StaticStep, step_from_dict
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.calibration import Calibration, split
 from vp_exporter.search.lifetimes import counts_of, life_of, mask_of, plan_of, same_until
-from vp_exporter.search.scoring import block_keys, kl
+from vp_exporter.search.scoring import block_keys, kl, merit
 
 
 def naive_kl(dense: torch.Tensor, reduced: torch.Tensor) -> list[float]:
@@ -113,6 +113,25 @@ def test_softened_loss_is_held_to_its_formula() -> None:
     a, b = torch.randn(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
     np.testing.assert_allclose(kl(a, b, 3.0).numpy(), 9 * np.array(naive_kl(a.double() / 3, b.double() / 3)), rtol=1e-9)
     assert (kl(a, a) == 0).all()
+
+
+def test_a_view_that_holds_more_out_shares_answers_and_leaves_the_other_one_alone() -> None:
+    whole = scorer()
+    view = whole.holding_out(8)
+    assert (view.calibration.search, view.calibration.held) == ((0, 1), (2, 3))
+    assert (whole.calibration.search, whole.calibration.held) == ((0, 1, 2), (3,))
+    plan = random_plan(whole.description.plan_model())
+    view.losses(plan, (0, 3))
+    seen = whole.images_seen
+    assert torch.equal(whole.losses(plan, (0, 3)), view.losses(plan, (0, 3)))
+    assert whole.images_seen == seen, "answered from what the view has run"
+
+
+@given(st.floats(1e-9, 10), st.floats(1e-4, 3), st.floats(1.01, 4))
+def test_merit_falls_with_either_loss(plain: float, root: float, factor: float) -> None:
+    assert merit(plain, root) < min(merit(plain * factor, root), merit(plain, root * factor))
+    assert merit(plain, math.sqrt(plain)) == pytest.approx(math.log(plain))
+    assert math.isfinite(merit(0.0, 0.0))
 
 
 def test_not_finite_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vp_exporter.errors import SearchError
-from vp_exporter.search.settings import SearchSettings
+from vp_exporter.search.settings import EXCHANGES, METHODS, SCHEDULES, SearchSettings
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,10 @@ def test_asked_is_json_without_what_is_not_set() -> None:
     assert asked["target_macs"] == 0.65
     assert "target_latency" not in asked
     assert asked["strategies"] == ["greedy", "ppo"]
+
+
+def test_evaluations_by_default_are_those_of_the_method() -> None:
+    found = {method: SearchSettings(method=method, target_macs=0.5).evaluations for method in METHODS}
+    assert found.pop("vpruner") == EXCHANGES
+    assert set(found.values()) == {SCHEDULES}
+    assert SearchSettings(target_macs=0.5, evaluations=7).asked()["evaluations"] == 7
