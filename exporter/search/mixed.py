@@ -9,7 +9,8 @@ import numpy as np
 
 from vp_exporter.errors import SearchError
 from vp_exporter.search.allowance import Allowance, Trace
-from vp_exporter.search.schedule import Local, Scheduled, begin, sensitivity, settle
+from vp_exporter.search.guided import Guided
+from vp_exporter.search.schedule import Scheduled, begin, sensitivity, settle
 from vp_exporter.search.scoring import Scorer
 from vp_exporter.search.space import Space, uniform
 
@@ -64,21 +65,19 @@ def search_mixed(
     allowance = Allowance(evaluations, seconds, scorer.workers)
     table = sensitivity(scorer, whole, allowance, temperature)
     share = _SHORT if evaluations is None else max(1, (evaluations - allowance.spent) // 2 // len(spaces))
-    best: Local | None = None
+    best: Guided | None = None
     for space in spaces:
         if best is not None and not allowance.left:
             break
         until = allowance.spent + share
         # What is best for the sizes before is a start for this one.
-        extras = None if best is None else best.extras
-        local = Local(scorer, space, allowance, seed=seed, temperature=temperature, trace=trace, extras=extras)
-        begin(local, even, table, [] if best is None else [space.scaled(best.removed)], shapes=best is None)
-        local.remember()
-        local.improve(until)
-        if best is None or local.loss < best.loss:
-            best = local
+        extras, more = (None, []) if best is None else (best.best.extras, [space.scaled(best.best.removed)])
+        guided = Guided(scorer, space, allowance, seed=seed, temperature=temperature, trace=trace, extras=extras)
+        begin(guided, even, table, more, shapes=best is None)
+        guided.improve(until)
+        if best is None or guided.expected < best.expected:
+            best = guided
     assert best is not None
-    best.remember()
     best.improve()
     found = settle(scorer, best, even, trace.rows[first:])
     return dataclasses.replace(found, plan=dataclasses.replace(found.plan, method=f"static+{method}"))

@@ -18,10 +18,11 @@ from vp_exporter.search.baselines import PRIOR, baselines, farthest_point_order
 from vp_exporter.search.budget import Costs, macs_costs, search_lifetimes
 from vp_exporter.search.checkpoint import Checkpoint
 from vp_exporter.search.fisher import dead_from, gate_gradients, importance
+from vp_exporter.search.guided import FITTED
 from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.mixed import search_mixed
 from vp_exporter.search.rearrange import rearrange
-from vp_exporter.search.schedule import FITTED, search_schedule
+from vp_exporter.search.schedule import search_schedule
 from vp_exporter.search.scoring import COMPARED, Scorer
 from vp_exporter.search.settings import MIXED, STATIC, SearchSettings
 from vp_exporter.search.spread import spread_masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vp_exporter.search.guided as guided_module
 from tests.exporter.tiny import DEPTH, tiny_vit
 from vp_exporter.errors import PlanError, SearchError
 from vp_exporter.macs import count_macs
@@ -19,7 +21,8 @@ from vp_exporter.plan import ReductionPlan
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.schedule import Local, doubling, planned, search_schedule, sensitivity, settle
+from vp_exporter.search.guided import Guided
+from vp_exporter.search.schedule import planned, search_schedule, sensitivity, settle
 from vp_exporter.search.scoring import Scorer, kl
 from vp_exporter.search.sensitivity import Sensitivity, allocate
 from vp_exporter.search.space import METHODS, Extras, Space, steps_of, uniform, usual_shapes
@@ -253,35 +256,33 @@ def test_a_search_of_next_to_nothing_still_ends_with_a_plan(scorer: Scorer, eval
     assert found.kl <= found.uniform_kl
 
 
+def guided(scorer: Scorer, space: Space, **given: object) -> Guided:
+    return Guided(scorer, space, Allowance(), seed=0, temperature=3.0, trace=Trace(), **given)  # type: ignore[arg-type]
+
+
 def test_the_uniform_schedule_is_returned_where_it_is_better_on_held_out_images(scorer: Scorer) -> None:
     space, even = Space("topk", DESCRIPTION, 0.7), uniform("topk", DESCRIPTION, 0.7)
-    local = Local(scorer, space, Allowance(), seed=0, temperature=3.0, trace=Trace())
-    local.removed = space.most  # all but one leave at block 0
+    local = guided(scorer, space)
+    local.begin([space.most])  # all but one leave at block 0
     found = settle(scorer, local, even, [])
-    assert scorer.loss(local.plan, scorer.calibration.held) > found.kl == found.uniform_kl
+    assert scorer.loss(local.best.plan, scorer.calibration.held) > found.kl == found.uniform_kl
     assert found.plan.steps == even.steps
     assert found.plan.budget == {"target_macs": 0.7, "searched": True}
 
 
-def test_a_start_wins_where_what_was_fitted_is_worse_on_held_out_images(scorer: Scorer) -> None:
+def test_a_start_wins_where_what_was_fitted_is_worse_on_held_out_images(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space, even = Space("topk", DESCRIPTION, 0.7), uniform("topk", DESCRIPTION, 0.7)
-    local = Local(scorer, space, Allowance(), seed=0, temperature=3.0, trace=Trace())
-    dear = space.plan(space.most, local.extras)
-    local.past = [dear]
-    better = ReductionPlan(DESCRIPTION.plan_model(), even.steps[1:])  # it drops less
-    local.starts = [(0.2, dear), (0.1, better)]
+    local = guided(scorer, space)
+    little = (0,) * (space.decided - 1) + (1,)
+    local.begin([little])
+    monkeypatch.setattr(guided_module, "FINALISTS", 1)
+    local.found.append(dataclasses.replace(local.found[0], plan=space.plan(space.most, local.extras), start=False))
+    local._order = [1, 0]  # what was fitted is thought better
     found = settle(scorer, local, even, [])
-    assert found.plan == better
-    assert found.kl == scorer.loss(better, scorer.calibration.held) < found.uniform_kl
-
-
-@pytest.mark.parametrize("count", range(1, 20))
-def test_parts_double_and_hold_every_batch_once(count: int) -> None:
-    parts = doubling(range(count))
-    assert [batch for part in parts for batch in part] == list(range(count))
-    assert all(parts)
-    if count == 16:
-        assert [len(part) for part in parts] == [2, 2, 4, 8]
+    assert found.plan == local.found[0].plan
+    assert found.kl == scorer.loss(found.plan, scorer.calibration.held) < found.uniform_kl
 
 
 @pytest.mark.parametrize("method", METHODS)
