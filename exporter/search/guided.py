@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.allowance import Allowance, Trace
@@ -14,8 +15,8 @@ from vp_exporter.search.scoring import Scorer
 from vp_exporter.search.space import Extras, Space
 from vp_exporter.search.surrogate import Surrogate
 
-FITTED = 256  # search images: the first quarter of them for every candidate, the others for the best ones
-FINALISTS = 10  # schedules that meet all of these images
+FITTED = 256  # search images: a quarter of them, in turn, for each candidate, all for the best ones
+FINALISTS = 6  # schedules that meet all of these images
 SIZES = (1, 2, 4, 8, 16, 32)  # tokens that one move shifts, at most a 12th of all
 _PARENTS, _POOL = 6, 64  # proposals are neighbours of so many schedules; of so many proposals one is run
 _PATIENCE = 40  # candidates in a row after which the same schedule is still thought the best: the search has ended
@@ -29,7 +30,12 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule that was run; its loss is the mean over the first quarter of the search images."""
+    """A schedule that was run.
+
+    Attributes:
+        loss: its mean over a part of the search images, times what the first start loses on all for what it loses on
+            that part: parts are not equally hard.
+    """
 
     removed: tuple[int, ...]
     extras: Extras
@@ -41,8 +47,10 @@ class Candidate:
 class Guided:
     """A search in one space; `begin`, then `improve` as often as there is something to spend, then `finalists`.
 
-    Every candidate is run on the same images. Which one is best, and which one to run next, is what the surrogate
-    says of all that were run: the leader decides for all processes, as the last bit of a sum may differ.
+    Candidates are run on one part of the search images after another: what is common to neighbours on different images
+    holds for all of them, while a search on one part ends where that part is luckiest. Which candidate is best, and
+    which one to run next, is what the surrogate says of all that were run; the leader decides for all processes, as the
+    last bit of a sum may differ.
 
     Args:
         extras: settings to start from; the published ones by default.
@@ -71,7 +79,9 @@ class Guided:
         self._rng = np.random.default_rng(seed)
         self._seen: set[str] = set()
         self._batches = scorer.calibration.first(FITTED)
-        self._first = self._batches[: -(-len(self._batches) // 4)]
+        size = -(-len(self._batches) // 4)
+        self._parts = [self._batches[i : i + size] for i in range(0, len(self._batches), size)]
+        self._hard: list[float] = []  # of each part: all images' loss over its own, under the first start
         self._order: list[int] = []
         self._expected: list[float] = []
         self._name = space.method if space.keep is None else f"static {space.start} + {space.method}"
@@ -121,7 +131,14 @@ class Guided:
             return
         self._seen.add(name)
         self.allowance.spend()
-        loss = self.scorer.loss(plan, self._first, self.temperature)
+        if not self._hard:
+            losses = [self.scorer.losses(plan, part, self.temperature) for part in self._parts]
+            whole = float(torch.cat(losses).mean())
+            self._hard = [whole / max(float(part.mean()), 1e-12) for part in losses]
+            loss = whole
+        else:
+            turn = len(self.found) % len(self._parts)
+            loss = self._hard[turn] * self.scorer.loss(plan, self._parts[turn], self.temperature)
         self.found.append(Candidate(self.space.clip(removed), extras, plan, loss, stage == "start"))
         self.trace.add(f"{self._name}: {stage}", loss, min(one.loss for one in self.found))
 

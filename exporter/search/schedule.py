@@ -23,7 +23,7 @@ from vp_exporter.search.scoring import Scorer, merit
 from vp_exporter.search.sensitivity import LEVELS, Sensitivity, allocate, measure
 from vp_exporter.search.space import Extras, Space, uniform, usual_shapes
 
-SETTLED = 5  # schedules that meet the held-out images, and as many other starts
+SETTLED = 3  # schedules that meet the held-out images, and as many other starts
 _GRID, _COSTS = 24, 1200  # levels of a count and of the budget in the dynamic program
 
 

@@ -105,6 +105,33 @@ def test_a_guided_search_comes_near_the_goal_and_knows_it(method: str) -> None:
     assert search.best.plan in chosen
 
 
+class Slope(Bowl):
+    """The same on batches of unequal difficulty."""
+
+    ran: list[tuple[int, ...]]
+
+    def losses(self, plan: ReductionPlan, batches, temperature=None) -> torch.Tensor:
+        self.ran.append(tuple(batches))
+        return torch.cat([(1 + batch) * super(Slope, self).losses(plan, (batch,)) for batch in batches])
+
+
+def test_candidates_take_turns_on_the_images_and_are_compared_as_on_all_of_them() -> None:
+    images = torch.randn(24, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    scorer = Slope(VIT, DESCRIPTION, Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4))
+    scorer.ran = []
+    space = Space("topk", DESCRIPTION, 0.75)
+    search = Guided(scorer, space, Allowance(12), seed=0, temperature=3.0, trace=Trace())
+    search.begin(usual_shapes(space))
+    search.improve()
+    every = scorer.calibration.search
+    parts = scorer.ran[:4]
+    assert tuple(batch for part in parts for batch in part) == every, "the first start is run on all"
+    later = scorer.ran[len(parts) : len(parts) + len(search.found) - 1]
+    assert later == [parts[(1 + i) % len(parts)] for i in range(len(later))]
+    for one in search.found:
+        assert one.loss == pytest.approx(float(scorer.losses(one.plan, every).mean()))
+
+
 def test_a_small_space_is_searched_to_its_end() -> None:
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     scorer = Bowl(VIT, DESCRIPTION, Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4))
