@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -126,7 +127,7 @@ class Space:
                 fix="choose a share in reach",
             )
 
-    @property
+    @cached_property
     def dense(self) -> int:
         return count_macs(self.description).total
 
