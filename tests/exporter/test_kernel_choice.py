@@ -116,7 +116,7 @@ def test_both_builds_run_on_aoti(tmp_path: Path) -> None:
     """The whole path that a GPU takes, on the CPU, where the operators are their torch forms."""
     from vp_exporter.lowering import export_program, signature
 
-    portable, _ = both([("tome", {"r": 4}), ("evit", {"tokens_out": 40, "fuse": True})])
+    portable, _ = both([("evit", {"tokens_out": 40, "fuse": True})])
     backend = AotInductorBackend()
 
     def lower(kernels: Any) -> BuildSource:

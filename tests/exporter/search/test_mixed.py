@@ -27,7 +27,7 @@ def scorer() -> Scorer:
 @pytest.mark.parametrize("drops", [(0, 2, 4), (3,)])
 def test_a_mixed_plan_keeps_the_joint_budget(method: str, drops: tuple[int, ...]) -> None:
     judge = scorer()
-    found = search_mixed(judge, ORDER, method, 0.65, drops=drops, evaluations=60)
+    found = search_mixed(judge, ORDER, method, 0.65, drops=drops, evaluations=40)
     dense = count_macs(DESCRIPTION).total
     assert count_macs(DESCRIPTION, found.plan).total <= 0.65 * dense
     assert found.plan.method == f"static+{method}"
@@ -43,7 +43,7 @@ def test_a_mixed_plan_keeps_the_joint_budget(method: str, drops: tuple[int, ...]
 
 
 def test_every_size_is_searched_and_the_best_goes_on() -> None:
-    found = search_mixed(scorer(), ORDER, "diffrate", 0.65, drops=(0, 2, 4), evaluations=120)
+    found = search_mixed(scorer(), ORDER, "diffrate", 0.65, drops=(0, 2, 4), evaluations=60)
     names = [row["stage"].split(":")[0] for row in found.rows]
     order = list(dict.fromkeys(names))
     assert order == ["diffrate", "static 14 + diffrate", "static 12 + diffrate"]
@@ -55,7 +55,7 @@ def test_every_size_is_searched_and_the_best_goes_on() -> None:
 
 
 def test_it_decides_the_same_twice() -> None:
-    first, second = (search_mixed(scorer(), ORDER, "ppt", 0.7, drops=(0, 3), evaluations=50, seed=2) for _ in range(2))
+    first, second = (search_mixed(scorer(), ORDER, "ppt", 0.7, drops=(0, 3), evaluations=32, seed=2) for _ in range(2))
     assert first.plan == second.plan
     assert first.rows == second.rows
 
