@@ -15,10 +15,8 @@ from vp_exporter.search.tune import METHODS as TUNING
 STATIC = "vpruner"
 MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
-EXCHANGES, SCHEDULES = (
-    60,
-    300,
-)  # candidates by default: masks soon fit the images instead of the model, schedules do not
+# Candidates by default: exchanges soon fit the images, and schedules gain little after so many.
+EXCHANGES, SCHEDULES = 60, 120
 
 
 @dataclass(frozen=True)
