@@ -12,7 +12,7 @@ import torch
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.scoring import Scorer
-from vp_exporter.search.space import Extras, Space
+from vp_exporter.search.space import TAU, Extras, Space
 from vp_exporter.search.surrogate import Surrogate
 
 FITTED = 256  # search images: a quarter of them, in turn, for each candidate, all for the best ones
@@ -23,7 +23,7 @@ _PATIENCE = 40  # candidates in a row after which the same schedule is still tho
 _SETTING = 0.4  # of the proposals change a setting, where there is one
 # Settings that a proposal tries; those of tau are always drop, always merge (shares vary less), and the published one.
 _OPTIONS = {
-    "tau": (0.0, 7e-5, 1.0), "clusters": (0.0, 0.05, 0.15, 0.3, 0.6), "pairs": (0.0, 0.08, 0.25, 0.5),
+    "tau": (0.0, TAU, 1.0), "clusters": (0.0, 0.05, 0.15, 0.3, 0.6), "pairs": (0.0, 0.08, 0.25, 0.5),
     "dropped": (0.0, 0.25, 0.5, 0.75, 1.0),
 }  # fmt: skip
 
@@ -57,7 +57,8 @@ class Guided:
 
     Attributes:
         found: every candidate that was run.
-        best: the one that the surrogate thinks best; its `expected` loss.
+        best: the one that the surrogate thinks best.
+        expected: the logarithm of its loss, as the surrogate has it.
     """
 
     def __init__(
@@ -144,16 +145,20 @@ class Guided:
 
     def _think(self) -> None:
         """Order what was found by what the surrogate expects of it."""
-        self._expected = self.scorer.workers.from_leader(lambda: self._predict(self.found)[0].tolist())
+        self._expected = self.scorer.workers.from_leader(self._fit)
         self._order = sorted(range(len(self.found)), key=lambda i: self._expected[i])
 
-    def _predict(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
-        """Expected log losses and their deviations."""
-        known = [self._point(one.removed, one.extras) for one in self.found]
-        asked = [self._point(one.removed, one.extras) for one in candidates]
-        losses = np.log([max(one.loss, 1e-9) for one in self.found])
-        fitted = Surrogate.fit(np.stack([a for a, _ in known]), np.stack([b for _, b in known]), losses)
-        return fitted.predict(np.stack([a for a, _ in asked]), np.stack([b for _, b in asked]))
+    def _fit(self) -> list[float]:
+        """Fit the surrogate, which the leader alone has, to what was found; what it expects of that."""
+        points = self._points(self.found)
+        self._surrogate = Surrogate.fit(*points, np.log([max(one.loss, 1e-9) for one in self.found]))
+        expected: list[float] = self._surrogate.predict(*points)[0].tolist()
+        return expected
+
+    def _points(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
+        """Where they lie, as the surrogate takes it: shares float64 [n, d], settings float64 [n, e]."""
+        shares, settings = zip(*(self._point(one.removed, one.extras) for one in candidates), strict=True)
+        return np.stack(shares), np.stack(settings)
 
     def _point(self, removed: Sequence[int], extras: Extras) -> tuple[np.ndarray, np.ndarray]:
         """Where a schedule lies: roots of the shares that leave each block, and the settings in 0..1 where they act."""
@@ -182,7 +187,7 @@ class Guided:
         if not pool:
             return None
         candidates = list(pool.values())
-        mean, deviation = self._predict(candidates)
+        mean, deviation = self._surrogate.predict(*self._points(candidates))
         chosen = candidates[int((mean - deviation).argmin())]
         return chosen.removed, chosen.extras
 

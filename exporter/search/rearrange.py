@@ -15,7 +15,7 @@ from vp_exporter.search.baselines import PRIOR
 from vp_exporter.search.greedy import block_fisher_swap, local_search
 from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.ppo import ppo_search
-from vp_exporter.search.scoring import COMPARED, Scorer, merit
+from vp_exporter.search.scoring import COMPARED, Scorer, settled
 
 SWAP = "block fisher swap"
 START = "start"
@@ -72,7 +72,7 @@ def rearrange(
 
     The best start on the search batches, and what `block_fisher_swap` makes of it, are compared; each strategy goes on
     from the better one, with the same allowance. Then all of them, starts included, meet the held-out images: of those
-    whose plain KL is not above the Fisher prior's the one of most merit (scoring.merit), of equal ones the prior.
+    whose plain KL is not above the Fisher prior's the one of least merit (scoring.settled), of equal ones the prior.
 
     Args:
         starts: lifetimes int [patches] by name, "fisher prior" among them. A strategy keeps the counts of its start.
@@ -134,8 +134,7 @@ def rearrange(
         plan = plan_of(life, scorer.description)
         row["held_kl"] = scorer.loss(plan, scorer.calibration.held)
         row["held_loss"] = scorer.loss(plan, scorer.calibration.held, temperature)
-    sound = [k for k, row in enumerate(rows) if row["held_kl"] <= rows[0]["held_kl"]]
-    best = min(sound, key=lambda k: merit(rows[k]["held_kl"], rows[k]["held_loss"]))
+    best = settled([(row["held_kl"], row["held_loss"]) for row in rows])
     strategy, start, life, _ = found[best]
     return Rearranged(life, strategy, start, rows[0]["held_kl"], rows[best]["held_kl"], tuple(rows))
 

@@ -19,7 +19,7 @@ from vp_exporter.methods.schedule import rounded
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.guided import Guided
-from vp_exporter.search.scoring import Scorer, merit
+from vp_exporter.search.scoring import Scorer, settled
 from vp_exporter.search.sensitivity import LEVELS, Sensitivity, allocate, measure
 from vp_exporter.search.space import Extras, Space, uniform, usual_shapes
 
@@ -162,16 +162,11 @@ def settle(scorer: Scorer, guided: Guided, even: ReductionPlan, rows: list[dict[
     """The best schedules, other starts and the uniform one on the held-out images; gives the memory back.
 
     What is best on the search images has been fitted to them, the usual shapes have not. Of those whose plain KL is
-    not above the uniform schedule's the one of most merit (scoring.merit).
+    not above the uniform schedule's the one of least merit (scoring.settled).
     """
     held = scorer.calibration.held
-    uniform_kl = scorer.loss(even, held)
-    best = dataclasses.replace(even, budget=guided.best.plan.budget)
-    kl, least = uniform_kl, merit(uniform_kl, scorer.loss(even, held, guided.temperature))
-    for plan in guided.finalists(SETTLED):
-        plan_kl = scorer.loss(plan, held)
-        found = merit(plan_kl, scorer.loss(plan, held, guided.temperature))
-        if plan_kl <= uniform_kl and found < least:
-            best, kl, least = plan, plan_kl, found
+    plans = [dataclasses.replace(even, budget=guided.best.plan.budget), *guided.finalists(SETTLED)]
+    losses = [(scorer.loss(plan, held), scorer.loss(plan, held, guided.temperature)) for plan in plans]
+    best = settled(losses)
     scorer.forget()
-    return Scheduled(best, even, uniform_kl, kl, rows)
+    return Scheduled(plans[best], even, losses[0][0], losses[best][0], rows)

@@ -215,6 +215,16 @@ def merit(plain: float, root: float) -> float:
     return (math.log(max(plain, 1e-12)) + 2 * math.log(max(root, 1e-6))) / 2
 
 
+def settled(losses: Sequence[tuple[float, float]]) -> int:
+    """Which plan is kept: the least `merit` where the mean KL is not above the first plan's; of equals the first.
+
+    Args:
+        losses: of each plan on the held-out images, as `merit` takes them; first the one to beat.
+    """
+    sound = [i for i, (plain, _) in enumerate(losses) if plain <= losses[0][0]]
+    return min(sound, key=lambda i: merit(*losses[i]))
+
+
 def block_keys(plan: ReductionPlan) -> list[str]:
     """For each block a name of all that decides what leaves it: plans with one name there share everything up to it."""
     data = plan.to_dict()

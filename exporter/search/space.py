@@ -11,7 +11,7 @@ from typing import Any
 from vp_exporter.errors import SearchError
 from vp_exporter.macs import count_macs
 from vp_exporter.methods import MethodRequest, build_plan
-from vp_exporter.methods.base import Steps
+from vp_exporter.methods.base import Steps, stage_blocks
 from vp_exporter.methods.diffrate import share_alive, share_dropped
 from vp_exporter.methods.schedule import rounded
 from vp_exporter.methods.stages import CLUSTER_SHARE, PAIR_SHARE, bat_split
@@ -277,7 +277,7 @@ def usual_shapes(space: Space) -> list[tuple[int, ...] | None]:
     """
     depth = space.description.depth
     curve = [share_alive(place) for place in places_of(depth)]
-    stages = {depth * quarter // 4 for quarter in (1, 2, 3)}
+    stages = stage_blocks(depth)
 
     def published(u: float) -> tuple[int, ...]:
         return left([share ** (u / (1 - u)) for share in curve[: space.decided]])
@@ -290,7 +290,7 @@ def usual_shapes(space: Space) -> list[tuple[int, ...] | None]:
         return tuple(a - b for a, b in pairwise((space.start, *alive)))
 
     rising = [
-        space.scaled([max(0, block - first + 1) ** power if block >= first else 0 for block in range(depth)])
+        space.scaled([(block - first + 1) ** power if block >= first else 0 for block in range(depth)])
         for power in (0.0, 1.0)
         for first in range(depth // 2 + 1)
     ]

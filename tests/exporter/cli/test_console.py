@@ -8,17 +8,20 @@ import re
 import signal
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from tests.exporter.cli.samples import Inputs, argv, call, check_error, export_options, snapshot
 from vp_engines.errors import VpError
-from vp_exporter.cli import console, export, inspect, validate
+from vp_exporter.cli import console, export, inspect, search, validate
 
 
-@pytest.mark.parametrize("command", [export, inspect, validate], ids=["export", "inspect", "validate"])
+@pytest.mark.parametrize(
+    "command", [export, inspect, validate, search], ids=["export", "inspect", "validate", "search"]
+)
 def test_help_tells_the_exit_codes(command: Any) -> None:
     result = call(command.app, "--help")
     assert result.exit_code == 0
@@ -27,7 +30,7 @@ def test_help_tells_the_exit_codes(command: Any) -> None:
     assert "[depth, patches]" in result.stdout or command is not export
 
 
-@pytest.mark.parametrize("name", ["export", "inspect", "validate"])
+@pytest.mark.parametrize("name", ["export", "inspect", "validate", "search"])
 def test_help_does_not_wait_for_torch(name: str) -> None:
     code = (
         f"import sys; from vp_exporter.cli import {name} as command; sys.argv = ['x', '--help']\n"
@@ -153,3 +156,12 @@ def test_scripts_name_the_extra_that_they_lack(tmp_path: Path) -> None:
     assert found.stderr.startswith("error: typer is not installed; ")
     assert "pip install" in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_help_of_the_search_names_its_own_defaults() -> None:
+    """The command must not import the search to say them."""
+    from vp_exporter.search.settings import EXCHANGES, SCHEDULES, SearchSettings
+
+    (option,) = get_type_hints(search.search, include_extras=True)["evaluations"].__metadata__
+    assert f"{EXCHANGES} for vpruner, {SCHEDULES} for schedules" in option.help
+    assert signature(search.search).parameters["tune_steps"].default == SearchSettings(target_macs=0.5).tune_steps

@@ -19,7 +19,7 @@ from vp_exporter.reducers import StaticStep, step_from_dict
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.calibration import Calibration, split
 from vp_exporter.search.lifetimes import counts_of, life_of, mask_of, plan_of, same_until
-from vp_exporter.search.scoring import block_keys, kl, merit
+from vp_exporter.search.scoring import block_keys, kl, merit, settled
 
 
 def naive_kl(dense: torch.Tensor, reduced: torch.Tensor) -> list[float]:
@@ -132,6 +132,12 @@ def test_merit_falls_with_either_loss(plain: float, root: float, factor: float) 
     assert merit(plain, root) < min(merit(plain * factor, root), merit(plain, root * factor))
     assert merit(plain, math.sqrt(plain)) == pytest.approx(math.log(plain))
     assert math.isfinite(merit(0.0, 0.0))
+
+
+def test_what_is_kept_never_has_a_higher_kl_than_the_first() -> None:
+    assert settled([(0.2, 0.3), (0.21, 0.01), (0.19, 0.2), (0.18, 0.25)]) == 2
+    assert settled([(0.2, 0.3), (0.2, 0.3)]) == 0
+    assert settled([(0.2, 0.3), (0.1, 0.9)]) == 0, "its root tells against it"
 
 
 def test_not_finite_is_refused() -> None:
