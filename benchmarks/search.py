@@ -165,7 +165,7 @@ def bars(share: float, kl: dict[str, float], agreement: dict[str, float], ends: 
         others = {name: value for name, value in rivals.items() if not name.startswith("random")}
         others["random (mean of five)"] = float(np.mean(randoms))
         best = min(others, key=lambda name: others[name])
-        ours = kl[ends[0]]
+        ours = next(kl[end] for end in ends if end.startswith(f"{STATIC}: "))
         met = "met" if ours <= 0.85 * others[best] else "missed"
         lines.append(
             f"- {share:g}: vpruner's KL {ours:.4f} against {others[best]:.4f} of the best static baseline ({best}), "
@@ -191,6 +191,13 @@ def bars(share: float, kl: dict[str, float], agreement: dict[str, float], ends: 
     return lines
 
 
+def measured(cache: Cache, method: str, share: float) -> bool:
+    """Whether the cache holds that search and what every plan of it answers."""
+    found = cache.rows.get(f"search {method} {share:g}")
+    plans = found["plans"].values() if found else ()
+    return bool(plans) and all(f"answers {ReductionPlan.from_dict(plan).fingerprint()}" in cache.rows for plan in plans)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the tables there as Markdown")
@@ -202,11 +209,14 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, help="candidates of each strategy (default: vp-search's)")
     parser.add_argument("--limit", type=int, help="report on this many val photographs (default: all 736)")
     parser.add_argument("--seconds", type=float, default=4.0, help="timed work of a plan; 0: no times")
+    parser.add_argument("--measured", action="store_true", help="measure nothing: write what the cache holds")
     args = parser.parse_args()
+    if args.measured and args.cache is None:
+        parser.error("--measured writes what the cache holds: name it with --cache FILE")
     need_shared()
     settings = {"images": args.images, "evaluations": args.evaluations, "limit": args.limit}
     settings |= {"sources": sources("search"), "onnxruntime": ort.__version__, "torch": torch.__version__}
-    cache, lines, verdicts, took = Cache(args.cache, settings), [], [], []
+    cache, lines, verdicts, took, missing = Cache(args.cache, settings), [], [], [], []
 
     def kept(method: str, share: float) -> Path | None:
         return args.cache.with_name(f"{args.cache.name}-{method}-{share:g}.search") if args.cache else None
@@ -216,6 +226,9 @@ def main() -> None:
         for share in args.budgets:
             rows, kl, agreement, ends = [], {}, {}, []
             for method in args.methods:
+                if args.measured and not measured(cache, method, share):
+                    missing.append(f"{method} at {share:g}")
+                    continue
                 found = cache.get(
                     f"search {method} {share:g}",
                     lambda m=method, s=share: bench.search(m, s, args.evaluations, kept(m, s)),
@@ -228,7 +241,11 @@ def main() -> None:
                     # Masks that keep as many patches take as long: one of them is timed.
                     last = name == list(found["plans"])[-1]
                     timed = args.seconds and (last or name in ("uniform", PRIOR, f"grid{ALL}"))
-                    timing = cache.get(f"time {args.seconds:g} {key}", lambda p=plan: bench.timed(p)) if timed else None
+                    row = f"time {args.seconds:g} {key}"
+                    if args.measured:
+                        timing = cache.rows.get(row)
+                    else:
+                        timing = cache.get(row, lambda p=plan: bench.timed(p)) if timed else None
                     macs = count_macs(bench.description, plan).total / count_macs(bench.description).total
                     title = f"{method}: {name}"
                     kl[title], agreement[title] = answers["kl"]["value"], answers["agreement"]["value"]
@@ -238,8 +255,13 @@ def main() -> None:
                 if args.plans is not None:
                     args.plans.mkdir(parents=True, exist_ok=True)
                     plan.save(args.plans / f"{method}-{share:g}.json")
-            lines += [f"## {share:g} of the dense MACs", "", *table(HEAD, rows)]
-            verdicts += bars(share, kl, agreement, ends)
+            if rows:
+                lines += [f"## {share:g} of the dense MACs", "", *table(HEAD, rows)]
+                verdicts += bars(share, kl, agreement, ends)
+    if missing:
+        verdicts.append(f"- Not measured yet: {', '.join(missing)}.")
+    if not lines:
+        parser.error(f"{args.cache} holds none of these searches: run without --measured first")
     text = "\n".join(
         [
             "# Searched plans on the flowers ViT-S/16",
