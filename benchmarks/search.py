@@ -32,7 +32,7 @@ from vp_exporter.search.checkpoint import Checkpoint
 from vp_exporter.search.lifetimes import plan_of
 from vp_exporter.search.pipeline import search
 from vp_exporter.search.scoring import Scorer
-from vp_exporter.search.settings import STATIC, SearchSettings
+from vp_exporter.search.settings import STATIC, SearchSettings, usual_images
 from vp_exporter.validate.accuracy import evaluate
 from vp_exporter.validate.latency import compare
 
@@ -45,20 +45,19 @@ METHODS = (STATIC, "tome", "ppt", "evit", "topk", "bat", "diffrate", "static+dif
 class SearchBench(Bench):
     """The reducers' bench, with train photographs to search on."""
 
-    def __init__(self, work: Path, seconds: float, limit: int | None, images: int) -> None:
+    def __init__(self, work: Path, seconds: float, limit: int | None, images: int | None) -> None:
         super().__init__(work, seconds, limit)
         self.images = images
-        self._calibration: Calibration | None = None
+        self._calibration: tuple[int, Calibration] | None = None
 
-    @property
-    def calibration(self) -> Calibration:
+    def calibration(self, images: int) -> Calibration:
         """Read when a search is not in the cache."""
-        if self._calibration is None:
+        if self._calibration is None or self._calibration[0] != images:
+            self._calibration = None  # the memory of the one before is given back first
             prepare = preparation(self.model)
-            self._calibration = load_calibration(
-                TRAIN, prepare, self.model.vit, self.description, limit=self.images, strict=True
-            )
-        return self._calibration
+            found = load_calibration(TRAIN, prepare, self.model.vit, self.description, limit=images, strict=True)
+            self._calibration = images, found
+        return self._calibration[1]
 
     def search(self, method: str, share: float, evaluations: int | None, kept: Path | None) -> dict[str, Any]:
         """The plan of every stage and baseline, and how long the search took.
@@ -66,11 +65,10 @@ class SearchBench(Bench):
         Args:
             kept: where an interrupted search leaves its checkpoint.
         """
-        calibration, start = self.calibration, time.perf_counter()
+        images = usual_images(method) if self.images is None else self.images
+        calibration, start = self.calibration(images), time.perf_counter()
         settings = SearchSettings(method=method, target_macs=share, evaluations=evaluations)
-        checkpoint = Checkpoint(
-            kept, {"settings": settings.asked(), "images": self.images, "sources": sources("search")}
-        )
+        checkpoint = Checkpoint(kept, {"settings": settings.asked(), "images": images, "sources": sources("search")})
         scorer = Scorer(self.model.vit, self.description, calibration, memo=checkpoint.memo)
         result = search(scorer, settings, checkpoint)
         checkpoint.remove()
@@ -84,6 +82,7 @@ class SearchBench(Bench):
         bare = {name: dataclasses.replace(plan, provenance={}).to_dict() for name, plan in plans.items()}
         return {
             "plans": bare,
+            "images": images,
             "seconds": time.perf_counter() - start,
             "stages": result.stages,
             "baselines": result.baselines,
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--plans", type=Path, help="write every searched plan there, too")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.65, 0.5, 0.8])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--images", type=int, default=512, help="train photographs to search on")
+    parser.add_argument("--images", type=int, help="train photographs to search on (default: vp-search's)")
     parser.add_argument("--evaluations", type=int, help="candidates of each strategy (default: vp-search's)")
     parser.add_argument("--limit", type=int, help="report on this many val photographs (default: all 736)")
     parser.add_argument("--seconds", type=float, default=4.0, help="timed work of a plan; 0: no times")
@@ -233,7 +232,7 @@ def main() -> None:
                     f"search {method} {share:g}",
                     lambda m=method, s=share: bench.search(m, s, args.evaluations, kept(m, s)),
                 )
-                took.append([f"{method} {share:g}", f"{found['seconds'] / 60:.1f}"])
+                took.append([f"{method} {share:g}", str(found["images"]), f"{found['seconds'] / 60:.1f}"])
                 for name, data in found["plans"].items():
                     plan = ReductionPlan.from_dict(data)
                     key = plan.fingerprint()
@@ -272,7 +271,7 @@ def main() -> None:
             f"Versions: onnxruntime {ort.__version__}, torch {torch.__version__}, timm {timm.__version__}. fp32.",
             "",
             prose(
-                f"Searched on {args.images} train photographs (a part of them held out), reported on "
+                "Searched on train photographs (a part of them held out; how many: at the end), reported on "
                 f"{dense['images']} val photographs; dense top-1 {dense['dense_top1']:.2f}%. KL of dense to reduced in "
                 "nats; difference of top-1 in points, paired. Rows stand in the order of the search: baselines, then "
                 'stages, each from the one before. Nothing is retrained. Masks "all blocks" are static masks as '
@@ -287,7 +286,7 @@ def main() -> None:
             *lines,
             "## Search time",
             "",
-            *table(["search", "minutes"], took),
+            *table(["search", "photographs", "minutes"], took),
         ]
     )
     print(text)

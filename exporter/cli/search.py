@@ -42,7 +42,10 @@ def search(
     sweep: Annotated[
         str | None, typer.Option(metavar="S S S", help="Shares of the dense MACs, e.g. 0.8 0.65 0.5: a plan for each.")
     ] = None,
-    images: Annotated[int, typer.Option(min=2, help="Calibration images, evenly spaced over the folder.")] = 512,
+    images: Annotated[
+        int | None,
+        typer.Option(min=2, help="Calibration images, evenly spaced; 512 for vpruner, 1536 for schedules."),
+    ] = None,
     held_out: Annotated[float, typer.Option(help="Share of them that only accepts and rejects.")] = 0.25,
     search_batch: Annotated[int, typer.Option(min=1, help="Images of one calibration batch.")] = 32,
     evaluations: Annotated[
@@ -90,7 +93,7 @@ def search(
 
     def body() -> int:
         from vp_engines.errors import VpError
-        from vp_exporter.search.settings import SearchSettings
+        from vp_exporter.search.settings import SearchSettings, usual_images
 
         shares = _shares(sweep)
         if shares and (target_macs is not None or target_latency is not None):
@@ -134,7 +137,8 @@ def search(
                 loaded, requests[0], workers, engine, precision, batch, threads, latency_table, progress
             )
             runner = search_run.SearchRun(loaded, spec, workers, progress, device, table)
-            runner.read(data, images, held_out, search_batch, seed, augment, strict, need_labels=targets == "labels")
+            count = usual_images(method) if images is None else images
+            runner.read(data, count, held_out, search_batch, seed, augment, strict, need_labels=targets == "labels")
             results = [runner.run(request, path) for request, path in zip(requests, outs, strict=True)]
             if workers.leader:
                 if page is not None:

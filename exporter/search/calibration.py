@@ -57,10 +57,15 @@ class Calibration:
         """Images in these batches."""
         return sum(len(self._dense[batch]) for batch in batches)
 
-    def first(self, images: int) -> tuple[int, ...]:
-        """The fewest search batches, from the first one, that hold this many images; all where they do not."""
-        count = next((k for k in range(1, len(self.search)) if self.count(self.search[:k]) >= images), len(self.search))
-        return self.search[:count]
+    def first(self, images: int, batches: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The fewest batches, from the first one, that hold this many images; all where they do not.
+
+        Args:
+            batches: by default those to search on.
+        """
+        among = tuple(self.search if batches is None else batches)
+        count = next((k for k in range(1, len(among)) if self.count(among[:k]) >= images), len(among))
+        return among[:count]
 
     def holding_out(self, images: int) -> Calibration:
         """The same images, all but `first(images)` held out: for a search that fits to no others."""

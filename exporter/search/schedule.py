@@ -19,11 +19,12 @@ from vp_exporter.methods.schedule import rounded
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.guided import Guided
-from vp_exporter.search.scoring import Scorer, settled
+from vp_exporter.search.scoring import Scorer, merit, settled
 from vp_exporter.search.sensitivity import LEVELS, Sensitivity, allocate, measure
 from vp_exporter.search.space import Extras, Space, uniform, usual_shapes
 
 SETTLED = 3  # schedules that meet the held-out images, and as many other starts
+LOOK, STAYING = 256, 3  # held-out images after which so many of them go on
 _GRID, _COSTS = 24, 1200  # levels of a count and of the budget in the dynamic program
 
 
@@ -161,12 +162,21 @@ def begin(
 def settle(scorer: Scorer, guided: Guided, even: ReductionPlan, rows: list[dict[str, Any]]) -> Scheduled:
     """The best schedules, other starts and the uniform one on the held-out images; gives the memory back.
 
-    What is best on the search images has been fitted to them, the usual shapes have not. Of those whose plain KL is
-    not above the uniform schedule's the one of least merit (scoring.settled).
+    What is best on the search images has been fitted to them, the usual shapes have not. The first LOOK held-out images
+    say which few meet all of them. Of those whose plain KL is not above the uniform schedule's the one of least merit
+    (scoring.settled).
     """
     held = scorer.calibration.held
-    plans = [dataclasses.replace(even, budget=guided.best.plan.budget), *guided.finalists(SETTLED)]
-    losses = [(scorer.loss(plan, held), scorer.loss(plan, held, guided.temperature)) for plan in plans]
+
+    def losses_of(plan: ReductionPlan, batches: Sequence[int]) -> tuple[float, float]:
+        return scorer.loss(plan, batches), scorer.loss(plan, batches, guided.temperature)
+
+    plans = guided.finalists(SETTLED)
+    look = scorer.calibration.first(LOOK, held)
+    if len(look) < len(held):
+        plans = sorted(plans, key=lambda plan: merit(*losses_of(plan, look)))[:STAYING]
+    plans = [dataclasses.replace(even, budget=guided.best.plan.budget), *plans]
+    losses = [losses_of(plan, held) for plan in plans]
     best = settled(losses)
     scorer.forget()
     return Scheduled(plans[best], even, losses[0][0], losses[best][0], rows)

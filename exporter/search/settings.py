@@ -17,6 +17,8 @@ MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
 # Candidates by default: exchanges soon fit the images, and schedules gain little after so many.
 EXCHANGES, SCHEDULES = 60, 120
+# Calibration images by default. Schedules are fitted to few and decided by all others, whose KL hangs on few images.
+STATIC_IMAGES, SCHEDULE_IMAGES = 512, 1536
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,8 @@ class SearchSettings:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def usual_images(method: str) -> int:
+    """Calibration images of a method, where nothing is said."""
+    return STATIC_IMAGES if method == STATIC else SCHEDULE_IMAGES

@@ -160,8 +160,10 @@ def test_scripts_name_the_extra_that_they_lack(tmp_path: Path) -> None:
 
 def test_help_of_the_search_names_its_own_defaults() -> None:
     """The command must not import the search to say them."""
-    from vp_exporter.search.settings import EXCHANGES, SCHEDULES, SearchSettings
+    from vp_exporter.search.settings import EXCHANGES, SCHEDULE_IMAGES, SCHEDULES, STATIC_IMAGES, SearchSettings
 
-    (option,) = get_type_hints(search.search, include_extras=True)["evaluations"].__metadata__
-    assert f"{EXCHANGES} for vpruner, {SCHEDULES} for schedules" in option.help
+    hints = get_type_hints(search.search, include_extras=True)
+    for name, static, schedules in [("evaluations", EXCHANGES, SCHEDULES), ("images", STATIC_IMAGES, SCHEDULE_IMAGES)]:
+        (option,) = hints[name].__metadata__
+        assert f"{static} for vpruner, {schedules} for schedules" in option.help
     assert signature(search.search).parameters["tune_steps"].default == SearchSettings(target_macs=0.5).tune_steps

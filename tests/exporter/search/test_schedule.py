@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vp_exporter.search.guided as guided_module
+import vp_exporter.search.schedule as schedule_module
 from tests.exporter.tiny import DEPTH, tiny_vit
 from vp_exporter.errors import PlanError, SearchError
 from vp_exporter.macs import count_macs
@@ -22,8 +23,8 @@ from vp_exporter.reduced import ReducedViT
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.guided import Guided
-from vp_exporter.search.schedule import planned, search_schedule, sensitivity, settle
-from vp_exporter.search.scoring import Scorer, kl
+from vp_exporter.search.schedule import begin, planned, search_schedule, sensitivity, settle
+from vp_exporter.search.scoring import Scorer, kl, merit
 from vp_exporter.search.sensitivity import Sensitivity, allocate
 from vp_exporter.search.space import METHODS, Extras, Space, steps_of, uniform, usual_shapes
 
@@ -283,6 +284,25 @@ def test_a_start_wins_where_what_was_fitted_is_worse_on_held_out_images(
     found = settle(scorer, local, even, [])
     assert found.plan == local.found[0].plan
     assert found.kl == scorer.loss(found.plan, scorer.calibration.held) < found.uniform_kl
+
+
+def test_a_first_look_says_which_schedules_meet_all_held_out_images(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = scorer.calibration.held
+    assert len(held) > 1
+    monkeypatch.setattr(schedule_module, "LOOK", scorer.calibration.count(held[:1]))
+    monkeypatch.setattr(schedule_module, "STAYING", 1)
+    space, even = Space("topk", DESCRIPTION, 0.7), uniform("topk", DESCRIPTION, 0.7)
+    local = guided(scorer, space)
+    begin(local, even, None)
+    plans = local.finalists(schedule_module.SETTLED)
+    assert len(plans) > 2
+    found = settle(scorer, local, even, [])
+    met = [plan for plan in plans if f"{plan.fingerprint()}/{held[-1]}" in scorer.memo]
+    first = [(scorer.loss(plan, held[:1]), scorer.loss(plan, held[:1], 3.0)) for plan in plans]
+    assert met == [plans[min(range(len(plans)), key=lambda i: merit(*first[i]))]]
+    assert found.plan.steps in (met[0].steps, even.steps)
 
 
 @pytest.mark.parametrize("method", METHODS)
