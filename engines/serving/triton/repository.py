@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,10 +181,14 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
         _check_place(model, place)
     taken = [number for place in places for number in _versions(place)]
     version = options.version if options.version is not None else max(taken, default=0) + 1
-    if version in taken:
-        raise BundleError(f"{places[-1]} has a version {version}", expected="a new number", fix="leave --version out")
-    for model, place in zip(models, places, strict=True):  # the model that clients ask comes last: it needs the others
-        _publish(model, place, version, found)
+    done: list[Path] = []
+    try:
+        for model, place in zip(models, places, strict=True):  # what clients ask comes last: it needs the others
+            done.append(_publish(model, place, version, found))
+    except BaseException:
+        for folder in done:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return Served(models[-1].config.name, version, tuple(places), backend)
 
 
@@ -363,11 +368,17 @@ def _check_place(model: _Model, place: Path) -> None:
         )  # fmt: skip
 
 
-def _publish(model: _Model, place: Path, version: int, bundle: Bundle) -> None:
-    """Put a new model, or a new version of one, in place in one step; a server that polls sees all of it or nothing."""
-    new = not os.path.lexists(place)
+def _publish(model: _Model, place: Path, version: int, bundle: Bundle) -> Path:
+    """Put a new model, or a new version of one, in place in one step; a server that polls sees all of it or nothing.
+
+    Returns:
+        The folder that is new: the model's or the version's.
+    """
     text = to_text(model.config).encode()
-    with building(place) as folder:
+    with building(_beside(place)) as folder:
+        new = not os.path.lexists(place)
+        if os.path.lexists(place / str(version)):
+            raise BundleError(f"{place} has a version {version}", expected="a new number", fix="choose the next one")
         inside = folder / str(version)
         inside.mkdir()
         for path, content in model.inside.items():
@@ -378,10 +389,21 @@ def _publish(model: _Model, place: Path, version: int, bundle: Bundle) -> None:
             _store(folder / path, content)
         if new:
             put_in_place(folder, place)
-            return
+            return place
         put_in_place(inside, place / str(version))
-        # Batch sizes may have changed with the engine. Last: of the two orders this one never names what is not there.
+        # Batch sizes may have changed with the engine.
         os.replace(folder / CONFIG_NAME, place / CONFIG_NAME)
+    return place / str(version)
+
+
+def _beside(place: Path) -> Path:
+    """What to call the model while it is built: a server that polls takes every folder of a repository for a model,
+    hidden ones too, so it is built beside the repository. Where that is another disk, or not ours, inside it."""
+    repository = place.parent
+    parent = repository.parent
+    if os.access(parent, os.W_OK | os.X_OK) and os.stat(parent).st_dev == os.stat(repository).st_dev:
+        return parent / f"{repository.name}.{place.name}"
+    return place
 
 
 def _store(path: Path, content: bytes) -> None:
