@@ -238,7 +238,8 @@ def _models(bundle: Bundle, options: ServeOptions) -> tuple[list[_Model], str]:
 
 def _native(spec: ModelSpec, bundle: Bundle, options: ServeOptions) -> _Model:
     """The engine's artefact under a backend of the server."""
-    variant, native = bundle.manifest.variants[options.variant], NATIVE[bundle.manifest.engine.name]
+    variant = bundle.manifest.variants["dense" if options.variant == "dense" else "reduced"]
+    native = NATIVE[bundle.manifest.engine.name]
     if len(variant.files) > 1:
         raise BundleIncompatibleError(
             f"the engine has {len(variant.files)} files", expected="one, for a backend of the server",
