@@ -71,7 +71,7 @@ def session_options() -> Any:
 
 def command_line(script: str) -> str:
     """The command that makes a results file again, without this machine's paths."""
-    given = re.sub(r" --cache[ =]\S+", "", " ".join(["", *sys.argv[1:]]))
+    given = re.sub(r" --(cache[ =]\S+|measured)", "", " ".join(["", *sys.argv[1:]]))
     return f"python benchmarks/{script}.py" + re.sub(r"--out[ =]\S+", f"--out docs/results/{script}.md", given)
 
 
