@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
+.PHONY: help setup test tritonserver lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -19,8 +19,18 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
 # so that what its fixtures build is built once.
 WORKERS ?= 2
-test: setup  ## run the whole test suite
+test: setup tritonserver  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# A real Triton Inference Server for the tests, with what a server has beside it. Its Python backend needs numpy below 2.
+SERVER := build/tritonserver
+$(SERVER)/.installed: constraints.txt
+	$(PYTHON) -m venv $(SERVER)
+	$(SERVER)/bin/python -m pip install -q --disable-pip-version-check \
+	    nvidia-pytriton==0.7.0 'numpy<2' onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0
+	touch $@
+
+tritonserver: $(SERVER)/.installed  ## a Triton Inference Server on the CPU, for the tests
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def _name(image: ImageLike, index: int) -> str:
 def _load(image: ImageLike, index: int) -> Image.Image:
     """Decode one image to RGB."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise EngineUnavailableError("Pillow is not installed", fix="install it with 'pip install pillow'") from None
     if not isinstance(image, (str, Path, bytes, Image.Image)):
@@ -75,6 +75,8 @@ def _load(image: ImageLike, index: int) -> Image.Image:
             if opened.format in _FOREIGN_FORMATS:
                 raise InputError(f"format {opened.format} is not read here", fix="convert it to PNG")
             return opened.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"image {_name(image, index)} cannot be read: no format that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         text = " ".join(reason.split())[:200]

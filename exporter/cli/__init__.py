@@ -37,3 +37,8 @@ def vp_validate() -> None:
 def vp_search() -> None:
     """vp-search"""
     _start("search")
+
+
+def vp_serve() -> None:
+    """vp-serve"""
+    _start("serve")

@@ -1,0 +1,1 @@
+"""Bundles behind a server: a model repository for Triton Inference Server."""

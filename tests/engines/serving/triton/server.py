@@ -1,0 +1,106 @@
+"""A real Triton Inference Server on the CPU: the one in nvidia-pytriton's wheel (make tritonserver)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[4]
+VENV = ROOT / "build" / "tritonserver"
+_STARTS_IN = 60.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """Addresses of a server that runs, and what it has said so far."""
+
+    process: subprocess.Popen[bytes]
+    http: str
+    grpc: str
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def packages() -> Path:
+    """Where the server's packages are; the test is skipped where it was not installed."""
+    found = VENV / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    if not (found / "pytriton").is_dir():
+        pytest.skip("there is no Triton Inference Server: make tritonserver")
+    return found
+
+
+@contextmanager
+def running(repository: Path, work: Path, *arguments: str) -> Iterator[Server]:
+    """Start the server on loopback, wait until it is ready, and stop it."""
+    site = packages()
+    server, backend = site / "pytriton" / "tritonserver", work / "backends" / "python"
+    shutil.copytree(server / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    shutil.copy(server / "python_backend_stubs" / version / "triton_python_backend_stub", backend)
+    program = work / "tritonserver"
+    shutil.copy(server / "bin" / "tritonserver", program)
+    for file in (program, backend / "triton_python_backend_stub"):
+        file.chmod(0o755)
+    # What a server has: the packages that `pip install vp-export[cpu]` brings, and not those of this process.
+    names = work / "packages"
+    names.mkdir()
+    (names / "vp_engines").symlink_to(ROOT / "engines")
+    environment = {
+        **{key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ},
+        "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
+        "PYTHONPATH": f"{names}:{site}",
+        "OMP_NUM_THREADS": "1",
+    }
+    http, grpc = _free_ports(2)
+    log = work / "server.log"
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [
+                str(program), "--model-repository", str(repository), "--backend-directory", str(work / "backends"),
+                "--http-address", "127.0.0.1", "--http-port", str(http), "--grpc-address", "127.0.0.1",
+                "--grpc-port", str(grpc), "--allow-metrics", "false", "--exit-timeout-secs", "5", *arguments,
+            ],
+            env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=work,
+        )  # fmt: skip
+    found = Server(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", log)
+    try:
+        _wait(found)
+        yield found
+    finally:
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(server: Server) -> None:
+    deadline = time.monotonic() + _STARTS_IN
+    while time.monotonic() < deadline and server.process.poll() is None:
+        with suppress(OSError), urllib.request.urlopen(f"http://{server.http}/v2/health/ready", timeout=5):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the server did not start:\n{server.said()[-4000:]}")
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

@@ -1,0 +1,72 @@
+"""vp-serve: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engines.serving.triton.samples import write_linear
+from tests.exporter.cli.samples import call
+from vp_exporter.cli.serve import app
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_linear(tmp_path / "linear.vpe")
+
+
+def test_a_repository_and_its_versions(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "models"
+    first = call(app, "triton", str(bundle), "--out", str(out))
+    assert first.exit_code == 0, first.output
+    assert str(out / "linear" / "1") in first.output
+    assert f"tritonserver --model-repository {out}" in first.output
+    second = call(app, "triton", str(bundle), "--out", str(out), "--json", "--max-batch", "4", "--no-warmup")
+    assert json.loads(second.output) == {
+        "name": "linear", "version": 2, "backend": "onnxruntime", "folders": [str(out / "linear")],
+    }  # fmt: skip
+    config = (out / "linear" / "config.pbtxt").read_text()
+    assert "max_batch_size: 4" in config
+    assert "warmup" not in config
+
+
+def test_every_option_is_heard(bundle: Path, tmp_path: Path) -> None:
+    found = call(
+        app, "triton", str(bundle), "-o", str(tmp_path), "--name", "a", "--backend", "python", "--preprocess", "model",
+        "--variant", "dense", "--model-version", "5", "--delay", "70", "--instances", "2", "--threads", "3",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    text = (tmp_path / "a" / "config.pbtxt").read_text()
+    assert (tmp_path / "a" / "5" / "model.py").is_file()
+    for part in ("max_queue_delay_microseconds: 70", "count: 2", '"dense"', '"encoded"', '"3"'):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--name", "a/b"], "error: the model name 'a/b'; expected"),
+        (["--backend", "tensorrt"], "error: the backend tensorrt does not run engines of 'ort'; expected"),
+        (["--preprocess", "maybe"], "error: preprocess is 'maybe'; expected one of none, model, ensemble"),
+        (["--max-batch", "1000"], "error: max_batch is 1000; expected at most 64"),
+    ],
+)
+def test_bad_input_is_one_line(bundle: Path, tmp_path: Path, arguments: list[str], line: str) -> None:
+    found = call(app, "triton", str(bundle), "--out", str(tmp_path / "models"), *arguments)
+    assert found.exit_code == 2
+    assert found.stderr.startswith(line)
+    assert found.stderr.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["linear.vpe"]
+
+
+def test_no_bundle_and_no_tritonclient(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = call(app, "triton", str(tmp_path / "none"), "--out", str(tmp_path / "models"))
+    assert (found.exit_code, found.stderr.count("\n")) == (2, 1)
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    found = call(app, "triton", str(bundle), "--out", str(tmp_path / "models"))
+    assert found.exit_code == 3
+    assert "install 'vp-export[serve]'" in found.stderr
