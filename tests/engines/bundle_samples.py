@@ -1,4 +1,4 @@
-"""A small bundle for the tests of this folder: no model in it, the files are just bytes."""
+"""A small bundle for the tests of this folder: its files are just bytes, or a linear model where one has to run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
 
 from vp_engines.bundle import write_bundle
 from vp_engines.manifest import MANIFEST_NAME, Manifest, canonical_json
@@ -103,3 +106,20 @@ def signed(changed: dict[str, Any]) -> bytes:
 def forge(bundle: Path, changed: dict[str, Any]) -> None:
     """Replace a bundle's manifest by `changed`, its digest made right."""
     (bundle / MANIFEST_NAME).write_bytes(signed(changed))
+
+
+def linear_model(scale: float) -> bytes:
+    """A real ONNX file for the sample's images: logits[i] = (scale, -scale) * sum of image i."""
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto
+    weights = np.stack([np.full(48, scale), np.full(48, -scale)], 1).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])],
+        "linear",
+        [helper.make_tensor_value_info("images", kind.FLOAT, ["batch", 3, 4, 4])],
+        [helper.make_tensor_value_info("logits", kind.FLOAT, ["batch", 2])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    data: bytes = model.SerializeToString()
+    return data

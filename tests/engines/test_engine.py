@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import vp_engines
-from tests.engines.bundle_samples import FILES, document, fields, forge, write_sample
+from tests.engines.bundle_samples import FILES, document, fields, forge, linear_model, write_sample
 from vp_engines import engine as engine_module
 from vp_engines.backends.base import Availability, Runner, RunOptions, TensorSpec
 from vp_engines.bundle import write_bundle
@@ -220,23 +220,6 @@ def test_a_failing_run_does_not_block_close(out: Path, backend: FakeBackend, mon
     assert not closer.is_alive()
 
 
-def onnx_model(scale: float) -> bytes:
-    """logits[i] = (scale, -scale) * sum of image i, as a real ONNX file."""
-    onnx = pytest.importorskip("onnx")
-    helper, kind = onnx.helper, onnx.TensorProto
-    weights = np.stack([np.full(48, scale), np.full(48, -scale)], 1).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])],
-        "tiny",
-        [helper.make_tensor_value_info("images", kind.FLOAT, ["batch", 3, 4, 4])],
-        [helper.make_tensor_value_info("logits", kind.FLOAT, ["batch", 2])],
-        [onnx.numpy_helper.from_array(weights, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    data: bytes = model.SerializeToString()
-    return data
-
-
 def test_a_real_model_through_onnx_runtime(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("vp_engines.backends.ort", reason="the ort backend is not written yet")
@@ -244,7 +227,7 @@ def test_a_real_model_through_onnx_runtime(tmp_path: Path) -> None:
     variants["reduced"] |= {"files": ["engine/model.onnx"], "requirements": {}}
     write_bundle(
         tmp_path / "a.vpe",
-        files={"plan.json": b"{}", "engine/model.onnx": onnx_model(1.0), "dense/model.onnx": onnx_model(2.0)},
+        files={"plan.json": b"{}", "engine/model.onnx": linear_model(1.0), "dense/model.onnx": linear_model(2.0)},
         **fields(variants=variants),
     )
     with vp_engines.load(tmp_path / "a.vpe", threads=1) as reduced:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -11,20 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from tests.ports import free_ports
 from vp_exporter.workers import Workers
 
 T = TypeVar("T")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def together(arguments: list[str], world: int, timeout: float = 240) -> list[subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` as `world` processes of one group, as torchrun would start them."""
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports()[0]),
               "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # fmt: skip
     started = [
         subprocess.Popen(

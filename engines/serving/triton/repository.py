@@ -207,7 +207,7 @@ def _models(bundle: Bundle, options: ServeOptions) -> tuple[list[_Model], str]:
     if backend != "python" and (native is None or native.backend != backend):
         raise InputError(
             f"the backend {backend} does not run engines of {manifest.engine.name!r}",
-            expected=" or ".join([native.backend] if native else []) + (" or " if native else "") + "python",
+            expected=f"{native.backend} or python" if native else "python",
         )
     sizes = manifest.engine.batch
     if sizes is not None and sizes.min > 1:

@@ -30,7 +30,7 @@ def test_help_tells_the_exit_codes(command: Any) -> None:
     assert "[depth, patches]" in result.stdout or command is not export
 
 
-@pytest.mark.parametrize("name", ["export", "inspect", "validate", "search"])
+@pytest.mark.parametrize("name", ["export", "inspect", "validate", "search", "serve"])
 def test_help_does_not_wait_for_torch(name: str) -> None:
     code = (
         f"import sys; from vp_exporter.cli import {name} as command; sys.argv = ['x', '--help']\n"

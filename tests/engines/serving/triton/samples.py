@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
 
-from tests.engines.bundle_samples import fields
+from tests.engines.bundle_samples import fields, linear_model
 from vp_engines.bundle import write_bundle
 
 # Images per second: 4 pays, 8 does not.
@@ -31,26 +30,12 @@ def write_linear(out: Path, scale: float = 1.0, **changes: Any) -> Path:
         files={
             "plan.json": b"{}",
             "report.json": json.dumps(REPORT).encode(),
-            "engine/model.onnx": linear(scale),
-            "dense/model.onnx": linear(2 * scale),
+            "engine/model.onnx": linear_model(scale),
+            "dense/model.onnx": linear_model(2 * scale),
         },
         **fields(**given),
     )
     return out
-
-
-def linear(scale: float) -> bytes:
-    weights = np.stack([np.full(48, scale), np.full(48, -scale)], 1).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])],
-        "linear",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 4, 4])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
-        [numpy_helper.from_array(weights, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    data: bytes = model.SerializeToString()
-    return data
 
 
 def answers(images: np.ndarray, scale: float = 1.0) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,8 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
+
 ROOT = Path(__file__).parents[4]
 VENV = ROOT / "build" / "tritonserver"
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _STARTS_IN = 60.0
 
 
@@ -37,7 +39,7 @@ class Server:
 
 def packages() -> Path:
     """Where the server's packages are; the test is skipped where it was not installed."""
-    found = VENV / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    found = VENV / "lib" / f"python{PYTHON}" / "site-packages"
     if not (found / "pytriton").is_dir():
         pytest.skip("there is no Triton Inference Server: make tritonserver")
     return found
@@ -49,8 +51,7 @@ def running(repository: Path, work: Path, *arguments: str) -> Iterator[Server]:
     site = packages()
     server, backend = site / "pytriton" / "tritonserver", work / "backends" / "python"
     shutil.copytree(server / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    shutil.copy(server / "python_backend_stubs" / version / "triton_python_backend_stub", backend)
+    shutil.copy(server / "python_backend_stubs" / PYTHON / "triton_python_backend_stub", backend)
     program = work / "tritonserver"
     shutil.copy(server / "bin" / "tritonserver", program)
     for file in (program, backend / "triton_python_backend_stub"):
@@ -65,7 +66,7 @@ def running(repository: Path, work: Path, *arguments: str) -> Iterator[Server]:
         "PYTHONPATH": f"{names}:{site}",
         "OMP_NUM_THREADS": "1",
     }
-    http, grpc = _free_ports(2)
+    http, grpc = free_ports(2)
     log = work / "server.log"
     with open(log, "wb") as file:
         process = subprocess.Popen(
@@ -96,11 +97,3 @@ def _wait(server: Server) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"the server did not start:\n{server.said()[-4000:]}")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

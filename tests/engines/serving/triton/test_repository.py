@@ -11,8 +11,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from tests.engines.bundle_samples import fields
-from tests.engines.serving.triton.samples import linear, write_linear
+from tests.engines.bundle_samples import fields, linear_model
+from tests.engines.serving.triton.samples import write_linear
 from vp_engines import atomic
 from vp_engines.backends.base import TensorSpec
 from vp_engines.bundle import verify_bundle
@@ -55,7 +55,7 @@ def test_an_onnx_engine_runs_under_the_servers_own_backend(bundle: Path, out: Pa
     assert (served.name, served.version, served.backend) == ("linear", 1, "onnxruntime")
     assert served.folders == (out / "linear",)
     assert sorted(tree(out)) == ["linear/1/model.onnx", "linear/config.pbtxt", "linear/labels.txt"]
-    assert (out / "linear" / "1" / "model.onnx").read_bytes() == linear(1.0)
+    assert (out / "linear" / "1" / "model.onnx").read_bytes() == linear_model(1.0)
     assert (out / "linear" / "labels.txt").read_text() == "cat\ndog\n"
     found = read(out / "linear")
     assert (found.name, found.backend, found.platform) == ("linear", "onnxruntime", "onnxruntime_onnx")
@@ -81,7 +81,7 @@ def test_options_reach_the_configuration(bundle: Path, out: Path) -> None:
     assert found.instance_group[0].count == 3
     assert found.parameters["intra_op_thread_count"].string_value == "2"
     assert not found.model_warmup
-    assert (out / "other" / "1" / "model.onnx").read_bytes() == linear(2.0)
+    assert (out / "other" / "1" / "model.onnx").read_bytes() == linear_model(2.0)
 
 
 def test_the_python_backend_gets_the_whole_bundle(bundle: Path, out: Path) -> None:
@@ -148,7 +148,7 @@ def test_further_bundles_are_further_versions(tmp_path: Path, out: Path) -> None
     for scale in (1.0, 2.0):
         served = write_repository(write_linear(tmp_path / f"{scale}.vpe", scale), out)
         numbers.append(served.version)
-        assert (out / "linear" / str(served.version) / "model.onnx").read_bytes() == linear(scale)
+        assert (out / "linear" / str(served.version) / "model.onnx").read_bytes() == linear_model(scale)
     third = with_engine(tmp_path / "third.vpe", batch={"min": 1, "opt": 1, "max": 2})
     assert write_repository(third, out, ServeOptions(version=7)).version == 7
     assert numbers == [1, 2]
@@ -228,7 +228,7 @@ def test_requests_that_the_engine_cannot_meet(bundle: Path, tmp_path: Path, out:
 
 def test_a_damaged_bundle_is_refused(tmp_path: Path, out: Path) -> None:
     given = write_linear(tmp_path / "a.vpe")
-    (given / "engine" / "model.onnx").write_bytes(linear(3.0))
+    (given / "engine" / "model.onnx").write_bytes(linear_model(3.0))
     with pytest.raises(BundleCorruptError, match=r"'engine/model\.onnx'"):
         write_repository(given, out)
     assert not out.exists()
