@@ -75,9 +75,9 @@ class SearchBench(Bench):
         plans = dict(result.plans)
         if method == STATIC:
             assert result.importance is not None
-            stages = [row["stage"] for row in result.stages if "kl" in row]
             plans = {f"{name}{ALL}": plan for name, plan in self.published(result.importance, share).items()}
-            plans |= {stage: result.plans[stage] for stage in stages}
+            own = {row["stage"] for row in result.baselines}
+            plans |= {name: plan for name, plan in result.plans.items() if name not in own}
         # Every plan without what else a plan says: the cache holds what is run.
         bare = {name: dataclasses.replace(plan, provenance={}).to_dict() for name, plan in plans.items()}
         return {
@@ -125,6 +125,16 @@ class SearchBench(Bench):
                 min_seconds=self.seconds, macs_dense=macs[0], macs_reduced=macs[1],
             )  # fmt: skip
         return line.to_dict()
+
+
+def held_out(found: dict[str, Any]) -> dict[str, float]:
+    """KL on the held-out photographs, of every stage, baseline and strategy that a search has a row of."""
+    rows = [row for row in [*found["baselines"], *found["stages"]] if "kl" in row]
+    held = {row["stage"]: row["kl"] for row in rows}
+    for row in rows:
+        ended = row.get("rows", ()) if row["stage"] == "rearrangement" else ()
+        held |= {f"rearrangement, {end['strategy']}": end["held_kl"] for end in ended}
+    return held
 
 
 def row_cells(
@@ -239,7 +249,7 @@ def main() -> None:
                     f"search {method} {share:g}",
                     lambda m=method, s=share: bench.search(m, s, args.evaluations, kept(m, s)),
                 )
-                held = {row["stage"]: row["kl"] for row in [*found["baselines"], *found["stages"]] if "kl" in row}
+                held = held_out(found)
                 took.append([f"{method} {share:g}", str(found["images"]), f"{found['seconds'] / 60:.1f}"])
                 for name, data in found["plans"].items():
                     plan = ReductionPlan.from_dict(data)

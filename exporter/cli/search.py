@@ -49,7 +49,7 @@ def search(
     held_out: Annotated[float, typer.Option(help="Share of them that only accepts and rejects.")] = 0.25,
     search_batch: Annotated[int, typer.Option(min=1, help="Images of one calibration batch.")] = 32,
     evaluations: Annotated[
-        int | None, typer.Option(help="Candidate plans that each strategy may run; 60 for vpruner, 120 for schedules.")
+        int | None, typer.Option(help="Candidate plans that each strategy may run; 24 for vpruner, 120 for schedules.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="The same by the clock; the plan then depends on it.")] = None,
     rearrange: Annotated[str, typer.Option(metavar="NAMES", help="greedy,ppo, one of them, or none.")] = "greedy,ppo",

@@ -40,7 +40,7 @@ class SearchResult:
         importance: float64 [depth, patches], where a Fisher pass was made.
         life: int64 [patches], of a static plan.
         trace: the loss of every candidate.
-        plans: every stage's and baseline's plan by its name.
+        plans: every stage's, strategy's and baseline's plan by its name.
     """
 
     plan: ReductionPlan
@@ -151,6 +151,8 @@ class _Run:
                     seconds=settings.seconds, seed=settings.seed, temperature=settings.temperature,
                     strategies=settings.strategies, trace=self.trace,
                 )  # fmt: skip
+            for strategy, ended in moved.lives.items():
+                result.plans[f"rearrangement, {strategy}"] = plan_of(ended, self.description)
             life, plan = moved.life, plan_of(moved.life, self.description)
             self.row("rearrangement", plan, start, rows=list(moved.rows), note=str(moved))
         result.life = life

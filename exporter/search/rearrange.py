@@ -33,6 +33,7 @@ class Rearranged:
         prior_kl, kl: of the Fisher prior and of `life` on the held-out batches: mean KL(dense || reduced), nats.
         rows: one for each candidate: {strategy, start, search_loss, held_kl, held_loss, evaluations, seconds}; the
             losses are what a search goes by (Scorer.losses).
+        lives: what each strategy ended at, kept or not.
     """
 
     life: np.ndarray
@@ -41,6 +42,7 @@ class Rearranged:
     prior_kl: float
     kl: float
     rows: tuple[dict[str, Any], ...]
+    lives: Mapping[str, np.ndarray]
 
     @property
     def gain(self) -> float:
@@ -135,8 +137,9 @@ def rearrange(
         row["held_kl"] = scorer.loss(plan, scorer.calibration.held)
         row["held_loss"] = scorer.loss(plan, scorer.calibration.held, temperature)
     best = settled([(row["held_kl"], row["held_loss"]) for row in rows])
+    lives = {strategy: life for strategy, _, life, _ in found if strategy in strategies}
     strategy, start, life, _ = found[best]
-    return Rearranged(life, strategy, start, rows[0]["held_kl"], rows[best]["held_kl"], tuple(rows))
+    return Rearranged(life, strategy, start, rows[0]["held_kl"], rows[best]["held_kl"], tuple(rows), lives)
 
 
 def _check(

@@ -16,7 +16,7 @@ STATIC = "vpruner"
 MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
 # Candidates by default: exchanges soon fit the images, and schedules gain little after so many.
-EXCHANGES, SCHEDULES = 60, 120
+EXCHANGES, SCHEDULES = 24, 120
 # Calibration images by default. Schedules are fitted to few and decided by all others, whose KL hangs on few images.
 STATIC_IMAGES, SCHEDULE_IMAGES = 512, 1536
 

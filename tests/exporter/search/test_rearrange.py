@@ -231,6 +231,10 @@ def test_rearrange_keeps_the_best_on_held_out_images() -> None:
     assert found.gain > 0
     assert (found.start if found.strategy == START else found.strategy) in str(found)
     assert f"{found.kl:.4f}" in str(found)
+    assert list(found.lives) == ["greedy", "ppo"]
+    for row in found.rows[3:]:
+        ended = plan_of(found.lives[row["strategy"]], fresh.description)
+        assert row["held_kl"] == pytest.approx(fresh.score(ended, held).kl, rel=1e-9)
     again, _ = run(life)
     assert np.array_equal(again.life, found.life)
     assert again.kl == found.kl
