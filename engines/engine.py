@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from vp_engines.backends import ENGINES, get_backend
-from vp_engines.backends.base import Backend, Runner, RunOptions, TensorSpec
+from vp_engines.backends.base import Backend, RecordedRun, Runner, RunOptions, TensorSpec
 from vp_engines.bundle import read_bundle
 from vp_engines.errors import BundleIncompatibleError, EngineUnavailableError, InputError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest
@@ -90,6 +90,15 @@ class Engine:
                 fix="split it, or export with another --max-batch",
             )
 
+    def recorded(self) -> list[RecordedRun]:
+        """What the engine's own profiler saw of every run since `load(..., profile=True)`; ends the recording.
+
+        Raises:
+            InputError: loaded without `profile`, closed, or called before.
+            EngineUnavailableError: the engine has no profiler that we know.
+        """
+        return self._runner.recorded()
+
     def close(self) -> None:
         """Release the engine once no thread runs it; calling it twice is fine."""
         with self._idle:
@@ -114,6 +123,7 @@ def load(
     variant: Literal["reduced", "dense"] = "reduced",
     device: Literal["cpu", "cuda"] | None = None,
     threads: int | None = None,
+    profile: bool = False,
 ) -> Engine:
     """Open a bundle: verify every file, check that its engine can run here, and only then deserialise.
 
@@ -122,6 +132,7 @@ def load(
         variant: the reduced model, or the dense one that travels with it for comparison.
         device: None means what the bundle was built for.
         threads: CPU threads of one run; None means the runtime's own choice.
+        profile: let the engine's own profiler record every run, for `Engine.recorded`; runs take a little longer.
 
     Raises:
         InputError: an argument that makes no sense.
@@ -153,7 +164,7 @@ def load(
         tuple(tensor.spec() for tensor in manifest.inputs),
         tuple(tensor.spec() for tensor in manifest.outputs),
         chosen.requirements,
-        RunOptions(device=device, threads=threads),
+        RunOptions(device=device, threads=threads, profile=profile),
     )
     return Engine(manifest, variant, runner)
 

@@ -20,13 +20,16 @@ from vp_engines.backends.base import (
     BuildOptions,
     BuildResult,
     BuildSource,
+    Operation,
     Precision,
+    RecordedRun,
     Runner,
     RunOptions,
     TensorSpec,
     first_line,
     install_hint,
     installed,
+    nothing_recorded,
     require,
     version_tuple,
 )
@@ -89,7 +92,12 @@ class AotInductorBackend(Backend):
 
         # Freezing packs the weights into the layout of the CPU's matrix kernels. Threads are counted when it runs:
         # by default the number of this machine would be compiled in.
-        configs = {"freezing": True, "cpp.dynamic_threads": True} if options.device == "cpu" else {}
+        # Kernels tell torch's profiler their names; without a profiler that is one look at a flag each.
+        configs = (
+            {"freezing": True, "cpp.dynamic_threads": True, "cpp.enable_kernel_profile": True}
+            if options.device == "cpu"
+            else {}
+        )
         path = out / ARTEFACT
         try:
             with torch.no_grad():
@@ -132,7 +140,7 @@ class AotInductorBackend(Backend):
         except Exception as error:  # zip and json errors, RuntimeError from the C++ loader
             shutil.rmtree(folder, ignore_errors=True)
             raise BundleCorruptError(f"torch cannot load '{artefact}': {first_line(error)}") from error
-        return AotInductorRunner(model, device, folder, inputs, outputs)
+        return AotInductorRunner(model, device, folder, inputs, outputs, profile=options.profile)
 
 
 class AotInductorRunner(Runner):
@@ -147,9 +155,12 @@ class AotInductorRunner(Runner):
         folder: str,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
+        *,
+        profile: bool = False,
     ) -> None:
         super().__init__(inputs, outputs)
         self._model, self._device, self._folder = model, device, folder
+        self._runs: list[RecordedRun] | None = [] if profile else None
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         import torch
@@ -158,15 +169,54 @@ class AotInductorRunner(Runner):
         self._check_open()  # closed between the first check and the line above
         # from_numpy warns about a read-only array; the model only reads it, and a copy would cost more than the view.
         batch = torch.from_numpy(images if images.flags.writeable else images.copy()).to(self._device)
-        results = model(batch)
+        results = model(batch) if self._runs is None else self._record(model, batch, self._runs)
         tensors = (results,) if isinstance(results, torch.Tensor) else tuple(results)
         named = zip(self.outputs, tensors, strict=True)
         # clone: on the CPU numpy() is a view of a tensor whose memory the library may still own
         return {spec.name: tensor.to("cpu", copy=True).numpy() for spec, tensor in named}
 
+    def _record(self, model: Any, batch: Any, runs: list[RecordedRun]) -> Any:
+        """One run under torch's profiler."""
+        from torch.profiler import ProfilerActivity, profile
+
+        cuda = self._device == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+            results = model(batch)
+            if cuda:
+                import torch
+
+                torch.cuda.synchronize()
+        runs.append(_recorded_run(profiler.events(), cuda))
+        return results
+
+    def _recorded(self) -> list[RecordedRun]:
+        if self._runs is None:
+            raise nothing_recorded()
+        runs, self._runs = self._runs, None
+        return runs
+
     def _close(self) -> None:
         self._model = None
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _recorded_run(events: Any, cuda: bool) -> RecordedRun:
+    """The outermost operations among the events of torch's profiler: on a GPU its kernels, else what the library calls.
+
+    An operation of torch calls others, which its own time holds already.
+    """
+    spans = sorted(
+        (event.time_range.start, -event.time_range.end, event.name)
+        for event in events
+        if (event.device_type.name == "CUDA") == cuda
+    )
+    operations: list[Operation] = []
+    end, begin = float("-inf"), spans[0][0] if spans else 0.0
+    for start, negative, name in spans:
+        if start >= end:
+            end = -negative
+            operations.append(Operation(name, "", float(start - begin), float(end - start)))
+    return RecordedRun(tuple(operations))
 
 
 def _load(torch: Any, path: str) -> Callable[[Any], Any]:

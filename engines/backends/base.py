@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -105,10 +105,54 @@ class RunOptions:
     Attributes:
         device: "cpu" or "cuda"; None means what the artefact was built for (for ort: the CPU).
         threads: threads of one run on the CPU; None means the runtime's own choice.
+        profile: let the engine's own profiler record every run, for `Runner.recorded`; runs take a little longer.
     """
 
     device: Literal["cpu", "cuda"] | None = None
     threads: int | None = None
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a run, as the engine's own profiler saw it.
+
+    Attributes:
+        name: as the engine calls it; where the engine keeps them, the name of the graph's node.
+        kind: its operator ("MatMul"), or how the engine computes it; "" where the engine does not say.
+        start, duration: microseconds; `start` from the run's beginning.
+    """
+
+    name: str
+    kind: str
+    start: float
+    duration: float
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a profiler saw of one run.
+
+    Attributes:
+        operations: in the order in which they began.
+        duration: microseconds of the whole run by the profiler's clock; None where it does not say.
+    """
+
+    operations: tuple[Operation, ...]
+    duration: float | None = None
+
+    @classmethod
+    def in_sequence(cls, entries: Iterable[tuple[str, str, float]]) -> RecordedRun:
+        """Of a profiler that says how long each operation took and not when: one after the other.
+
+        Args:
+            entries: (name, kind, microseconds).
+        """
+        operations, start = [], 0.0
+        for name, kind, duration in entries:
+            operations.append(Operation(name, kind, start, duration))
+            start += duration
+        return cls(tuple(operations))
 
 
 class Runner(ABC):
@@ -150,8 +194,22 @@ class Runner(ABC):
         if self._closed:
             raise InputError("this engine is closed", fix="load the bundle again")
 
+    def recorded(self) -> list[RecordedRun]:
+        """Every run since the engine was opened with `RunOptions.profile`, in order. Ends the recording.
+
+        Raises:
+            InputError: the runner is closed, or was opened without it; or this was called before.
+            EngineUnavailableError: the engine has no profiler that we know.
+        """
+        with self._lock:
+            self._check_open()
+            return self._recorded()
+
     @abstractmethod
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]: ...
+
+    def _recorded(self) -> list[RecordedRun]:
+        raise EngineUnavailableError(f"{type(self).__name__} has no profiler", fix="profile another engine")
 
     def _close(self) -> None:  # noqa: B027 (a hook: a runner with nothing to release leaves it)
         """Release the runtime's resources. A concurrent runner may have runs in flight: they must end well."""
@@ -312,6 +370,11 @@ def first_line(text: object, limit: int = 400) -> str:
     """The first non-empty line of an error message, shortened."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0][:limit] if lines else "no message"
+
+
+def nothing_recorded() -> InputError:
+    """What `Runner.recorded` raises where there is nothing to tell."""
+    return InputError("nothing is recorded", fix="load with profile=True, and ask once")
 
 
 def check_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:

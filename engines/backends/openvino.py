@@ -20,16 +20,23 @@ from vp_engines.backends.base import (
     BuildResult,
     BuildSource,
     Precision,
+    RecordedRun,
     Runner,
     RunOptions,
     TensorSpec,
     first_line,
     install_hint,
     installed,
+    nothing_recorded,
     require,
     version_tuple,
 )
-from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
+from vp_engines.errors import (
+    BuildError,
+    BundleCorruptError,
+    BundleIncompatibleError,
+    EngineUnavailableError,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +113,8 @@ class OpenVinoBackend(Backend):
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
         if options.threads is not None:
             config["INFERENCE_NUM_THREADS"] = options.threads
+        if options.profile:
+            config["PERF_COUNT"] = True
         core = ov.Core()
         try:
             model = core.read_model(files[artefact], weights)
@@ -116,15 +125,23 @@ class OpenVinoBackend(Backend):
         wanted = [spec.name for spec in (*inputs, *outputs)]
         if len(found) != len(wanted) or not all(name in names for name, names in zip(wanted, found, strict=True)):
             raise BundleCorruptError(f"'{artefact}' has inputs and outputs {found}", expected=f"{wanted}")
-        return OpenVinoRunner(compiled, inputs, outputs)
+        return OpenVinoRunner(compiled, inputs, outputs, profile=options.profile)
 
 
 class OpenVinoRunner(Runner):
     """A compiled model; each thread has its own infer request, since a request holds its inputs and outputs."""
 
-    def __init__(self, compiled: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        *,
+        profile: bool = False,
+    ) -> None:
         super().__init__(inputs, outputs)
         self._compiled = compiled
+        self._runs: list[RecordedRun] | None = [] if profile else None
         self._local = threading.local()
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -135,11 +152,28 @@ class OpenVinoRunner(Runner):
             request = local.request = compiled.create_infer_request()
         # share_outputs=False copies: the next run of this thread would overwrite the request's own buffers.
         results = request.infer({0: images}, share_inputs=True, share_outputs=False)
+        if self._runs is not None:
+            self._runs.append(_recorded_run(request))
         return {spec.name: results[index] for index, spec in enumerate(self.outputs)}
+
+    def _recorded(self) -> list[RecordedRun]:
+        if self._runs is None:
+            raise nothing_recorded()
+        runs, self._runs = self._runs, None
+        return runs
 
     def _close(self) -> None:
         self._compiled = None
         self._local = threading.local()
+
+
+def _recorded_run(request: Any) -> RecordedRun:
+    """What the plugin counted in the last run of `request`; what is folded away counts nothing."""
+    return RecordedRun.in_sequence(
+        (entry.node_name, f"{entry.node_type} {entry.exec_type}", duration)
+        for entry in request.profiling_info
+        if (duration := entry.real_time.total_seconds() * 1e6) > 0
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -7,9 +7,11 @@ stored as lowered and optimised when opened.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -21,17 +23,25 @@ from vp_engines.backends.base import (
     BuildOptions,
     BuildResult,
     BuildSource,
+    Operation,
     Precision,
+    RecordedRun,
     Runner,
     RunOptions,
     TensorSpec,
     first_line,
     install_hint,
     installed,
+    nothing_recorded,
     require,
     version_tuple,
 )
-from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
+from vp_engines.errors import (
+    BuildError,
+    BundleCorruptError,
+    BundleIncompatibleError,
+    EngineUnavailableError,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
 ARTEFACT = "model.onnx"
 # Anything else would need a custom operator library, which a bundle does not carry.
 DOMAINS = frozenset({"", "ai.onnx", "vp", "com.microsoft"})
+_KERNEL = "_kernel_time"  # what ONNX Runtime's profiler puts behind a node's name
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Oldest ONNX Runtime that takes an opset; older opsets run on every version that the extras allow.
 _OLDEST_FOR_OPSET = {23: "1.23", 24: "1.24", 25: "1.25"}
@@ -118,14 +129,20 @@ class OnnxRuntimeBackend(Backend):
         provider = _PROVIDERS[options.device or "cpu"]
         if provider not in ort.get_available_providers():
             raise _no_cuda(ort.__version__)
-        session = _session(ort, artefact, files, provider, options.threads)
-        if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU when CUDA does not start
-            raise _no_cuda(ort.__version__)
+        profile = tempfile.mkdtemp(prefix="vp-ort-profile-") if options.profile else None
+        try:
+            session = _session(ort, artefact, files, provider, options.threads, profile)
+            if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU when CUDA does not start
+                raise _no_cuda(ort.__version__)
+        except Exception:
+            _forget(profile)
+            raise
         found = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
         wanted = [spec.name for spec in inputs], [spec.name for spec in outputs]
         if found != wanted:
+            _forget(profile)
             raise BundleCorruptError(f"'{artefact}' has inputs and outputs {found}", expected=f"{wanted}")
-        return OnnxRuntimeRunner(session, inputs, outputs)
+        return OnnxRuntimeRunner(session, inputs, outputs, profile)
 
 
 def _onnxruntime(backend: OnnxRuntimeBackend) -> ModuleType:
@@ -136,11 +153,21 @@ def _onnxruntime(backend: OnnxRuntimeBackend) -> ModuleType:
 
 
 class OnnxRuntimeRunner(Runner):
-    """An InferenceSession; it may be entered by many threads at once."""
+    """An InferenceSession; it may be entered by many threads at once.
 
-    def __init__(self, session: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    Args:
+        profile: the folder that its profiler writes to, and that is ours to remove; None: it does not profile.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        profile: str | None = None,
+    ) -> None:
         super().__init__(inputs, outputs)
-        self._session = session
+        self._session, self._profile = session, profile
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         session = self._session
@@ -148,12 +175,61 @@ class OnnxRuntimeRunner(Runner):
         names = [spec.name for spec in self.outputs]
         return dict(zip(names, session.run(names, {self.inputs[0].name: images}), strict=True))
 
+    def _recorded(self) -> list[RecordedRun]:
+        if self._profile is None:
+            raise nothing_recorded()
+        try:
+            return _runs(json.loads(Path(self._session.end_profiling()).read_text()))
+        finally:
+            _forget(self._profile)
+            self._profile = None
+
     def _close(self) -> None:
+        if self._profile is not None:
+            self._session.end_profiling()  # else the session writes its file when it dies, into a folder that is gone
+            _forget(self._profile)
+            self._profile = None
         self._session = None
 
 
-def _session(ort: Any, artefact: str, files: Mapping[str, bytes], provider: str, threads: int | None) -> Any:
+def _forget(profile: str | None) -> None:
+    if profile is not None:
+        shutil.rmtree(profile, ignore_errors=True)
+
+
+def _runs(events: list[dict[str, Any]]) -> list[RecordedRun]:
+    """The runs in a profile of ONNX Runtime: a Chrome trace, times in microseconds."""
+    kernels = sorted(
+        (event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)),
+        key=lambda event: float(event["ts"]),
+    )
+    starts = [float(event["ts"]) for event in kernels]
+    runs = []
+    for whole in sorted((event for event in events if event["name"] == "model_run"), key=lambda event: event["ts"]):
+        begin, end = float(whole["ts"]), float(whole["ts"]) + float(whole["dur"])
+        operations = tuple(
+            Operation(
+                event["name"].removesuffix(_KERNEL), str(event["args"].get("op_name", "")),
+                float(event["ts"]) - begin, float(event["dur"]),
+            )
+            for event in kernels[bisect_left(starts, begin) : bisect_left(starts, end)]
+        )  # fmt: skip
+        runs.append(RecordedRun(operations, float(whole["dur"])))
+    return runs
+
+
+def _session(
+    ort: Any,
+    artefact: str,
+    files: Mapping[str, bytes],
+    provider: str,
+    threads: int | None,
+    profile: str | None = None,
+) -> Any:
     """An InferenceSession over bytes alone.
+
+    Args:
+        profile: a folder for its profile.
 
     Raises:
         BundleCorruptError: the bytes are no ONNX model.
@@ -161,6 +237,9 @@ def _session(ort: Any, artefact: str, files: Mapping[str, bytes], provider: str,
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.path.join(profile, "run")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -39,6 +39,11 @@ def vp_search() -> None:
     _start("search")
 
 
+def vp_profile() -> None:
+    """vp-profile"""
+    _start("profile")
+
+
 def vp_serve() -> None:
     """vp-serve"""
     _start("serve")

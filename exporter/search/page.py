@@ -59,7 +59,8 @@ def write_page(folder: str | Path, result: Mapping[str, Any]) -> list[Path]:
         The files written.
 
     Raises:
-        SearchError: matplotlib is not installed, or the folder cannot be written.
+        PictureError: matplotlib is not installed.
+        SearchError: the folder cannot be written.
     """
     folder, drawn = Path(folder), _pictures(result)
     body = plain({"format": FORMAT, "version": VERSION, **result})

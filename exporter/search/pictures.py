@@ -5,15 +5,13 @@ matplotlib is imported inside the functions only, and no picture touches its glo
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vp_exporter.errors import SearchError
+from vp_exporter.drawing import DPI, INK, LINE, MUTED, WIDTH, plain_text, png, require_matplotlib
 from vp_exporter.search.lifetimes import mask_of
 
 if TYPE_CHECKING:
@@ -21,26 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-DPI = 110
 # Okabe and Ito's colours, told apart by colour-blind eyes too; their yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, MUTED, LINE, GONE = "#1b1f24", "#6b7580", "#dfe3e7", "#e9ecef"
+GONE = "#e9ecef"
 GONE_DARK = "#b4bcc4"  # beside a colour map whose middle is nearly white
 MARKERS = "osD^vPX"
-WIDTH = 8.4  # inches; the page shows pictures as wide as its column
 MAX_POINTS = 5000  # dots in the progress picture: more are ink and no news
-
-
-def require_matplotlib() -> None:
-    """Ask this before the search starts: the pictures are drawn when it has ended.
-
-    Raises:
-        SearchError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise SearchError("matplotlib is not installed", fix="pip install 'vp-export[search]'") from error
 
 
 def importance_maps(importance: np.ndarray, grid: tuple[int, int]) -> bytes:
@@ -51,7 +35,7 @@ def importance_maps(importance: np.ndarray, grid: tuple[int, int]) -> bytes:
         grid: rows and columns of patches.
 
     Raises:
-        SearchError: matplotlib is not installed.
+        PictureError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import LogNorm, Normalize
@@ -77,7 +61,7 @@ def key_bias_map(scales: np.ndarray, grid: tuple[int, int]) -> bytes:
         grid: rows and columns of patches.
 
     Raises:
-        SearchError: matplotlib is not installed.
+        PictureError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import Normalize
@@ -101,7 +85,7 @@ def kept_sets(kept: np.ndarray, grid: tuple[int, int], depth: int | None = None)
         depth: blocks, for lifetimes; their maximum where it is not given.
 
     Raises:
-        SearchError: matplotlib is not installed.
+        PictureError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import ListedColormap, to_hex
@@ -129,7 +113,7 @@ def kept_sets(kept: np.ndarray, grid: tuple[int, int], depth: int | None = None)
     figure.legend(
         handles=patches[::-1], loc="lower left", ncols=3, frameon=False, fontsize=9, bbox_to_anchor=(0.0, 0.0)
     )
-    return _png(figure)
+    return png(figure)
 
 
 def tokens_per_block(counts: Mapping[str, Sequence[int]], dense: int) -> bytes:
@@ -140,7 +124,7 @@ def tokens_per_block(counts: Mapping[str, Sequence[int]], dense: int) -> bytes:
         dense: tokens of the model that is not reduced.
 
     Raises:
-        SearchError: matplotlib is not installed.
+        PictureError: matplotlib is not installed.
     """
     require_matplotlib()
     depth = max((len(row) for row in counts.values()), default=1)
@@ -149,7 +133,7 @@ def tokens_per_block(counts: Mapping[str, Sequence[int]], dense: int) -> bytes:
     for i, (name, row) in enumerate(counts.items()):
         # Edges, not points: a count holds for the whole width of its block.
         axis.stairs(
-            np.asarray(row, dtype=np.float64), np.arange(len(row) + 1) - 0.5, baseline=None, label=_text(name),
+            np.asarray(row, dtype=np.float64), np.arange(len(row) + 1) - 0.5, baseline=None, label=plain_text(name),
             color=COLOURS[i % len(COLOURS)], linewidth=2.0, linestyle="-" if i < len(COLOURS) else "--",
         )  # fmt: skip
     axis.set_xlim(-0.5, depth - 0.5)
@@ -158,7 +142,7 @@ def tokens_per_block(counts: Mapping[str, Sequence[int]], dense: int) -> bytes:
     axis.set_xlabel("block")
     axis.set_ylabel("tokens at the attention")
     _legend_below(figure, axis)
-    return _png(figure)
+    return png(figure)
 
 
 def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -168,7 +152,7 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
         rows: of `vp_exporter.search.allowance.Trace`.
 
     Raises:
-        SearchError: matplotlib is not installed.
+        PictureError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.ticker import MaxNLocator
@@ -185,8 +169,8 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axis.scatter(where[some], losses[some], s=9, color=colour, alpha=0.3, linewidths=0)
         marker = "o" if len(own) == 1 else None
         axis.step(
-            where, best, where="post", color=colour, linewidth=2.0, label=_text(stage), marker=marker, markersize=4,
-            linestyle="-" if i < len(COLOURS) else "--",
+            where, best, where="post", color=colour, linewidth=2.0, label=plain_text(stage), marker=marker,
+            markersize=4, linestyle="-" if i < len(COLOURS) else "--",
         )  # fmt: skip
     _log_axis(axis, all_losses)
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
@@ -194,7 +178,7 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axis.set_ylabel("loss (mean root of softened KL)")
     if rows:
         _legend_below(figure, axis, title="best so far (dots: each candidate)")
-    return _png(figure)
+    return png(figure)
 
 
 def front(points: Sequence[Mapping[str, Any]]) -> bytes:
@@ -205,7 +189,7 @@ def front(points: Sequence[Mapping[str, Any]]) -> bytes:
             true for what is shown only to compare with. A figure that is None or missing is not drawn.
 
     Raises:
-        SearchError: matplotlib is not installed.
+        PictureError: matplotlib is not installed.
     """
     require_matplotlib()
     figure, (left, right) = _axes(3.8, columns=2)
@@ -225,7 +209,7 @@ def front(points: Sequence[Mapping[str, Any]]) -> bytes:
             values = [float(p[key]) for p in known]
             axis.plot(
                 [100 * float(p["macs_share"]) for p in known], _positive(values) if key == "kl" else values,
-                label=_text(name), linewidth=1.0 if baseline else 1.8, markersize=6, **style,
+                label=plain_text(name), linewidth=1.0 if baseline else 1.8, markersize=6, **style,
             )  # fmt: skip
     _log_axis(left, [float(p["kl"]) for p in points if p.get("kl") is not None])
     left.set_ylabel("KL to the dense model (nats)")
@@ -235,7 +219,7 @@ def front(points: Sequence[Mapping[str, Any]]) -> bytes:
         axis.margins(x=0.08)
     if names:
         _legend_below(figure, left)
-    return _png(figure)
+    return png(figure)
 
 
 def _heat_maps(
@@ -272,7 +256,7 @@ def _heat_maps(
     drawn.outline.set_visible(False)
     drawn.ax.tick_params(labelsize=8, colors=MUTED, length=3)
     figure.text(0.47, (bottom - 0.14) / height, label, fontsize=9, color=INK, va="center")
-    return _png(figure)
+    return png(figure)
 
 
 def _grid_of_axes(
@@ -362,18 +346,3 @@ def _positive(values: Sequence[float]) -> np.ndarray:
     """What a logarithmic axis can show: NaN where a value is 0 or below, or not finite."""
     array = np.asarray(values, dtype=np.float64)
     return np.where(np.isfinite(array) & (array > 0), array, np.nan)
-
-
-def _text(name: str) -> str:
-    """A name as it is: dollars would start a formula, and a leading underscore would hide it from the legend."""
-    text = " ".join(str(name).split()).replace("$", r"\$")
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"\u200b{text}" if text.startswith("_") else text
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box; nobody can act on that
-        figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()

@@ -115,9 +115,10 @@ def compare(
     rows = []
     for batch in progress.track(batches, total=len(batches), description="timing against the dense model"):
         images = np.random.default_rng(seed).standard_normal((batch, *image_shape), dtype=np.float32)
-        per_round = _warm_up(dense, reduced, images)
+        runners = (dense, reduced)
+        per_round = warm_up(runners, images)
         count = rounds or int(np.clip(min_seconds / per_round, MIN_ROUNDS, MAX_ROUNDS))
-        nanoseconds = _time(dense, reduced, images, count, seed)
+        nanoseconds = time_rounds(runners, images, count, seed)
         rows.append(summarise(nanoseconds, batch=batch, mac_ratio=ratio, seed=seed))
     return rows
 
@@ -135,8 +136,8 @@ def summarise(nanoseconds: np.ndarray, *, batch: int, mac_ratio: float | None, s
     return LatencyRow(
         batch=batch,
         rounds=len(dense),
-        dense=_timing(dense, batch),
-        reduced=_timing(reduced, batch),
+        dense=timing(dense, batch),
+        reduced=timing(reduced, batch),
         speedup=speedup,
         noise=noise,
         mac_ratio=mac_ratio,
@@ -197,32 +198,34 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _timing(milliseconds: np.ndarray, batch: int) -> Timing:
+def timing(milliseconds: np.ndarray, batch: int) -> Timing:
+    """The summary of one engine's runs, float [rounds]."""
     median, p90, p99 = (float(value) for value in np.quantile(milliseconds, [0.5, 0.9, 0.99]))
     return Timing(median, float(milliseconds.mean()), p90, p99, 1000 * batch / median)
 
 
-def _warm_up(dense: RunnerLike, reduced: RunnerLike, images: np.ndarray) -> float:
-    """Run both until caches, clocks and lazy allocations have settled; seconds of the quickest round."""
+def warm_up(runners: Sequence[RunnerLike], images: np.ndarray) -> float:
+    """Run all until caches, clocks and lazy allocations have settled; seconds of the quickest round."""
     quickest, start, calls = float("inf"), time.perf_counter(), 0
     while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_SECONDS:
         before = time.perf_counter()
-        dense.run(images)
-        reduced.run(images)
+        for runner in runners:
+            runner.run(images)
         quickest = min(quickest, time.perf_counter() - before)
         calls += 1
     return max(quickest, 1e-9)
 
 
-def _time(dense: RunnerLike, reduced: RunnerLike, images: np.ndarray, rounds: int, seed: int) -> np.ndarray:
-    """Nanoseconds, int64 [rounds, 2]: dense and reduced."""
-    runs = (dense.run, reduced.run)
-    # Half of the rounds start with each, shuffled: neither has the better place more often.
-    first = np.random.default_rng(seed).permutation(np.arange(rounds) % 2)
-    taken = np.empty((rounds, 2), np.int64)
+def time_rounds(runners: Sequence[RunnerLike], images: np.ndarray, rounds: int, seed: int) -> np.ndarray:
+    """Nanoseconds, int64 [rounds, runners]; a round runs each of them once, in an order drawn anew."""
+    runs, count = [runner.run for runner in runners], len(runners)
+    # As many rounds start with each, shuffled: none has the better place more often.
+    first = np.random.default_rng(seed).permutation(np.arange(rounds) % count)
+    taken = np.empty((rounds, count), np.int64)
     with _without_gc():
         for i in range(rounds):
-            for which in (int(first[i]), 1 - int(first[i])):
+            for turn in range(count):
+                which = (int(first[i]) + turn) % count
                 start = time.perf_counter_ns()
                 runs[which](images)
                 taken[i, which] = time.perf_counter_ns() - start

@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels.test_functions import assert_close, by_case, export, exported, run, shared
 from tests.kernels.test_functions_cases import CASES, Case
-from vp_engines.backends import tensorrt
+from vp_engines.backends import tensorrt_build
 from vp_engines.backends.openvino import _make_stable
 from vp_engines.backends.tensorrt import TensorRtRtxBackend
 from vp_kernels.onnx import add_functions, function_names, inline
@@ -115,4 +115,4 @@ def _build(model: onnx.ModelProto, folder: Path, *, attentions: int = 0, decompo
         "attention_blocks": attentions,
         "timing_cache": None,
     }
-    return tensorrt._in_child(request)
+    return tensorrt_build.in_child(request)

@@ -154,3 +154,11 @@ def test_build_without_what_it_needs(source: BuildSource, tmp_path: Path, monkey
 def test_build_says_why_it_failed(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="AOTInductor cannot compile the model: "):
         BACKEND.build(BuildSource("fp32", INPUTS, OUTPUTS, program="not a program"), tmp_path, BuildOptions())
+
+
+def test_its_profiler(built: Built) -> None:
+    with open_(built) as plain, open_(built, RunOptions(profile=True)) as profiled:
+        runs = tiny_vit.check_recorded(plain, profiled)
+    names = [operation.name for operation in runs[1].operations]
+    assert sum("attention" in name for name in names) == tiny_vit.BLOCKS
+    assert any("cpp_fused" in name and "layer_norm" in name for name in names)

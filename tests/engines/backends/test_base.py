@@ -156,3 +156,8 @@ def test_small_helpers() -> None:
     assert not installed("no_such_package_anywhere")
     with pytest.raises(EngineUnavailableError, match=r"engine 'x' needs no_such_package_anywhere.*vp-export\[y\]"):
         require("no_such_package_anywhere", "x", "y")
+
+
+def test_an_engine_without_a_profiler_says_so() -> None:
+    with pytest.raises(EngineUnavailableError, match="Slow has no profiler; profile another engine"):
+        Slow().recorded()

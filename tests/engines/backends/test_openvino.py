@@ -92,3 +92,10 @@ def test_build_refuses_what_is_not_onnx(fp32: BuildSource, tmp_path: Path) -> No
     path.write_bytes(b"\x08noise")
     with pytest.raises(BuildError, match=r"OpenVINO 20\d\d\.\d.* refuses the model"):
         BACKEND.build(BuildSource("fp32", INPUTS, OUTPUTS, onnx=path), tmp_path, BuildOptions())
+
+
+def test_its_profiler(built: Built) -> None:
+    with open_(built) as plain, open_(built, RunOptions(profile=True)) as profiled:
+        runs = tiny_vit.check_recorded(plain, profiled)
+    kinds = [operation.kind.split()[0] for operation in runs[1].operations]
+    assert kinds.count("FullyConnected") == 4 * tiny_vit.BLOCKS + 1

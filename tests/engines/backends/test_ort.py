@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,3 +160,26 @@ def test_damaged_artefact(built: tuple[BuildResult, dict[str, bytes]], capfd: py
         with pytest.raises((BundleCorruptError, BundleIncompatibleError)):
             open_((result, broken))
     assert capfd.readouterr() == ("", "")
+
+
+def test_its_profiler(built: tuple[BuildResult, dict[str, bytes]]) -> None:
+    with open_(built) as plain, open_(built, RunOptions(profile=True)) as profiled:
+        runs = tiny_vit.check_recorded(plain, profiled)
+    kinds = [operation.kind for operation in runs[1].operations]
+    assert kinds.count("Attention") == tiny_vit.BLOCKS
+
+
+def test_a_profile_leaves_nothing_behind(
+    built: tuple[BuildResult, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with open_(built, RunOptions(profile=True)) as runner:
+        runner.run(tiny_vit.some_images(1))
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+    with open_(built, RunOptions(profile=True)) as runner:
+        runner.recorded()
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(BundleCorruptError):
+        BACKEND.open("model.onnx", {"model.onnx": b"no model"}, INPUTS, OUTPUTS, {}, RunOptions(profile=True))
+    assert not list(tmp_path.iterdir())

@@ -13,8 +13,8 @@ from torch import nn
 
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import BLOCKS, INPUTS, OUTPUTS
-from vp_engines.backends import tensorrt
-from vp_engines.backends.base import BuildOptions, BuildResult, BuildSource, RunOptions
+from vp_engines.backends import tensorrt, tensorrt_build
+from vp_engines.backends.base import BuildOptions, BuildResult, BuildSource, Operation, RecordedRun, RunOptions
 from vp_engines.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend, TensorRtRunner
 from vp_engines.errors import (
     BuildError,
@@ -111,9 +111,9 @@ def test_corrupt_timing_cache_is_started_afresh(fp16: BuildSource, tmp_path: Pat
         "attention_blocks": BLOCKS,
         "timing_cache": str(cache),
     }
-    assert tensorrt._in_child(request)["notes"] == []
+    assert tensorrt_build.in_child(request)["notes"] == []
     cache.write_bytes(b"not a timing cache")
-    assert "started afresh" in tensorrt._in_child(request)["notes"][0]
+    assert "started afresh" in tensorrt_build.in_child(request)["notes"][0]
     assert cache.read_bytes() != b"not a timing cache"
 
 
@@ -125,9 +125,9 @@ def test_timing_cache_is_not_for_rtx(fp16: BuildSource, tmp_path: Path) -> None:
 
 
 def test_a_child_that_dies_is_a_build_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "sys", _Sys("/bin/false"))
+    monkeypatch.setattr(tensorrt_build, "sys", _Sys("/bin/false"))
     with pytest.raises(BuildError, match="TensorRT cannot build: the process died without a word"):
-        tensorrt._in_child({"rtx": False})
+        tensorrt_build.in_child({"rtx": False})
 
 
 class _Sys:
@@ -137,9 +137,9 @@ class _Sys:
 
 def test_cause_is_the_last_error_line() -> None:
     output = "[I] hello\n\x1b[38;5;1m[E] first\x1b[0m\n[E] the cause\n[!] Invalid Engine.\nTraceback\n  boom"
-    assert tensorrt._cause(output) == "the cause"
-    assert tensorrt._cause("[!] only polygraphy") == "only polygraphy"
-    assert tensorrt._cause("Traceback\nValueError: x\n") == "ValueError: x"
+    assert tensorrt_build.cause(output) == "the cause"
+    assert tensorrt_build.cause("[!] only polygraphy") == "only polygraphy"
+    assert tensorrt_build.cause("Traceback\nValueError: x\n") == "ValueError: x"
 
 
 @pytest.mark.skipif(GPU is not None, reason="a GPU is here")
@@ -180,11 +180,11 @@ def test_one_flavour_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("polygraphy.config")
     monkeypatch.setattr(config, "USE_TENSORRT_RTX", True)
     monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", object())
-    tensorrt._select(True)
+    tensorrt_build.select(True)
     with pytest.raises(
         EngineUnavailableError, match=r"already uses engine 'trt-rtx'.*load the 'trt' bundle in another"
     ):
-        tensorrt._select(False)
+        tensorrt_build.select(False)
 
 
 def test_runner_checks_its_batch_range_and_copies_what_polygraphy_reuses() -> None:
@@ -235,3 +235,27 @@ def test_same_answers_as_pytorch(
         tiny_vit.check_threads(runner, vit, tiny_vit.TOLERANCES["fp16"])
         tiny_vit.check_bad_inputs(runner)
         tiny_vit.check_closed(runner)
+
+
+def test_layers_of_each_run_in_their_order() -> None:
+    """What TensorRT's IProfiler reports while `infer` runs; no GPU here, so the runner is a stand-in."""
+    layers: list[tuple[str, float]] = []
+
+    class Polygraphy:
+        def infer(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            layers.extend([("blocks.0/MatMul.0", 0.5), ("{ForeignNode[...]}", 0.25)])
+            return {"logits": np.zeros((len(feed["images"]), 10), np.float32)}
+
+    runner = TensorRtRunner(Polygraphy(), 1, 4, INPUTS, OUTPUTS, layers)
+    for _ in range(2):
+        runner.run(tiny_vit.some_images(1))
+    first, second = runner.recorded()
+    assert (
+        first
+        == second
+        == RecordedRun(
+            (Operation("blocks.0/MatMul.0", "", 0.0, 500.0), Operation("{ForeignNode[...]}", "", 500.0, 250.0))
+        )
+    )
+    with pytest.raises(InputError, match="nothing is recorded"):
+        runner.recorded()

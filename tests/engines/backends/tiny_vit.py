@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from vp_engines.backends.base import BuildResult, BuildSource, Precision, Runner, TensorSpec
+from vp_engines.backends.base import BuildResult, BuildSource, Precision, RecordedRun, Runner, TensorSpec
 from vp_engines.errors import InputError
 
 SIZE, CLASSES, BLOCKS = 32, 10, 2
@@ -133,3 +133,30 @@ def damaged(files: Mapping[str, bytes], name: str) -> list[dict[str, bytes]]:
     whole = files[name]
     noise = np.random.default_rng(0).bytes(4096)
     return [{**files, name: content} for content in (b"", whole[: len(whole) // 2], noise)]
+
+
+def check_recorded(plain: Runner, profiled: Runner) -> list[RecordedRun]:
+    """Two runs of one engine opened with and without its profiler: same answers, and a record of each run."""
+    images = some_images(3)
+    for batch in (images[:1], images):
+        assert np.array_equal(profiled.run(batch)["logits"], plain.run(batch)["logits"])
+    with pytest.raises(InputError, match=r"^nothing is recorded; load with profile=True, and ask once$"):
+        plain.recorded()
+    runs = profiled.recorded()
+    assert len(runs) == 2
+    for run in runs:
+        assert len(run.operations) > 10
+        starts = [operation.start for operation in run.operations]
+        assert starts == sorted(starts)
+        assert starts[0] >= 0
+        assert all(operation.duration >= 0 and operation.name for operation in run.operations)
+        spent = sum(operation.duration for operation in run.operations)
+        assert 0 < spent < 10e6  # microseconds
+        if run.duration is not None:
+            assert spent <= run.duration
+    with pytest.raises(InputError, match="nothing is recorded"):
+        profiled.recorded()
+    profiled.close()
+    with pytest.raises(InputError, match="this engine is closed"):
+        profiled.recorded()
+    return runs

@@ -15,7 +15,8 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from vp_exporter.errors import SearchError
+from vp_exporter import drawing
+from vp_exporter.errors import PictureError, SearchError
 from vp_exporter.search import pictures
 from vp_exporter.search.page import write_page
 
@@ -148,12 +149,12 @@ def test_lines_of_odd_numbers_and_names() -> None:
         lambda: pictures.progress([]),
         lambda: pictures.front([]),
         lambda: pictures.key_bias_map(np.ones((1, 1)), (1, 1)),
-        pictures.require_matplotlib,
+        drawing.require_matplotlib,
     ],
 )
 def test_without_matplotlib(draw: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SearchError, match=r"^matplotlib is not installed; pip install 'vp-export\[search\]'$"):
+    with pytest.raises(PictureError, match=r"^matplotlib is not installed; pip install 'vp-export\[search\]'$"):
         draw()
 
 

@@ -1,0 +1,193 @@
+"""vp-profile: where a bundle's time goes, part by part of the model, beside the dense engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vp_exporter.cli import console, options
+
+if TYPE_CHECKING:
+    from vp_exporter.profile.measure import Profile, Profiled, Subject
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+EPILOG = (
+    "Exit codes: 0 measured, 2 bad input, 3 engine unavailable. --out DIR writes profile.json, trace.json (Chrome's "
+    "format: chrome://tracing, Perfetto) and profile.png."
+)
+
+
+@app.command(epilog=EPILOG)
+def profile(
+    bundle: Annotated[Path, typer.Argument(metavar="NAME.vpe", help="The bundle.")],
+    more: Annotated[list[int] | None, typer.Argument(metavar="[SIZE]...", hidden=True)] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Batch sizes: --batch 1 8 64, or repeated (by default 1 and 8)."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="OTHER.vpe", help="Another bundle in place of the bundle's dense engine.")
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Only the bundle's own engine.")] = False,
+    seconds: options.Seconds = 4.0,
+    threads: options.Threads = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default as the bundle was built.")] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure memory, in extra processes.")] = True,
+    top: Annotated[int, typer.Option(min=0, help="List so many of each engine's slowest operations.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write the files there.")] = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+    version: options.Version = False,
+) -> None:
+    """Time an engine with its own profiler: patch embedding, attention, MLP, norm, token reduction, head."""
+
+    def body() -> int:
+        from vp_engines.errors import VpError
+        from vp_exporter.drawing import require_matplotlib
+        from vp_exporter.profile.measure import profile as measure
+
+        if out is not None:
+            require_matplotlib()
+            if out.exists() and not out.is_dir():
+                raise VpError(f"--out {out} is a file", expected="a folder, or a name for a new one")
+        if alone and against is not None:
+            raise VpError("--alone and --against are both given", expected="one of them")
+        if more and not batch:
+            raise VpError(f"found {more[0]} behind the bundle's name", expected=f"--batch {more[0]}")
+        sizes = tuple(dict.fromkeys([*(batch or ()), *(more or ())])) or (1, 8)
+        found = measure(
+            _subjects(bundle, against, alone),
+            batches=sizes,
+            seconds=seconds,
+            threads=threads,
+            device=_device(device),
+            memory=memory,
+            progress=console.ConsoleProgress(quiet=quiet),
+        )
+        if out is not None:
+            _write(found, out)
+        if as_json:
+            console.print_json(found.to_dict())
+        else:
+            _show(found, top)
+            if out is not None:
+                console.stdout.print(f"wrote {out}/profile.json, trace.json, profile.png", soft_wrap=True, markup=False)
+        return 0
+
+    raise typer.Exit(console.run(body, debug=debug))
+
+
+def _device(text: str | None) -> Literal["cpu", "cuda"] | None:
+    from vp_engines.errors import VpError
+
+    if text not in (None, "cpu", "cuda"):
+        raise VpError(f"--device is {text!r}", expected="cpu or cuda")
+    return text  # type: ignore[return-value]
+
+
+def _subjects(bundle: Path, against: Path | None, alone: bool) -> list[Subject]:
+    """The baseline first."""
+    import vp_engines
+    from vp_engines.errors import BundleError
+    from vp_exporter.profile.measure import Subject
+
+    own = Subject("reduced", bundle, "reduced")
+    if alone:
+        return [own]
+    if against is not None:
+        names = [vp_engines.read_manifest(path).name for path in (against, bundle)]
+        labels = [str(against), str(bundle)] if names[0] == names[1] else names
+        return [Subject(labels[0], against, "reduced"), Subject(labels[1], bundle, "reduced")]
+    if "dense" not in vp_engines.read_manifest(bundle).variants:
+        raise BundleError(
+            "the bundle holds no dense baseline to compare with",
+            fix="say --alone, or name another bundle with --against",
+        )
+    return [Subject("dense", bundle, "dense"), own]
+
+
+def _write(found: Profiled, out: Path) -> None:
+    import json
+
+    from vp_exporter.files import write_atomically
+    from vp_exporter.profile.picture import stacked_bars
+    from vp_exporter.profile.trace import chrome_trace
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "profile.json", (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+    write_atomically(out / "trace.json", chrome_trace(found.profiles))
+    write_atomically(out / "profile.png", stacked_bars(found.profiles))
+
+
+def _show(found: Profiled, top: int) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    for batch in dict.fromkeys(profile.batch for profile in found.profiles):
+        profiles = [profile for profile in found.profiles if profile.batch == batch]
+        table = Table(title=f"batch {batch}, milliseconds", title_justify="left", title_style="bold", box=None)
+        table.add_column("")
+        for profile in profiles:
+            table.add_column(escape(profile.label), justify="right")
+        if len(profiles) > 1:
+            table.add_column("saved", justify="right")
+        for name, values in _rows(profiles):
+            saved = [f"{values[0] - values[-1]:.3f}"] if len(values) > 1 else []
+            table.add_row(name, *(f"{value:.3f}" for value in values), *saved)
+        for name, texts in _summary(profiles, found):
+            table.add_row(f"[dim]{name}[/]", *(f"[dim]{escape(text)}[/]" for text in texts))
+        console.stdout.print(table)
+        for profile in profiles:
+            for operation in sorted(profile.operations, key=lambda each: -each.milliseconds)[:top]:
+                console.stdout.print(
+                    f"  {operation.milliseconds:9.3f}  {escape(profile.label)}  {operation.group}  "
+                    f"{escape(operation.name)}  {escape(operation.kind)}",
+                    soft_wrap=True,
+                )  # fmt: skip
+    for batch, speedup in found.speedups.items():
+        console.stdout.print(
+            f"batch {batch}: {speedup.value:.3f}x as fast ({speedup.low:.3f} to {speedup.high:.3f})", soft_wrap=True
+        )
+    for note in found.notes:
+        console.stderr.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _rows(profiles: list[Profile]) -> list[tuple[str, list[float]]]:
+    """A line a part of the model, then whole runs."""
+    from vp_exporter.profile.groups import GROUPS
+
+    lines = [(group, [profile.groups[group] for profile in profiles]) for group in GROUPS]
+    shown = [line for line in lines if any(line[1])]
+    whole = [("p50", "median_ms"), ("p90", "p90_ms"), ("p99", "p99_ms")]
+    return shown + [(name, [getattr(profile.timing, field) for profile in profiles]) for name, field in whole]
+
+
+def _summary(profiles: list[Profile], found: Profiled) -> list[tuple[str, list[str]]]:
+    lines = [
+        ("parts' sum / p50", [f"{100 * profile.covered:.1f}%" for profile in profiles]),
+        ("images/s", [f"{profile.timing.images_per_second:.1f}" for profile in profiles]),
+    ]
+    memories = [found.memory.get(profile.label) for profile in profiles]
+    if any(memories):
+        peaks = [
+            memory.peak.get(profile.batch) if memory else None
+            for memory, profile in zip(memories, profiles, strict=True)
+        ]
+        lines.append(("peak memory, MiB", ["?" if peak is None else f"{peak:.0f}" for peak in peaks]))
+        if any(memory and memory.gpu is not None for memory in memories):
+            used = [memory.gpu if memory else None for memory in memories]
+            lines.append(("GPU memory, MiB", ["?" if value is None else f"{value:.0f}" for value in used]))
+    return lines
+
+
+def main() -> None:
+    """The console script."""
+    console.main(app)
+
+
+if __name__ == "__main__":
+    main()
