@@ -170,9 +170,9 @@ class OpenVinoRunner(Runner):
 def _recorded_run(request: Any) -> RecordedRun:
     """What the plugin counted in the last run of `request`; what is folded away counts nothing."""
     return RecordedRun.in_sequence(
-        (entry.node_name, f"{entry.node_type} {entry.exec_type}", duration)
+        (entry.node_name, f"{entry.node_type} {entry.exec_type}", entry.real_time.total_seconds() * 1e6)
         for entry in request.profiling_info
-        if (duration := entry.real_time.total_seconds() * 1e6) > 0
+        if entry.status.name == "EXECUTED"
     )
 
 

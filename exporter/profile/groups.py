@@ -26,6 +26,7 @@ _ATTENTION = re.compile(r"attention|softmax|flash|fmha|\bsdpa|mha", re.IGNORECAS
 _REDUCTION = re.compile(
     r"topk|sort|gather|scatter|one_?hot|arg_?max|arg_?min|index|select_rank|merge|match|\bvp::", re.IGNORECASE
 )
+_PRODUCT = re.compile(r"FullyConnected|MatMul|Gemm", re.IGNORECASE)
 _RESIDUAL = ("Add", "Mul", "Sum", "Subgraph", "Eltwise")
 
 
@@ -37,9 +38,13 @@ def assign(operations: Sequence[Operation]) -> list[tuple[str, int | None]]:
         return _by_order(operations)
     found: list[tuple[str, int | None]] = []
     last: tuple[str, int | None] = (EMBEDDING, None)
-    for group, block in named:
-        # What an engine fused or made has no name of ours, and a residual belongs to what it is added to.
-        last = last if group is None else (group, block)
+    for operation, (group, block) in zip(operations, named, strict=True):
+        if group is not None:
+            last = group, block
+        elif _PRODUCT.search(operation.kind) and last[0] in (NORM, REDUCTION):
+            # A product that goes by the name of the addition fused into it: behind a norm that is the qkv's.
+            last = ATTENTION, last[1]
+        # Else: what an engine made has no name of ours, and a residual belongs to what it is added to.
         found.append(last)
     return found
 
