@@ -46,7 +46,7 @@ Batches = Annotated[
 Limit = Annotated[int | None, typer.Option(help="Validate on this many images, evenly spaced over the folder.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Seconds of timed work per batch size.")]
 Strict = Annotated[bool, typer.Option(help="Fail on the first image that cannot be decoded.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engines while validating.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engines when they are measured.")]
 Samples = Annotated[bool, typer.Option("--samples/--no-samples", help="Show sample images in the report.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict's line.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -23,7 +23,7 @@ EPILOG = (
 @app.command(epilog=EPILOG)
 def profile(
     bundle: Annotated[Path, typer.Argument(metavar="NAME.vpe", help="The bundle.")],
-    more: Annotated[list[int] | None, typer.Argument(metavar="[SIZE]...", hidden=True)] = None,
+    more: Annotated[list[int] | None, typer.Argument(metavar="SIZE", hidden=True)] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option("--batch", min=1, help="Batch sizes: --batch 1 8 64, or repeated (by default 1 and 8)."),
