@@ -11,7 +11,7 @@ help:  ## list the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 setup: $(STAMP)  ## create .venv with everything the tests and the demo need
@@ -26,7 +26,7 @@ test: setup tritonserver  ## run the whole test suite
 SERVER := build/tritonserver
 $(SERVER)/.installed: constraints.txt
 	$(PYTHON) -m venv $(SERVER)
-	$(SERVER)/bin/python -m pip install -q --disable-pip-version-check --no-compile \
+	$(SERVER)/bin/python -m pip install -q --disable-pip-version-check \
 	    nvidia-pytriton==0.7.0 'numpy<2' onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0
 	touch $@
 

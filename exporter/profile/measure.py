@@ -168,7 +168,9 @@ def profile(
         if len(subjects) > 1:
             speedups[batch] = bootstrap_ratio_of_medians(taken[at][:, 0], taken[at][:, -2], seed=seed)
     # Where operations are the shortest, what they cost beside their work stands out of the noise.
-    cost = min(series, key=lambda each: each.milliseconds_per_operation()).excess()
+    # No operation can have taken less than what is taken off it.
+    precise = min(series, key=lambda each: each.milliseconds_per_operation())
+    cost = min(precise.excess(), *(each.shortest() for each in series))
     profiles = [each.profile(cost) for each in series]
     found: dict[str, Memory | None] = {}
     if memory:
@@ -244,6 +246,10 @@ class _Series:
     def milliseconds_per_operation(self) -> float:
         """Of the runs without the profiler."""
         return float(np.median(self.taken[:, 0])) / max(1, len(self.shape))
+
+    def shortest(self) -> float:
+        """Median milliseconds of the shortest operation; infinite where there is none."""
+        return float(np.median(self.spent, axis=0).min()) if self.spent.size else float("inf")
 
     def excess(self) -> float:
         """Milliseconds an operation that runs take longer by the profiler than without it; 0 where it does not say."""

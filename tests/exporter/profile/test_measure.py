@@ -41,6 +41,7 @@ def test_the_profilers_cost_is_found_and_taken_off(repeats: int) -> None:
     assert found.covered == pytest.approx(1.0)
     assert [each.milliseconds for each in found.operations[:3]] == pytest.approx([0.4, 0.03, 0.9])
     assert found.slowdown > 1
+    assert measured.shortest() == pytest.approx((30 + COST) / 1000)
 
 
 def test_a_profiler_that_times_no_whole_runs_is_taken_at_its_word() -> None:
