@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from common import session_options
 
+from vp_engines.backends.ort import runs_in_profile
+
 WARM_UP = 3
 # What a plan adds: its reducers, the mask that proportional attention gives to Attention, the gathers of static steps.
 ADDED = re.compile(r"blocks\.\d+(\.(see|reduce)/|/(Unsqueeze|Expand|Gather)\.)|embed/Gather\.")
@@ -50,13 +52,8 @@ def profile(paths: Sequence[Path], images: np.ndarray, counts: Mapping[int, int]
 
 
 def _runs(events: list[dict[str, Any]]) -> list[Run]:
-    suffix = "_kernel_time"
-    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(suffix)]
-    starts = sorted(e["ts"] for e in events if e["name"] == "model_run")
-    runs: list[Run] = [[] for _ in starts]
-    for event, run in zip(kernels, np.searchsorted(starts, [e["ts"] for e in kernels], "right"), strict=True):
-        runs[run - 1].append((event["name"].removesuffix(suffix), event["args"]["op_name"], event["dur"] / 1000))
-    return runs
+    runs = runs_in_profile(events)
+    return [[(each.name, each.kind, each.duration / 1000) for each in run.operations] for run in runs]
 
 
 def kinds(run: Run) -> Counter[tuple[str, str]]:

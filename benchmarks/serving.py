@@ -26,6 +26,7 @@ from common import command_line, machine, prose, table
 
 import vp_engines
 from vp_engines.serving.triton.repository import ServeOptions, write_repository
+from vp_exporter.profile.memory import resident
 
 if TYPE_CHECKING:
     from tests.engines.serving.triton.server import Server
@@ -48,12 +49,10 @@ class Client:
         return found
 
 
-def resident(pid: int) -> float:
+def with_children(pid: int) -> float:
     """MiB resident in a process and all below it."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")) / 1024
     children = (path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return own + sum(resident(int(child)) for found in children for child in found)
+    return resident(pid)[0] + sum(with_children(int(child)) for found in children for child in found)
 
 
 def latency(server: Server, bundle: Path, images: np.ndarray, rounds: int) -> dict[str, np.ndarray]:
@@ -128,9 +127,9 @@ def main() -> None:
         with running(models, work) as server:
             taken = latency(server, args.bundle, images[:1], args.rounds)
             early, _ = load(server, args.bundle, images, args.warmup, args.clients)
-            before = resident(server.process.pid)
+            before = with_children(server.process.pid)
             wrong, seconds = load(server, args.bundle, images, args.requests, args.clients)
-            after = resident(server.process.pid)
+            after = with_children(server.process.pid)
     direct = float(np.median(taken["direct call"]))
     rows = [
         [name, *(f"{value:.2f}" for value in np.quantile(each, [0.5, 0.9, 0.99])), f"{np.median(each) - direct:.2f}"]

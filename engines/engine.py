@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from vp_engines.backends import ENGINES, get_backend
-from vp_engines.backends.base import Backend, RecordedRun, Runner, RunOptions, TensorSpec
+from vp_engines.backends.base import Backend, Runner, RunOptions, TensorSpec
+from vp_engines.backends.recording import RecordedRun
 from vp_engines.bundle import read_bundle
 from vp_engines.errors import BundleIncompatibleError, EngineUnavailableError, InputError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest

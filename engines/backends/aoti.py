@@ -20,19 +20,17 @@ from vp_engines.backends.base import (
     BuildOptions,
     BuildResult,
     BuildSource,
-    Operation,
     Precision,
-    RecordedRun,
     Runner,
     RunOptions,
     TensorSpec,
     first_line,
     install_hint,
     installed,
-    nothing_recorded,
     require,
     version_tuple,
 )
+from vp_engines.backends.recording import Operation, RecordedRun, RecordingRunner
 from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
 
 if TYPE_CHECKING:
@@ -93,11 +91,8 @@ class AotInductorBackend(Backend):
         # Freezing packs the weights into the layout of the CPU's matrix kernels. Threads are counted when it runs:
         # by default the number of this machine would be compiled in.
         # Kernels tell torch's profiler their names; without a profiler that is one look at a flag each.
-        configs = (
-            {"freezing": True, "cpp.dynamic_threads": True, "cpp.enable_kernel_profile": True}
-            if options.device == "cpu"
-            else {}
-        )
+        on_cpu = {"freezing": True, "cpp.dynamic_threads": True, "cpp.enable_kernel_profile": True}
+        configs = on_cpu if options.device == "cpu" else {}
         path = out / ARTEFACT
         try:
             with torch.no_grad():
@@ -143,7 +138,7 @@ class AotInductorBackend(Backend):
         return AotInductorRunner(model, device, folder, inputs, outputs, profile=options.profile)
 
 
-class AotInductorRunner(Runner):
+class AotInductorRunner(RecordingRunner):
     """A loaded package. Threads may enter it together, and are served one after the other: torch keeps Python's global
     lock during a run, so other Python threads wait too. `RunOptions.threads` sets torch's thread count, which is
     process-wide."""
@@ -158,9 +153,8 @@ class AotInductorRunner(Runner):
         *,
         profile: bool = False,
     ) -> None:
-        super().__init__(inputs, outputs)
+        super().__init__(inputs, outputs, profile=profile)
         self._model, self._device, self._folder = model, device, folder
-        self._runs: list[RecordedRun] | None = [] if profile else None
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         import torch
@@ -169,7 +163,8 @@ class AotInductorRunner(Runner):
         self._check_open()  # closed between the first check and the line above
         # from_numpy warns about a read-only array; the model only reads it, and a copy would cost more than the view.
         batch = torch.from_numpy(images if images.flags.writeable else images.copy()).to(self._device)
-        results = model(batch) if self._runs is None else self._record(model, batch, self._runs)
+        runs = self._runs  # read once: another thread may end the recording
+        results = model(batch) if runs is None else self._record(model, batch, runs)
         tensors = (results,) if isinstance(results, torch.Tensor) else tuple(results)
         named = zip(self.outputs, tensors, strict=True)
         # clone: on the CPU numpy() is a view of a tensor whose memory the library may still own
@@ -188,12 +183,6 @@ class AotInductorRunner(Runner):
                 torch.cuda.synchronize()
         runs.append(_recorded_run(profiler.events(), cuda))
         return results
-
-    def _recorded(self) -> list[RecordedRun]:
-        if self._runs is None:
-            raise nothing_recorded()
-        runs, self._runs = self._runs, None
-        return runs
 
     def _close(self) -> None:
         self._model = None

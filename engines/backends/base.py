@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +22,8 @@ from vp_engines.errors import BuildError, EngineUnavailableError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from vp_engines.backends.recording import RecordedRun
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -111,48 +113,6 @@ class RunOptions:
     device: Literal["cpu", "cuda"] | None = None
     threads: int | None = None
     profile: bool = False
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation of a run, as the engine's own profiler saw it.
-
-    Attributes:
-        name: as the engine calls it; where the engine keeps them, the name of the graph's node.
-        kind: its operator ("MatMul"), or how the engine computes it; "" where the engine does not say.
-        start, duration: microseconds; `start` from the run's beginning.
-    """
-
-    name: str
-    kind: str
-    start: float
-    duration: float
-
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """What a profiler saw of one run.
-
-    Attributes:
-        operations: in the order in which they began.
-        duration: microseconds of the whole run by the profiler's clock; None where it does not say.
-    """
-
-    operations: tuple[Operation, ...]
-    duration: float | None = None
-
-    @classmethod
-    def in_sequence(cls, entries: Iterable[tuple[str, str, float]]) -> RecordedRun:
-        """Of a profiler that says how long each operation took and not when: one after the other.
-
-        Args:
-            entries: (name, kind, microseconds).
-        """
-        operations, start = [], 0.0
-        for name, kind, duration in entries:
-            operations.append(Operation(name, kind, start, duration))
-            start += duration
-        return cls(tuple(operations))
 
 
 class Runner(ABC):
@@ -370,11 +330,6 @@ def first_line(text: object, limit: int = 400) -> str:
     """The first non-empty line of an error message, shortened."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0][:limit] if lines else "no message"
-
-
-def nothing_recorded() -> InputError:
-    """What `Runner.recorded` raises where there is nothing to tell."""
-    return InputError("nothing is recorded", fix="load with profile=True, and ask once")
 
 
 def check_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:

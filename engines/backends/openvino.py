@@ -3,7 +3,7 @@
 Precision: left alone, the CPU plugin computes in bf16 wherever the processor can. Our contract is that an fp32 bundle
 computes in fp32, so the precision hint always says what the bundle says: --precision bf16 selects the fast path. A
 processor without bf16 (or, for fp16, without AVX512-FP16 or AMX-FP16) computes such a bundle in fp32: right, but no
-faster, with half the file.
+faster, with half the file. Asked for fp16 that it lacks, the plugin would take bf16, with three bits less: we never ask.
 """
 
 from __future__ import annotations
@@ -20,29 +20,24 @@ from vp_engines.backends.base import (
     BuildResult,
     BuildSource,
     Precision,
-    RecordedRun,
     Runner,
     RunOptions,
     TensorSpec,
     first_line,
     install_hint,
     installed,
-    nothing_recorded,
     require,
     version_tuple,
 )
-from vp_engines.errors import (
-    BuildError,
-    BundleCorruptError,
-    BundleIncompatibleError,
-    EngineUnavailableError,
-)
+from vp_engines.backends.recording import RecordedRun, RecordingRunner
+from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
 
 ARTEFACT, WEIGHTS = "model.xml", "model.bin"
 _HINT = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_CAPABILITY = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 
 
 class OpenVinoBackend(Backend):
@@ -73,11 +68,12 @@ class OpenVinoBackend(Backend):
             _make_stable(model)
             # Without compress_to_fp16=False it halves fp32 weights behind the caller's back.
             ov.save_model(model, str(out / ARTEFACT), compress_to_fp16=False)
-            compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": _HINT[source.precision]})
+            hint = _within(core, _HINT[source.precision])
+            core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
         except RuntimeError as error:
             raise BuildError(f"OpenVINO {self.version()} refuses the model: {_reason(error)}") from error
         notes = []
-        if source.precision != "fp32" and "32" in str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string()):
+        if hint != _HINT[source.precision]:
             notes.append(f"this CPU has no {source.precision}: OpenVINO computes in fp32 on it, at the speed of fp32")
         if options.device != "cpu":
             notes.append("OpenVINO bundles run on the CPU only")
@@ -110,12 +106,12 @@ class OpenVinoBackend(Backend):
         weights = next((content for name, content in files.items() if name.rsplit("/")[-1] == WEIGHTS), None)
         if weights is None:
             raise BundleCorruptError(f"no {WEIGHTS} beside '{artefact}'")
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+        core = ov.Core()
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _within(core, hint)}
         if options.threads is not None:
             config["INFERENCE_NUM_THREADS"] = options.threads
         if options.profile:
             config["PERF_COUNT"] = True
-        core = ov.Core()
         try:
             model = core.read_model(files[artefact], weights)
             compiled = core.compile_model(model, "CPU", config)
@@ -128,7 +124,7 @@ class OpenVinoBackend(Backend):
         return OpenVinoRunner(compiled, inputs, outputs, profile=options.profile)
 
 
-class OpenVinoRunner(Runner):
+class OpenVinoRunner(RecordingRunner):
     """A compiled model; each thread has its own infer request, since a request holds its inputs and outputs."""
 
     def __init__(
@@ -139,9 +135,8 @@ class OpenVinoRunner(Runner):
         *,
         profile: bool = False,
     ) -> None:
-        super().__init__(inputs, outputs)
+        super().__init__(inputs, outputs, profile=profile)
         self._compiled = compiled
-        self._runs: list[RecordedRun] | None = [] if profile else None
         self._local = threading.local()
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -152,15 +147,10 @@ class OpenVinoRunner(Runner):
             request = local.request = compiled.create_infer_request()
         # share_outputs=False copies: the next run of this thread would overwrite the request's own buffers.
         results = request.infer({0: images}, share_inputs=True, share_outputs=False)
-        if self._runs is not None:
-            self._runs.append(_recorded_run(request))
+        runs = self._runs  # read once: another thread may end the recording
+        if runs is not None:
+            runs.append(_recorded_run(request))
         return {spec.name: results[index] for index, spec in enumerate(self.outputs)}
-
-    def _recorded(self) -> list[RecordedRun]:
-        if self._runs is None:
-            raise nothing_recorded()
-        runs, self._runs = self._runs, None
-        return runs
 
     def _close(self) -> None:
         self._compiled = None
@@ -174,6 +164,11 @@ def _recorded_run(request: Any) -> RecordedRun:
         for entry in request.profiling_info
         if entry.status.name == "EXECUTED"
     )
+
+
+def _within(core: Any, hint: str) -> str:
+    """The precision to ask for: the bundle's, or fp32 where the processor does not compute in it."""
+    return hint if _CAPABILITY[hint] in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 def _reason(error: Exception) -> str:

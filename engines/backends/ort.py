@@ -23,25 +23,18 @@ from vp_engines.backends.base import (
     BuildOptions,
     BuildResult,
     BuildSource,
-    Operation,
     Precision,
-    RecordedRun,
     Runner,
     RunOptions,
     TensorSpec,
     first_line,
     install_hint,
     installed,
-    nothing_recorded,
     require,
     version_tuple,
 )
-from vp_engines.errors import (
-    BuildError,
-    BundleCorruptError,
-    BundleIncompatibleError,
-    EngineUnavailableError,
-)
+from vp_engines.backends.recording import Operation, RecordedRun, nothing_recorded
+from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,14 +127,13 @@ class OnnxRuntimeBackend(Backend):
             session = _session(ort, artefact, files, provider, options.threads, profile)
             if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU when CUDA does not start
                 raise _no_cuda(ort.__version__)
+            found = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
+            wanted = [spec.name for spec in inputs], [spec.name for spec in outputs]
+            if found != wanted:
+                raise BundleCorruptError(f"'{artefact}' has inputs and outputs {found}", expected=f"{wanted}")
         except Exception:
             _forget(profile)
             raise
-        found = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
-        wanted = [spec.name for spec in inputs], [spec.name for spec in outputs]
-        if found != wanted:
-            _forget(profile)
-            raise BundleCorruptError(f"'{artefact}' has inputs and outputs {found}", expected=f"{wanted}")
         return OnnxRuntimeRunner(session, inputs, outputs, profile)
 
 
@@ -179,7 +171,7 @@ class OnnxRuntimeRunner(Runner):
         if self._profile is None:
             raise nothing_recorded()
         try:
-            return _runs(json.loads(Path(self._session.end_profiling()).read_text()))
+            return runs_in_profile(json.loads(Path(self._session.end_profiling()).read_text()))
         finally:
             _forget(self._profile)
             self._profile = None
@@ -197,7 +189,7 @@ def _forget(profile: str | None) -> None:
         shutil.rmtree(profile, ignore_errors=True)
 
 
-def _runs(events: list[dict[str, Any]]) -> list[RecordedRun]:
+def runs_in_profile(events: list[dict[str, Any]]) -> list[RecordedRun]:
     """The runs in a profile of ONNX Runtime: a Chrome trace, times in microseconds."""
     kernels = sorted(
         (event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)),

@@ -24,17 +24,16 @@ from vp_engines.backends.base import (
     BuildResult,
     BuildSource,
     Precision,
-    RecordedRun,
     Runner,
     RunOptions,
     TensorSpec,
     first_line,
     install_hint,
     installed,
-    nothing_recorded,
     require,
     version_tuple,
 )
+from vp_engines.backends.recording import RecordedRun, RecordingRunner
 from vp_engines.backends.tensorrt_build import in_child, select
 from vp_engines.errors import (
     BuildError,
@@ -190,7 +189,7 @@ class TensorRtRtxBackend(_Polygraphy):
     where = ""
 
 
-class TensorRtRunner(Runner):
+class TensorRtRunner(RecordingRunner):
     """Polygraphy's TrtRunner, which has one execution context and one stream: one thread at a time."""
 
     concurrent = False
@@ -204,9 +203,9 @@ class TensorRtRunner(Runner):
         outputs: tuple[TensorSpec, ...],
         layers: list[tuple[str, float]] | None = None,
     ) -> None:
-        super().__init__(inputs, outputs)
+        super().__init__(inputs, outputs, profile=layers is not None)
         self._runner, self._min_batch, self._max_batch = runner, min_batch, max_batch
-        self._layers, self._runs = layers, list[RecordedRun]()
+        self._layers = layers
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if not self._min_batch <= len(images) <= self._max_batch:
@@ -216,16 +215,10 @@ class TensorRtRunner(Runner):
                 fix="split the batch, or export again with another batch range",
             )
         results = self._runner.infer({self.inputs[0].name: images})
-        if self._layers is not None:
+        if self._layers is not None and self._runs is not None:
             self._runs.append(RecordedRun.in_sequence((name, "", 1000 * ms) for name, ms in self._layers))
             self._layers.clear()
         return {spec.name: results[spec.name].copy() for spec in self.outputs}  # the runner reuses its buffers
-
-    def _recorded(self) -> list[RecordedRun]:
-        if self._layers is None:
-            raise nothing_recorded()
-        self._layers = None
-        return self._runs
 
     def _close(self) -> None:
         self._runner.deactivate()

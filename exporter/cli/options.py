@@ -47,6 +47,7 @@ Limit = Annotated[int | None, typer.Option(help="Validate on this many images, e
 Seconds = Annotated[float, typer.Option(min=0.1, help="Seconds of timed work per batch size.")]
 Strict = Annotated[bool, typer.Option(help="Fail on the first image that cannot be decoded.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engines when they are measured.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default as the bundle was built.")]
 Samples = Annotated[bool, typer.Option("--samples/--no-samples", help="Show sample images in the report.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and the verdict's line.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -189,6 +190,16 @@ def parse_whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise VpError(f"{option} is {text!r}", expected=f"whole numbers with commas, such as {example}")
     return tuple(int(part) for part in parts)
+
+
+def check_folder(path: Path | None, option: str) -> None:
+    """Before long work that ends in a folder.
+
+    Raises:
+        VpError: a file of that name is there.
+    """
+    if path is not None and path.exists() and not path.is_dir():
+        raise VpError(f"{option} {path} is a file", expected="a folder, or a name for a new one")
 
 
 def read_budget(

@@ -10,7 +10,7 @@ import typer
 from vp_exporter.cli import console, options
 
 if TYPE_CHECKING:
-    from vp_exporter.profile.measure import Profile, Profiled, Subject
+    from vp_exporter.profile.measure import Profiled, Subject
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -34,7 +34,7 @@ def profile(
     alone: Annotated[bool, typer.Option("--alone", help="Only the bundle's own engine.")] = False,
     seconds: options.Seconds = 4.0,
     threads: options.Threads = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default as the bundle was built.")] = None,
+    device: options.Device = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure memory, in extra processes.")] = True,
     top: Annotated[int, typer.Option(min=0, help="List so many of each engine's slowest operations.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write the files there.")] = None,
@@ -47,13 +47,13 @@ def profile(
 
     def body() -> int:
         from vp_engines.errors import VpError
+        from vp_exporter.cli import show
         from vp_exporter.drawing import require_matplotlib
         from vp_exporter.profile.measure import profile as measure
 
         if out is not None:
             require_matplotlib()
-            if out.exists() and not out.is_dir():
-                raise VpError(f"--out {out} is a file", expected="a folder, or a name for a new one")
+            options.check_folder(out, "--out")
         if alone and against is not None:
             raise VpError("--alone and --against are both given", expected="one of them")
         if more and not batch:
@@ -73,7 +73,7 @@ def profile(
         if as_json:
             console.print_json(found.to_dict())
         else:
-            _show(found, top)
+            show.profiles(found, top)
             if out is not None:
                 console.stdout.print(f"wrote {out}/profile.json, trace.json, profile.png", soft_wrap=True, markup=False)
         return 0
@@ -121,67 +121,6 @@ def _write(found: Profiled, out: Path) -> None:
     write_atomically(out / "profile.json", (json.dumps(found.to_dict(), indent=2) + "\n").encode())
     write_atomically(out / "trace.json", chrome_trace(found.profiles))
     write_atomically(out / "profile.png", stacked_bars(found.profiles))
-
-
-def _show(found: Profiled, top: int) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    for batch in dict.fromkeys(profile.batch for profile in found.profiles):
-        profiles = [profile for profile in found.profiles if profile.batch == batch]
-        table = Table(title=f"batch {batch}, milliseconds", title_justify="left", title_style="bold", box=None)
-        table.add_column("")
-        for profile in profiles:
-            table.add_column(escape(profile.label), justify="right")
-        if len(profiles) > 1:
-            table.add_column("saved", justify="right")
-        for name, values in _rows(profiles):
-            saved = [f"{values[0] - values[-1]:.3f}"] if len(values) > 1 else []
-            table.add_row(name, *(f"{value:.3f}" for value in values), *saved)
-        for name, texts in _summary(profiles, found):
-            table.add_row(f"[dim]{name}[/]", *(f"[dim]{escape(text)}[/]" for text in texts))
-        console.stdout.print(table)
-        for profile in profiles:
-            for operation in sorted(profile.operations, key=lambda each: -each.milliseconds)[:top]:
-                console.stdout.print(
-                    f"  {operation.milliseconds:9.3f}  {escape(profile.label)}  {operation.group}  "
-                    f"{escape(operation.name)}  {escape(operation.kind)}",
-                    soft_wrap=True,
-                )  # fmt: skip
-    for batch, speedup in found.speedups.items():
-        console.stdout.print(
-            f"batch {batch}: {speedup.value:.3f}x as fast ({speedup.low:.3f} to {speedup.high:.3f})", soft_wrap=True
-        )
-    for note in found.notes:
-        console.stderr.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-
-
-def _rows(profiles: list[Profile]) -> list[tuple[str, list[float]]]:
-    """A line a part of the model, then whole runs."""
-    from vp_exporter.profile.groups import GROUPS
-
-    lines = [(group, [profile.groups[group] for profile in profiles]) for group in GROUPS]
-    shown = [line for line in lines if any(line[1])]
-    whole = [("p50", "median_ms"), ("p90", "p90_ms"), ("p99", "p99_ms")]
-    return shown + [(name, [getattr(profile.timing, field) for profile in profiles]) for name, field in whole]
-
-
-def _summary(profiles: list[Profile], found: Profiled) -> list[tuple[str, list[str]]]:
-    lines = [
-        ("parts' sum / p50", [f"{100 * profile.covered:.1f}%" for profile in profiles]),
-        ("images/s", [f"{profile.timing.images_per_second:.1f}" for profile in profiles]),
-    ]
-    memories = [found.memory.get(profile.label) for profile in profiles]
-    if any(memories):
-        peaks = [
-            memory.peak.get(profile.batch) if memory else None
-            for memory, profile in zip(memories, profiles, strict=True)
-        ]
-        lines.append(("peak memory, MiB", ["?" if peak is None else f"{peak:.0f}" for peak in peaks]))
-        if any(memory and memory.gpu is not None for memory in memories):
-            used = [memory.gpu if memory else None for memory in memories]
-            lines.append(("GPU memory, MiB", ["?" if value is None else f"{value:.0f}" for value in used]))
-    return lines
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How the commands print plans, bundles and verdicts on a terminal."""
+"""How the commands print plans, bundles, verdicts and profiles on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vp_engines.manifest import Manifest
-from vp_exporter.cli.console import stdout
+from vp_exporter.cli.console import stderr, stdout
+from vp_exporter.profile.groups import GROUPS
+from vp_exporter.profile.measure import Profile, Profiled
 from vp_exporter.validate.latency import LatencyRow
 from vp_exporter.validate.report import ReportData
 
@@ -134,3 +136,60 @@ def manifest(info: Manifest, digest: str) -> None:
             ("digest", digest),
         ],
     )
+
+
+def profiles(found: Profiled, top: int) -> None:
+    """A table a batch size: parts of the model by engine; `top` of the slowest operations of each."""
+    for batch in dict.fromkeys(profile.batch for profile in found.profiles):
+        side = [profile for profile in found.profiles if profile.batch == batch]
+        table = Table(title=f"batch {batch}, milliseconds", title_justify="left", title_style="bold", box=None)
+        table.add_column("")
+        for profile in side:
+            table.add_column(escape(profile.label), justify="right")
+        if len(side) > 1:
+            table.add_column("saved", justify="right")
+        for name, values in _profile_rows(side):
+            saved = [f"{values[0] - values[-1]:.3f}"] if len(values) > 1 else []
+            table.add_row(name, *(f"{value:.3f}" for value in values), *saved)
+        for name, texts in _profile_summary(side, found):
+            table.add_row(f"[dim]{name}[/]", *(f"[dim]{escape(text)}[/]" for text in texts))
+        stdout.print(table)
+        for profile in side:
+            for operation in sorted(profile.operations, key=lambda each: -each.milliseconds)[:top]:
+                stdout.print(
+                    f"  {operation.milliseconds:9.3f}  {escape(profile.label)}  {operation.group}  "
+                    f"{escape(operation.name)}  {escape(operation.kind)}",
+                    soft_wrap=True,
+                )  # fmt: skip
+    for batch, speedup in found.speedups.items():
+        stdout.print(
+            f"batch {batch}: {speedup.value:.3f}x as fast ({speedup.low:.3f} to {speedup.high:.3f})", soft_wrap=True
+        )
+    for note in found.notes:
+        stderr.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _profile_rows(profiles: list[Profile]) -> list[tuple[str, list[float]]]:
+    """A line a part of the model, then whole runs."""
+    lines = [(group, [profile.groups[group] for profile in profiles]) for group in GROUPS]
+    shown = [line for line in lines if any(line[1])]
+    whole = [("p50", "median_ms"), ("p90", "p90_ms"), ("p99", "p99_ms")]
+    return shown + [(name, [getattr(profile.timing, field) for profile in profiles]) for name, field in whole]
+
+
+def _profile_summary(profiles: list[Profile], found: Profiled) -> list[tuple[str, list[str]]]:
+    lines = [
+        ("parts' sum / p50", [f"{100 * profile.covered:.1f}%" for profile in profiles]),
+        ("images/s", [f"{profile.timing.images_per_second:.1f}" for profile in profiles]),
+    ]
+    memories = [found.memory.get(profile.label) for profile in profiles]
+    if any(memories):
+        peaks = [
+            memory.peak.get(profile.batch) if memory else None
+            for memory, profile in zip(memories, profiles, strict=True)
+        ]
+        lines.append(("peak memory, MiB", ["?" if peak is None else f"{peak:.0f}" for peak in peaks]))
+        if any(memory and memory.gpu is not None for memory in memories):
+            used = [memory.gpu if memory else None for memory in memories]
+            lines.append(("GPU memory, MiB", ["?" if value is None else f"{value:.0f}" for value in used]))
+    return lines

@@ -33,7 +33,7 @@ def validate(
     limit: options.Limit = None,
     strict: options.Strict = False,
     threads: options.Threads = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default as the bundle was built.")] = None,
+    device: options.Device = None,
     against: Annotated[
         Path | None, typer.Option(metavar="OTHER.vpe", help="Baseline: another bundle in place of the dense engine.")
     ] = None,
@@ -50,7 +50,7 @@ def validate(
     def check(workers: Workers) -> int:
         import vp_engines
         from vp_engines.bundle import update_bundle
-        from vp_engines.errors import EngineUnavailableError, VpError
+        from vp_engines.errors import EngineUnavailableError
         from vp_exporter.cli import show
         from vp_exporter.package import report_files, validation_fields
         from vp_exporter.validate.check import CheckRequest, check_bundle
@@ -69,8 +69,7 @@ def validate(
                 threads=threads,
                 samples=samples,
             )
-            if report is not None and report.exists() and not report.is_dir():
-                raise VpError(f"--report {report} is a file", expected="a folder, or a name for a new one")
+            options.check_folder(report, "--report")
             manifest = vp_engines.verify_bundle(bundle).manifest
             from vp_engines.backends import get_backend
 

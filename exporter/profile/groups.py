@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from vp_engines.backends.base import Operation
+from vp_engines.backends.recording import Operation
 
 EMBEDDING, ATTENTION, MLP, NORM = "patch embedding", "attention", "MLP", "norm"
 REDUCTION, HEAD, RUNTIME = "token reduction", "head", "runtime"

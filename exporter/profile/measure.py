@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 import vp_engines
-from vp_engines.backends.base import Operation, RecordedRun
+from vp_engines.backends.recording import RecordedRun
 from vp_engines.errors import InputError
 from vp_exporter.profile.groups import GROUPS, RUNTIME, assign
 from vp_exporter.profile.memory import Memory, measure_memory
@@ -237,9 +237,8 @@ class _Series:
 
     def __init__(self, label: str, batch: int, runs: Sequence[RecordedRun], taken: np.ndarray) -> None:
         self.label, self.batch, self.taken = label, batch, taken
-        self.shape = _common_operations(runs)
-        names = [each.name for each in self.shape]
-        self.runs = [run for run in runs if [each.name for each in run.operations] == names]
+        self.runs = _alike(runs)
+        self.shape = self.runs[0].operations if self.runs else ()
         self.spent = np.array([_spent(run) for run in self.runs]).reshape(len(self.runs), len(self.shape))
         self.timed = bool(self.shape) and all(run.duration is not None for run in self.runs)
 
@@ -297,9 +296,9 @@ def _spent(run: RecordedRun) -> list[float]:
     return [(end - each.start) / 1000 for each, end in zip(run.operations, ends, strict=True)]
 
 
-def _common_operations(runs: Sequence[RecordedRun]) -> tuple[Operation, ...]:
-    """The operations of the sequence that most runs have: a profiler may lose an event now and then."""
+def _alike(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """Those with the sequence of operations that most have: a profiler may lose an event now and then."""
     seen: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in runs:
         seen.setdefault(tuple(each.name for each in run.operations), []).append(run)
-    return max(seen.values(), key=len)[0].operations if seen else ()
+    return max(seen.values(), key=len, default=[])

@@ -52,14 +52,14 @@ def measure_memory(
     return Memory(found["loaded"], {int(batch): peak for batch, peak in found["peak"].items()}, found["gpu"])
 
 
-def resident() -> tuple[float, float]:
-    """MiB resident now, and at most so far.
+def resident(process: int | str = "self") -> tuple[float, float]:
+    """MiB that a process has resident now, and had at most so far.
 
     Raises:
-        OSError: not Linux.
+        OSError: not Linux, or no such process.
     """
     now = peak = 0.0
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             now = int(line.split()[1]) / 1024
         elif line.startswith("VmHWM:"):

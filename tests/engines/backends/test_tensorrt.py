@@ -14,7 +14,8 @@ from torch import nn
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import BLOCKS, INPUTS, OUTPUTS
 from vp_engines.backends import tensorrt, tensorrt_build
-from vp_engines.backends.base import BuildOptions, BuildResult, BuildSource, Operation, RecordedRun, RunOptions
+from vp_engines.backends.base import BuildOptions, BuildResult, BuildSource, RunOptions
+from vp_engines.backends.recording import Operation, RecordedRun
 from vp_engines.backends.tensorrt import TensorRtBackend, TensorRtRtxBackend, TensorRtRunner
 from vp_engines.errors import (
     BuildError,

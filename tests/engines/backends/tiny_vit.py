@@ -12,7 +12,8 @@ import timm
 import torch
 from torch import nn
 
-from vp_engines.backends.base import BuildResult, BuildSource, Precision, RecordedRun, Runner, TensorSpec
+from vp_engines.backends.base import BuildResult, BuildSource, Precision, Runner, TensorSpec
+from vp_engines.backends.recording import RecordedRun
 from vp_engines.errors import InputError
 
 SIZE, CLASSES, BLOCKS = 32, 10, 2

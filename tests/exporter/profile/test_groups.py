@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vp_engines.backends.base import Operation
+from vp_engines.backends.recording import Operation
 from vp_exporter.profile.groups import ATTENTION, EMBEDDING, GROUPS, HEAD, MLP, NORM, REDUCTION, RUNTIME, assign
 
 A, E, H, M, N, R = ATTENTION, EMBEDDING, HEAD, MLP, NORM, REDUCTION

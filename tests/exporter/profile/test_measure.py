@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vp_engines.backends.base import Operation, RecordedRun
+from vp_engines.backends.recording import Operation, RecordedRun
 from vp_exporter.profile.groups import ATTENTION, GROUPS, MLP, REDUCTION, RUNTIME
 from vp_exporter.profile.measure import _Series
 
