@@ -3,7 +3,7 @@
 Precision: left alone, the CPU plugin computes in bf16 wherever the processor can. Our contract is that an fp32 bundle
 computes in fp32, so the precision hint always says what the bundle says: --precision bf16 selects the fast path. A
 processor without bf16 (or, for fp16, without AVX512-FP16 or AMX-FP16) computes such a bundle in fp32: right, but no
-faster, with half the file. Asked for fp16 that it lacks, the plugin would take bf16, with three bits less: we never ask.
+faster, with half the file. Asked for fp16 that it lacks, the plugin would take bf16, three bits less: we never ask.
 """
 
 from __future__ import annotations
