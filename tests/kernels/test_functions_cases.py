@@ -90,11 +90,11 @@ def attention_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     return cases
 
 
-def gather_norm_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+def gather_norm_cases(dtype: torch.dtype = torch.float32, width: int = D) -> list[Case]:
     tokens = 17
-    x, residual = seeded(BATCH, tokens, D, dtype=dtype) + 3.0, seeded(BATCH, tokens, D, dtype=dtype, seed=1)
-    extra = seeded(BATCH, 2, D, dtype=dtype, seed=2)
-    norm = {"weight": seeded(D, dtype=dtype, seed=3), "bias": seeded(D, dtype=dtype, seed=4)}
+    x, residual = seeded(BATCH, tokens, width, dtype=dtype) + 3.0, seeded(BATCH, tokens, width, dtype=dtype, seed=1)
+    extra = seeded(BATCH, 2, width, dtype=dtype, seed=2)
+    norm = {"weight": seeded(width, dtype=dtype, seed=3), "bias": seeded(width, dtype=dtype, seed=4)}
     one = torch.tensor([16, 0, 5, 5, 2])
     each = torch.stack([one, one.flip(0), torch.arange(5)])
     cases = []
@@ -113,9 +113,9 @@ def gather_norm_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     return cases
 
 
-def select_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+def select_cases(dtype: torch.dtype = torch.float32, width: int = D) -> list[Case]:
     n, tokens = 20, 22
-    scores, x = _positive(BATCH, n), seeded(BATCH, tokens, D, dtype=dtype)
+    scores, x = _positive(BATCH, n), seeded(BATCH, tokens, width, dtype=dtype)
     equal = torch.ones(BATCH, n)
     equal[1, 5:] = 2.0
     wild = seeded(BATCH, n, seed=5)
@@ -136,8 +136,8 @@ def select_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     return cases
 
 
-def merge_rows_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
-    x = seeded(BATCH, 12, D, dtype=dtype)
+def merge_rows_cases(dtype: torch.dtype = torch.float32, width: int = D) -> list[Case]:
+    x = seeded(BATCH, 12, width, dtype=dtype)
     order = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(each)) for each in range(BATCH)])
     keep, source = order[:, :6].contiguous(), order[:, 6:11].contiguous()
     into = torch.tensor([[0, 0, 0, 3, 5], [1, 2, 3, 4, 5], [5, 5, 5, 5, 5]])
@@ -160,10 +160,10 @@ def merge_rows_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     return cases
 
 
-def match_merge_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+def match_merge_cases(dtype: torch.dtype = torch.float32, width: int = D, head_dim: int = 16) -> list[Case]:
     cases = []
     for tokens, prefix, r in ((17, 1, 3), (17, 1, 8), (18, 2, 8), (16, 0, 5), (4, 1, 1)):
-        x, metric = seeded(BATCH, tokens, D, dtype=dtype), seeded(BATCH, tokens, 2, 16, dtype=dtype, seed=1)
+        x, metric = seeded(BATCH, tokens, width, dtype=dtype), seeded(BATCH, tokens, 2, head_dim, dtype=dtype, seed=1)
         metric[0, prefix] = 0.0  # a row without a direction
         metric = metric if prefix else metric[:, :, 0].contiguous()
         n = tokens - prefix
@@ -183,7 +183,7 @@ def match_merge_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
             cases.append(Case(op_type, match_merge_node, match_merge, tensors, settings, note=note))
     # Every similarity and every score is a tie; the sizes tell who merged into whom.
     size = 2.0 ** torch.arange(17).expand(BATCH, -1)
-    x, same = seeded(BATCH, 17, D, dtype=dtype), torch.ones(BATCH, 17, 2, 16, dtype=dtype)
+    x, same = seeded(BATCH, 17, width, dtype=dtype), torch.ones(BATCH, 17, 2, head_dim, dtype=dtype)
     tied = {"x": x, "metric": same, "size": size.contiguous()}
     settings = {"r": 4, "prefix": 1}
     cases.append(Case("MatchMergeSize", match_merge_node, match_merge, tied, settings, note="ties"))
@@ -193,9 +193,9 @@ def match_merge_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     return cases
 
 
-def density_merge_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+def density_merge_cases(dtype: torch.dtype = torch.float32, width: int = D) -> list[Case]:
     tokens, prefix = 23, 2
-    x, scores, size = seeded(BATCH, tokens, D, dtype=dtype), _positive(BATCH, tokens), _sizes(tokens)
+    x, scores, size = seeded(BATCH, tokens, width, dtype=dtype), _positive(BATCH, tokens), _sizes(tokens)
     cases = []
 
     def add(tensors: dict[str, Tensor], out: int, clusters: int, pairs: int, weights: str, note: str) -> None:
@@ -219,7 +219,7 @@ def density_merge_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     return cases
 
 
-CASES: dict[str, Callable[[torch.dtype], list[Case]]] = {
+CASES: dict[str, Callable[..., list[Case]]] = {
     "attention": attention_cases,
     "gather_norm": gather_norm_cases,
     "select": select_cases,

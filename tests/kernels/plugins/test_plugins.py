@@ -1,0 +1,255 @@
+"""The TensorRT plugins without TensorRT and without a GPU: what an engine asks of them, and what they launch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.plugins.driver import Driver
+from tests.kernels.test_functions_cases import CASES, Case
+from vp_kernels.attention.kernel import launch_attention
+from vp_kernels.density_merge.kernel import launch_density_merge
+from vp_kernels.gather_norm.kernel import launch_gather_norm
+from vp_kernels.match_merge.kernel import launch_match_merge
+from vp_kernels.merge_rows.kernel import launch_merge_rows
+from vp_kernels.onnx import function_names
+from vp_kernels.plugins.harness import FLOAT32, INT32, Node, PluginError, Plugins
+from vp_kernels.select.kernel import launch_select, launch_select_fuse
+
+ROOT = Path(__file__).resolve().parents[3]
+BUILT = ROOT / "build" / "plugins"
+KERNELS = ROOT / "build" / "plugin-kernels"
+LAUNCHERS = {
+    "attention": launch_attention, "gather_norm": launch_gather_norm, "select": launch_select,
+    "select_fuse": launch_select_fuse, "merge_rows": launch_merge_rows, "match_merge": launch_match_merge,
+    "density_merge": launch_density_merge,
+}  # fmt: skip
+# Widths and head dims that the kernels of `make plugins` are built for.
+SIZES: dict[str, dict[str, int]] = {
+    "attention": {},
+    "gather_norm": {"width": 192},
+    "select": {"width": 192},
+    "merge_rows": {"width": 192},
+    "match_merge": {"width": 192, "head_dim": 64},
+    "density_merge": {"width": 192},
+}
+CALLS = [case for room, cases in CASES.items() for case in cases(**SIZES[room])]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Driver:
+    library = BUILT / "kernels" / "plugins" / "fake" / "libcuda.so.1"
+    if not library.is_file():
+        pytest.skip("there are no plugins: make plugins")
+    return Driver(library, KERNELS)
+
+
+@pytest.fixture(scope="module")
+def plugins(driver: Driver) -> Plugins:
+    folder = BUILT / "kernels" / "plugins"
+    return Plugins(folder / "libvp_plugin_harness.so", folder / "libvp_plugins.so")
+
+
+@pytest.fixture(autouse=True)
+def clean(driver: Driver, plugins: Plugins) -> Iterator[None]:
+    driver.launches.clear()
+    driver.trouble.clear()
+    driver.c.fakeDevice(90)
+    driver.c.fakeFailure(0)
+    yield
+    plugins.log()
+
+
+class Recorded:
+    """What an ONNX node of a call is."""
+
+    def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        def node(op_type: str, inputs: list[Tensor], outputs: list[tuple[torch.dtype, Any]], **attributes: float) -> Any:
+            self.op_type, self.inputs, self.attributes = op_type, [each.contiguous() for each in inputs], attributes
+            self.outputs = [(dtype, list(shape)) for dtype, shape in outputs]
+            return [torch.empty(0)] * len(outputs)
+
+        monkeypatch.setattr(f"{case.node.__module__}.node", node)
+        case.node(**case.tensors, **case.fixed, **case.settings)
+
+
+def ran(plugins: Plugins, driver: Driver, made: Node, inputs: list[Tensor]) -> list[Tensor]:
+    driver.memory = lambda: made.memory
+    try:
+        return made.run(*inputs)
+    except PluginError as error:
+        raise AssertionError("; ".join(driver.trouble) or str(error)) from error
+
+
+def launched(case: Case) -> list[Tensor]:
+    """What Python's launcher of the same kernels answers."""
+    name = case.operator.__name__
+    given = {**case.tensors, **case.fixed, **case.settings}
+    if name in ("match_merge", "density_merge"):
+        given.setdefault("size", None)
+    found = LAUNCHERS[name](**{key: each.contiguous() if isinstance(each, Tensor) else each for key, each in given.items()})
+    return [each for each in ((found,) if isinstance(found, Tensor) else found) if each.numel()]
+
+
+def test_every_operator_type_has_a_creator(plugins: Plugins) -> None:
+    found = plugins.creators()
+    assert sorted(each["name"] for each in found) == sorted(function_names())
+    assert {(each["version"], each["namespace"], each["kind"]) for each in found} == {("1", "vp", "PLUGIN CREATOR_V3ONE")}
+
+
+@pytest.mark.parametrize("case", CALLS, ids=lambda case: case.name)
+def test_same_answers_as_the_python_launcher(
+    case: Case, plugins: Plugins, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the same kernels, with the same arguments, on the same memory; and as near to the operator's own."""
+    node = Recorded(case, monkeypatch)
+    with plugins.create(node.op_type, node.attributes) as made, made.serialised() as loaded, loaded.clone() as clone:
+        answers = [ran(plugins, driver, each, node.inputs) for each in (made, clone)]
+    wanted = launched(case)
+    for found in answers:
+        assert [(each.dtype, list(each.shape)) for each in found] == node.outputs
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    for one, other in zip(answers[0], case.expected(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4, equal_nan=True, check_dtype=False)
+    assert plugins.log() == ""
+
+
+@pytest.mark.parametrize("importance", ["none", "class", "mean"])
+def test_half_precision(importance: str, plugins: Plugins, driver: Driver) -> None:
+    """The kernel that holds all keys at once; one program an image and head, and two query tiles shared by two."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 30, 3, 2, 64).half()
+    word = {"none": "Plain"}.get(importance, importance.capitalize())
+    with plugins.create(f"Attention{word}", {"tokens": 30, "heads": 2, "head_dim": 64}) as made:
+        found = ran(plugins, driver, made, [qkv])
+    wanted = [each for each in launch_attention(qkv, None, importance) if each.numel()]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert {launch.entry["kernel"] for launch in driver.launches} >= {"attention_whole"}
+
+
+def test_any_batch(plugins: Plugins, driver: Driver) -> None:
+    """Batch is the one dynamic axis: the same node at several sizes, one after the other."""
+    with plugins.create("SelectByScore", {"k": 3}) as made:
+        for batch in (1, 4, 2):
+            scores = torch.rand(batch, 20)
+            (found,) = ran(plugins, driver, made, [scores])
+            assert torch.equal(found, scores.topk(3).indices)
+
+
+def test_formats(plugins: Plugins) -> None:
+    """Linear tensors only; the tokens of any float type, all of the same; scores in fp32, indices in int64."""
+    types = [torch.float16, torch.int64, torch.float16, torch.float16, torch.float16, torch.float16]
+    with plugins.create("GatherNorm", {"eps": 1e-6}) as made:
+        for token in (torch.float32, torch.float16, torch.bfloat16):
+            good = [token if each == torch.float16 else each for each in types]
+            assert all(made.supports(at, 4, good) for at in range(6))
+        for at, wrong in ((0, torch.int8), (1, torch.int32), (2, torch.float32), (3, torch.bfloat16), (5, torch.float32)):
+            assert not made.supports(at, 4, [*types[:at], wrong, *types[at + 1 :]])
+        assert not made.supports(0, 4, types, layout=2)  # HWC8
+    with plugins.create("MatchMergeSize", {"tokens": 9, "r": 2, "prefix": 1}) as made:
+        mixed = [torch.float32, torch.float16, torch.float32, torch.float32, torch.float32]
+        assert all(made.supports(at, 3, mixed) for at in range(5))  # the metric has a type of its own
+        assert not made.supports(2, 3, [*mixed[:2], torch.float16, *mixed[3:]])
+
+
+BAD_FIELDS: list[tuple[str, dict[str, float], dict[str, int], str]] = [
+    ("Select", {}, {}, "no field k; expected"),
+    ("Select", {"k": 3, "j": 1}, {}, "a field j; expected only those of Select"),
+    ("Select", {"k": 0}, {}, "k = 0.000000; expected 1.000000 to 1024"),
+    ("Select", {"k": 2000}, {}, "k = 2000.000000; expected"),
+    ("Select", {"k": 2.5}, {}, "k = 2.500000; expected a whole number"),
+    ("Select", {"k": 3}, {"k": 6}, "field k of type 6; expected a whole number or a float32"),
+    ("GatherNorm", {"eps": float("nan")}, {}, "eps = nan; expected"),
+    ("DensityMergePairs", {"tokens": 9, "width": 16, "tokens_out": 5, "clusters": 2, "pairs": 1, "prefix": 1}, {}, "clusters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op_type", "fields", "kinds", "line"), BAD_FIELDS)
+def test_bad_fields(
+    op_type: str, fields: dict[str, float], kinds: dict[str, int], line: str, plugins: Plugins
+) -> None:
+    with pytest.raises(PluginError, match=rf"^vp::{op_type} \(node\): .*{line}") as caught:
+        plugins.create(op_type, fields, kinds=kinds)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_fields_of_other_types(plugins: Plugins) -> None:
+    """Parsers hand on whole numbers as they like; a list is no number."""
+    for kind in (INT32, FLOAT32):
+        with plugins.create("Select", {"k": 3}, kinds={"k": kind}):
+            pass
+    with pytest.raises(PluginError, match="field k of 2 values; expected one value"):
+        plugins.create("Select", {"k": 3}, length=2)
+
+
+def test_shapes_that_no_kernel_takes(plugins: Plugins, driver: Driver) -> None:
+    """Said when an engine is configured, with what to compile."""
+    with plugins.create("GatherNorm", {"eps": 1e-6}) as made:
+        inputs = [torch.rand(1, 5, 100), torch.tensor([0, 1]), torch.rand(100), torch.rand(100)]
+        with pytest.raises(PluginError, match=r"gather_norm in fp32 at D = 100, which no kernel for .* 9\.0 takes; compile"):
+            made.run(*inputs)
+        inputs = [each.bfloat16() if each.is_floating_point() else each for each in inputs]
+        with pytest.raises(PluginError, match=r"no gather_norm in bf16 with HAS_RESIDUAL=0 .* for compute capability 9\.0"):
+            made.run(*inputs)
+        with pytest.raises(PluginError, match=r"weight and bias of another width; expected \[D\]"):
+            made.run(torch.rand(1, 5, 192), torch.tensor([0]), torch.rand(64), torch.rand(64))
+        driver.c.fakeDevice(80)
+        with pytest.raises(PluginError, match=r"no kernel for compute capability 8\.0, only for 9\.0; compile .* --sm 80"):
+            made.run(torch.rand(1, 5, 192), torch.tensor([0]), torch.rand(192), torch.rand(192))
+    with plugins.create("Select", {"k": 30}) as made, pytest.raises(PluginError, match="k = 30; expected at most the 20"):
+        made.run(torch.rand(1, 20))
+    assert not driver.launches
+
+
+def test_a_failing_launch_is_one_line(plugins: Plugins, driver: Driver) -> None:
+    with plugins.create("Select", {"k": 3}) as made:
+        driver.c.fakeFailure(719)
+        with pytest.raises(PluginError, match=r"^vp::Select: launching 64: CUDA_ERROR_LAUNCH_FAILED$"):
+            made.run(torch.rand(1, 20))
+
+
+def test_each_kernel_is_loaded_once(plugins: Plugins, driver: Driver) -> None:
+    scores = torch.rand(2, 20)
+    with plugins.create("Select", {"k": 3}) as made, made.clone() as clone:
+        ran(plugins, driver, made, [scores])
+        before = driver.c.fakeLoads()
+        for each in (made, clone):
+            ran(plugins, driver, each, [scores])
+    assert driver.c.fakeLoads() == before
+
+
+NO_DRIVER = """
+import sys, torch
+from pathlib import Path
+from vp_kernels.plugins.harness import PluginError, Plugins
+folder = Path(sys.argv[1])
+plugins = Plugins(folder / "libvp_plugin_harness.so", folder / "libvp_plugins.so")
+print(len(plugins.creators()), "libcuda.so" in Path("/proc/self/maps").read_text())
+with plugins.create("Select", {"k": 3}) as node:
+    try:
+        node.run(torch.rand(1, 20))
+    except PluginError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a driver")
+def test_nothing_is_loaded_until_used(plugins: Plugins) -> None:
+    """A machine without a driver lists the plugins and makes nodes; a run says what is missing."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_DRIVER, str(BUILT / "kernels" / "plugins")],
+        capture_output=True, text=True, check=True, env={**os.environ, "LD_LIBRARY_PATH": ""},
+    )  # fmt: skip
+    first, second = done.stdout.splitlines()
+    assert first == f"{len(function_names())} False"
+    assert second == "vp::Select: no NVIDIA driver here (libcuda.so.1); expected one to run kernels"
