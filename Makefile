@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test tritonserver lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
+.PHONY: help setup test tritonserver plugins lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -19,7 +19,7 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
 # so that what its fixtures build is built once.
 WORKERS ?= 2
-test: setup tritonserver  ## run the whole test suite
+test: setup tritonserver plugins  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # A real Triton Inference Server for the tests, with what a server has beside it. Its Python backend needs numpy below 2.
@@ -31,6 +31,24 @@ $(SERVER)/.installed: constraints.txt
 	touch $@
 
 tritonserver: $(SERVER)/.installed  ## a Triton Inference Server on the CPU, for the tests
+
+# TensorRT plugins for the tests, with few kernels: NvInfer.h comes from a wheel that carries a copy, cubins need no GPU.
+PLUGINS := build/plugins
+TEST_KERNELS := attention_fp32_d32* attention_fp16_d64_n17_32* sum_* gather_norm/fp32_192* select/64 select/64_by_score \
+    select/fuse_fp32_64 merge_rows/fp32_192_r16* match_merge/fp32_d64_32* density_merge/fp32*
+build/nvinfer/.installed:
+	$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps -d build/nvinfer kernel-lens==2.0.1
+	cd build/nvinfer && $(PYTHON) -m zipfile -e kernel_lens-*.whl .
+	touch $@
+
+build/plugin-kernels/index.json: $(STAMP) $(wildcard kernels/*.py kernels/*/*.py)
+	env -u TRITON_INTERPRET $(BIN)/python -m vp_kernels.aot --sm 90 --all --force --out build/plugin-kernels \
+	    $(foreach kernel,$(TEST_KERNELS),--match '$(kernel)') 2>build/plugin-kernels.log || { cat build/plugin-kernels.log; exit 1; }
+
+plugins: build/plugin-kernels/index.json build/nvinfer/.installed  ## the TensorRT plugins, for the tests
+	cmake -S . -B $(PLUGINS) -DVP_PLUGIN_HARNESS=ON -DVP_KERNELS_DIR=$(CURDIR)/build/plugin-kernels \
+	    -DTENSORRT_INCLUDE_DIR=$(CURDIR)/build/nvinfer/kernel_lens/include/tensorrt >/dev/null
+	cmake --build $(PLUGINS) --parallel 2 -- -s
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

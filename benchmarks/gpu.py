@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --dry-run                                    what it would run; checks it on a CPU
     python benchmarks/gpu.py --parts machine kernels-check --quick        correct at all?
     python benchmarks/gpu.py --parts kernels-time --out docs/results/gpu.md
+    python benchmarks/gpu.py --parts plugins                              TensorRT plugins (after make plugins)
 
 Needs torch, triton, timm and numpy; nothing of ours need be installed. Results collect in --cache, row by row: where
 one command ends (--minutes) or dies the next one goes on. Exit code: 0; 1 where a check failed or a row did not run; 3
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from gpu_jobs import Wanted
     from gpu_runs import Results, Row
 
-PARTS = ("machine", "kernels-check", "kernels-time", "tune", "models")
+PARTS = ("machine", "kernels-check", "kernels-time", "tune", "plugins", "models")
 NO_GPU = 3
 WARM_SHARE = 0.55  # of the time left that building ahead may take: what is not built is built when it is timed
 RESERVE = 5.0  # seconds for the report
@@ -121,6 +122,10 @@ def rows_of(stage: Stage, args: argparse.Namespace, known: Results) -> list[Row]
 
         sizes, batches = ((17,), (1,)) if args.tiny else (gpu_checks.TOKENS, gpu_checks.BATCHES)
         found = gpu_checks.rows(quick=args.quick or args.tiny, device=args.device, sizes=sizes, batches=batches)
+    elif stage.part == "plugins":
+        import gpu_plugins
+
+        return gpu_plugins.rows()
     elif stage.part == "tune":
         import gpu_tune
 

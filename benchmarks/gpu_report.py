@@ -61,6 +61,8 @@ def render(rows: Mapping[str, Entry], *, note: str = "", synthetic: bool = False
     lines += _bars(parts, missing)
     lines += _checks(parts.get("kernels-check", []), missing)
     lines += _kernel_times(parts.get("kernels-time", []), missing)
+    if parts.get("plugins"):
+        lines += _plugins(parts["plugins"])
     if parts.get("tune"):
         lines += _tuned(parts["tune"])
     lines += _models(parts.get("models", []), missing)
@@ -254,6 +256,18 @@ def _judged(judged: Entry) -> list[str]:
     share = "" if judged["share"] is None else f"{judged['share']:.0%}"
     words: Callable[[bool | None], str] = lambda met: "" if met is None else "met" if met else "**NOT MET**"  # noqa: E731
     return [ratio, share, ", ".join(filter(None, map(words, judged["met"])))]
+
+
+def _plugins(rows: Sequence[Entry]) -> list[str]:
+    lines = ["## TensorRT plugins", "", prose(
+        "Every operator type through its plugin: `enqueue` called directly, without TensorRT (docs/plugins.md). The "
+        "answers have the bits of Python's launchers and are near those of the operators in torch."
+    ), ""]  # fmt: skip
+    cells = [
+        [str(row["group"]), str(row.get("compared", "")), _cell(str(row.get("error") or row.get("say", "")))]
+        for row in rows
+    ]
+    return lines + table(["operator", "nodes", "found"], cells)
 
 
 def _tuned(rows: Sequence[Entry]) -> list[str]:

@@ -18,7 +18,7 @@ from vp_engines.errors import EngineUnavailableError, VpError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest, Preprocessing
 from vp_exporter.kernel_choice import KernelsOption, build_best, candidates
 from vp_exporter.loading import LoadedModel
-from vp_exporter.lowering import export_program, lower_onnx, signature
+from vp_exporter.lowering import export_program, lower_onnx, plugin_nodes, signature
 from vp_exporter.macs import count_macs
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.progress import SILENT, Progress
@@ -213,7 +213,10 @@ def _lower(
         program = export_program(ready if build is None else ready.to(build.device))
         return BuildSource(precision, inputs, outputs, program=program, attention_blocks=blocks)
     assert backend.opset is not None
-    lower_onnx(ready, onnx, opset=backend.opset, functions=backend.onnx_functions)
+    plugins = kernels == "vp" and build is not None and backend.takes_plugin_nodes(build)
+    lower_onnx(ready, onnx, opset=backend.opset, functions=backend.onnx_functions, plugins=plugins)
+    if plugins:  # attention is one of them
+        return BuildSource(precision, inputs, outputs, onnx=onnx, plugin_nodes=plugin_nodes(onnx))
     return BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=blocks)
 
 

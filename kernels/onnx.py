@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 DOMAIN, VERSION = "vp", 1
+PLUGIN_VERSION = "1"  # kVersion of kernels/plugins/src/plugin.h; the namespace there is the domain
 OPSET = 23  # of the bodies: the first in which Attention is a standard operator
 _ROOMS = ("attention", "gather_norm", "select", "merge_rows", "match_merge", "density_merge")
 
@@ -83,6 +84,16 @@ def add_functions(model: onnx.ModelProto) -> list[str]:
     if used:
         _import(model, DOMAIN, VERSION)
     return used
+
+
+def name_plugins(model: onnx.ModelProto) -> None:
+    """Say on every `vp` node which TensorRT plugin it is, in place: its parser never looks at a node's domain."""
+    from onnx import helper
+
+    for each in model.graph.node:
+        if each.domain == DOMAIN:
+            for name, value in (("plugin_namespace", DOMAIN), ("plugin_version", PLUGIN_VERSION)):
+                each.attribute.append(helper.make_attribute(name, value))
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -54,6 +54,7 @@ class BuildSource:
         onnx: path of the ONNX file, for backends with `source == "onnx"`.
         program: a torch.export.ExportedProgram, for backends with `source == "program"`.
         attention_blocks: how many attention operators the engine should find fused (0: do not check).
+        plugin_nodes: how many nodes of the ONNX file are for plugins of ours.
     """
 
     precision: Precision
@@ -62,6 +63,7 @@ class BuildSource:
     onnx: Path | None = None
     program: Any = None
     attention_blocks: int = 0
+    plugin_nodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,10 @@ class Backend(ABC):
     def runs_kernels(self, options: BuildOptions) -> Availability:
         """Whether an engine so built runs the kernels of vp_kernels, and if not, why (one line)."""
         return Availability(False, f"engine '{self.name}' has no kernels of ours")
+
+    def takes_plugin_nodes(self, options: BuildOptions) -> bool:
+        """Whether nodes of the vp operators become plugins in an engine so built."""
+        return False
 
     def check_precision(self, precision: Precision) -> None:
         """Check that this backend builds in `precision`.

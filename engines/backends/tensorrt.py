@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from vp_engines.backends import tensorrt_plugins
 from vp_engines.backends.base import (
     Availability,
     Backend,
@@ -34,7 +35,7 @@ from vp_engines.backends.base import (
     version_tuple,
 )
 from vp_engines.backends.recording import RecordedRun, RecordingRunner
-from vp_engines.backends.tensorrt_build import in_child, select
+from vp_engines.backends.tensorrt_build import in_child, load_plugins, select
 from vp_engines.errors import (
     BuildError,
     BundleCorruptError,
@@ -94,7 +95,12 @@ class _Polygraphy(Backend):
             "decomposable": source.precision == "fp32",
             "attention_blocks": source.attention_blocks,
             "timing_cache": str(options.timing_cache) if options.timing_cache and not self.rtx else None,
+            "plugins": None,
+            "plugin_nodes": source.plugin_nodes,
         }
+        plugins = tensorrt_plugins.chosen() if source.plugin_nodes else None
+        if plugins is not None:
+            request["plugins"] = str(plugins)
         answer = in_child(request)
         notes = list(answer["notes"])
         if self.rtx and options.timing_cache:
@@ -104,6 +110,8 @@ class _Polygraphy(Backend):
         if source.precision == "fp32" and source.attention_blocks:
             notes.append("fp32 has no fused attention in TensorRT: fp16 or bf16 is much faster")
         requirements = {self.module: answer["version"], "compute_capability": target, "batch": batch, "device": "cuda"}
+        if plugins is not None:
+            requirements["plugins"] = tensorrt_plugins.requirement(plugins)
         return BuildResult(ARTEFACT, (ARTEFACT,), requirements, tuple(notes))
 
     def _target(self, options: BuildOptions) -> str:
@@ -154,8 +162,12 @@ class _Polygraphy(Backend):
             raise BundleIncompatibleError(
                 f"this GPU has compute capability {gpu}", expected=str(target), fix="export again for this GPU"
             )
+        wanted = requirements.get("plugins")
+        plugins = tensorrt_plugins.required(wanted) if wanted else None
         require("polygraphy", self.name, self.extra)
         select(self.rtx)
+        if plugins is not None:
+            load_plugins(plugins)
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
         from polygraphy.exception import PolygraphyException
 
@@ -178,6 +190,14 @@ class TensorRtBackend(_Polygraphy):
     rtx = False
     where = " (from NVIDIA's index, on a machine with an NVIDIA GPU)"
 
+    def runs_kernels(self, options: BuildOptions) -> Availability:
+        if tensorrt_plugins.chosen() is None:
+            return Availability(False, f"no library of TensorRT plugins: {tensorrt_plugins.HOW}, docs/plugins.md")
+        return Availability(True, "there is a library of TensorRT plugins")
+
+    def takes_plugin_nodes(self, options: BuildOptions) -> bool:
+        return self.runs_kernels(options).ok
+
 
 class TensorRtRtxBackend(_Polygraphy):
     """TensorRT-RTX: builds for RTX GPUs on any machine, runs on them."""
@@ -187,6 +207,9 @@ class TensorRtRtxBackend(_Polygraphy):
     module = "tensorrt_rtx"
     rtx = True
     where = ""
+
+    def runs_kernels(self, options: BuildOptions) -> Availability:
+        return Availability(False, "TensorRT-RTX takes no plugins")
 
 
 class TensorRtRunner(RecordingRunner):

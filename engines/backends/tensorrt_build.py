@@ -17,6 +17,7 @@ from vp_engines.backends.base import first_line
 from vp_engines.errors import BuildError, EngineUnavailableError
 
 MOST_SORTED = 3840  # the largest k of TensorRT's TopK
+_loaded: set[Path] = set()  # libraries of plugins
 
 
 def select(rtx: bool) -> None:
@@ -34,6 +35,25 @@ def select(rtx: bool) -> None:
             fix=f"load the '{one}' bundle in another process",
         )
     config.USE_TENSORRT_RTX = rtx
+
+
+def load_plugins(library: Path) -> None:
+    """Register the plugins of a library with TensorRT, in this process; a second time does nothing.
+
+    Raises:
+        EngineUnavailableError: TensorRT cannot load it.
+    """
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    registry = lazy_import_trt().get_plugin_registry()
+    if library in _loaded:
+        return
+    # The registry returns a handle, which it keeps; None where the library does not load.
+    if registry.load_library(str(library)) is None:
+        raise EngineUnavailableError(
+            f"TensorRT cannot load the plugins of {library.name}", fix="build the library for this machine"
+        )
+    _loaded.add(library)
 
 
 def in_child(request: dict[str, Any]) -> dict[str, Any]:
@@ -127,9 +147,12 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
                 fix="use another --engine for this GPU",
             )
         config["compute_capabilities"] = [_numbers(wanted)]
+    if request["plugins"]:
+        load_plugins(Path(request["plugins"]))
     network = network_from_onnx_path(request["onnx"], strongly_typed=True)
     _check_attentions(trt, network[1], request["attention_blocks"])
     _check_sorts(trt, network[1])
+    _check_plugins(trt, network[1], request["plugin_nodes"])
     notes = []
     cache = request["timing_cache"]
     if cache:
@@ -161,6 +184,22 @@ def _check_attentions(trt: Any, network: Any, expected: int) -> None:
             f"TensorRT {trt.__version__} sees {found} attention operators",
             expected=f"{expected}, one for each block of the model",
             fix="export with opset 23, which has the Attention operator",
+        )
+
+
+def _check_plugins(trt: Any, network: Any, expected: int) -> None:
+    """Count the plugins: a node that is none has become its function body, silently.
+
+    Raises:
+        BuildError: there are more or fewer than `expected`.
+    """
+    kind = getattr(trt.LayerType, "PLUGIN_V3", None)
+    found = sum(network.get_layer(index).type == kind for index in range(network.num_layers))
+    if expected and found != expected:
+        raise BuildError(
+            f"TensorRT {trt.__version__} made plugins of {found} vp nodes",
+            expected=str(expected),
+            fix="use --kernels portable, and report this",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -48,6 +49,10 @@ def export(
     min_batch: Annotated[int, typer.Option(min=1, help="Smallest batch (TensorRT).")] = 1,
     opt_batch: Annotated[int, typer.Option(min=1, help="Batch to optimise for (TensorRT).")] = 8,
     max_batch: Annotated[int, typer.Option(min=1, help="Largest batch (TensorRT).")] = 64,
+    plugins: Annotated[
+        Path | None,
+        typer.Option(envvar="VP_PLUGINS", metavar="FILE", help="Library of our TensorRT plugins (docs/plugins.md)."),
+    ] = None,
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT timing cache, read and updated.")] = None,
     data: options.Data = None,
     max_drop: options.MaxDrop = None,
@@ -105,6 +110,8 @@ def export(
             proportional_attention=proportional_attention,
             method_arg=method_arg,
         )
+        if plugins is not None:  # also the processes that build, and the runners that check what was built
+            os.environ["VP_PLUGINS"] = str(plugins.absolute())
         check_target(out, force=force)
         from vp_engines.backends import get_backend
 

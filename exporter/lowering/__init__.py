@@ -1,7 +1,7 @@
 """ReducedViT -> what the engines read: an exported program, or ONNX."""
 
-from vp_exporter.lowering.onnx import lower_onnx
+from vp_exporter.lowering.onnx import lower_onnx, plugin_nodes
 from vp_exporter.lowering.program import export_program
 from vp_exporter.lowering.signature import signature
 
-__all__ = ["export_program", "lower_onnx", "signature"]
+__all__ = ["export_program", "lower_onnx", "plugin_nodes", "signature"]

@@ -23,7 +23,9 @@ MAX_INLINE_BYTES = 1_800_000_000
 PRODUCER = "vp-export"
 
 
-def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23, functions: bool = True) -> Path:
+def lower_onnx(
+    model: ReducedViT, path: Path, *, opset: int = 23, functions: bool = True, plugins: bool = False
+) -> Path:
     """Write a prepared model (`ReducedViT.for_export`) as ONNX.
 
     Args:
@@ -31,6 +33,7 @@ def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23, functions: boo
         opset: of the standard domain; from 23 on, attention is one Attention node.
         functions: keep the nodes of domain `vp` of a model over the vp operators, each with its function body; False
             writes the twin in standard operators alone, for runtimes that do not know functions.
+        plugins: keep the nodes, and say on each which TensorRT plugin it is (docs/plugins.md).
 
     Returns:
         `path`.
@@ -59,17 +62,26 @@ def lower_onnx(model: ReducedViT, path: Path, *, opset: int = 23, functions: boo
     with _quiet():
         exported.save(str(path), external_data=not inline)
     if model.kernels == "vp":
-        _finish_functions(path, keep=functions)
+        _finish_functions(path, keep=functions or plugins, plugins=plugins)
     check_onnx(path, model)
     return path
 
 
-def _finish_functions(path: Path, *, keep: bool) -> None:
+def plugin_nodes(path: Path) -> int:
+    """How many nodes of a file are for plugins."""
+    from vp_kernels.onnx import DOMAIN
+
+    return sum(node.domain == DOMAIN for node in onnx.load(str(path), load_external_data=False).graph.node)
+
+
+def _finish_functions(path: Path, *, keep: bool, plugins: bool) -> None:
     """Give the nodes of domain `vp` their bodies; without `keep`, put the bodies in their place."""
-    from vp_kernels.onnx import add_functions, inline
+    from vp_kernels.onnx import add_functions, inline, name_plugins
 
     model = onnx.load(str(path), load_external_data=False)  # weights in a file beside it stay there
     add_functions(model)
+    if plugins:
+        name_plugins(model)
     onnx.save(model if keep else inline(model), str(path))
 
 

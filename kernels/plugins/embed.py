@@ -58,7 +58,8 @@ def embed(folder: Path) -> tuple[str, str]:
         source += _tables(name, entry)
         shared = entry["shared"]
         rows.append(
-            f'    {{"{entry["operator"]}", "{entry["variant"]}", "{entry["kernel"]}", "{entry["entry"]}", {entry["sm"]}, '
+            f'    {{"{entry["operator"]}", "{entry["variant"]}", "{entry["kernel"]}", "{entry["entry"]}", '
+            f"{entry['sm']}, "
             f"Dtype::{DTYPES[entry['dtype']]}, span({name}Constants), span({name}Shapes), span({name}Parameters), "
             f"{{{', '.join(f'{name}Grid{axis}' for axis in range(3))}}}, {entry['threads']}, {shared['dynamic']}, "
             f"{str(shared['raise_limit']).lower()}, {label}, {entry['cubin']['size']}}},"
@@ -133,7 +134,9 @@ def cpp(expression: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m vp_kernels.plugins.embed", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m vp_kernels.plugins.embed", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("folder", type=Path, help="what python -m vp_kernels.aot --out wrote")
     parser.add_argument("--out", type=Path, required=True, help="where kernels.cpp and cubins.S go")
     arguments = parser.parse_args(argv)

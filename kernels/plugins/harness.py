@@ -1,4 +1,7 @@
-"""The plugins without TensorRT: makes nodes and runs them on tensors, as an engine would (the tests; benchmarks/gpu.py)."""
+"""The plugins without TensorRT: makes nodes and runs them on tensors, as an engine would.
+
+The tests use it on a fake driver, benchmarks/gpu.py on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,12 @@ class PluginError(RuntimeError):
 
 
 class _Tensor(ctypes.Structure):
-    _fields_ = [("type", ctypes.c_int32), ("rank", ctypes.c_int32), ("sizes", ctypes.c_int64 * 8), ("data", ctypes.c_void_p)]
+    _fields_ = [
+        ("type", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("sizes", ctypes.c_int64 * 8),
+        ("data", ctypes.c_void_p),
+    ]
 
 
 class Plugins:

@@ -25,6 +25,8 @@ def synthetic() -> dict[str, dict[str, Any]]:
         entry("kernels-check", "select N=17", group="select", compared=80, failed=1, excused=0, images=0, device="cuda",
               failures=[{"call": "B=1 n=17 | k=3", "what": "output 0: 1 of 1 images have other indices"}]),
         entry("kernels-check", "attention N=1024", group="attention", error="its process died (SIGSEGV)"),
+        entry("plugins", "plugins select", group="select", compared=27, failed=1,
+              say="27 nodes, FAILED 1: other bits than Python's launcher"),
         entry("kernels-time", "attention N=197", operator="attention",
               shape={"N": 197, "B": 256, "H": 6, "dtype": "bf16", "d": 64},
               times={"vp": TIMING, "sdpa cudnn": {**TIMING, "median": 1.2e-5}}, refused={"sdpa flash bias": "no mask"},
@@ -105,3 +107,7 @@ def test_the_page_in_the_repository_claims_nothing_that_was_not_measured() -> No
     page = (Path(__file__).resolve().parents[2] / "docs" / "results" / "gpu.md").read_text()
     assert "SYNTHETIC" not in page
     assert ("not measured" in page.lower()) or ("driver" in page)
+
+
+def test_plugins_have_a_table() -> None:
+    assert "| select | 27 | 27 nodes, FAILED 1: other bits than Python's launcher |" in render(synthetic())

@@ -14,7 +14,7 @@ import torch
 from tests.exporter.reducers.test_export import EVERY_REDUCER, OTHER_FIELDS, images_of
 from tests.exporter.test_fused_block import both
 from tests.exporter.tiny import random_plan, tiny_vit
-from vp_exporter.lowering import lower_onnx
+from vp_exporter.lowering import lower_onnx, plugin_nodes
 from vp_exporter.reduced import ReducedViT
 
 CLEAR = 5e-4
@@ -84,3 +84,19 @@ def test_static_plan(tmp_path: Path) -> None:
         expected = ReducedViT(vit, description, plan)(images).numpy()
     found = answer(path, images, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     np.testing.assert_allclose(found, expected, atol=5e-5, rtol=5e-5)
+
+
+def test_plugin_nodes_say_which_plugin_they_are(tmp_path: Path) -> None:
+    """An engine without the library runs the same file by its function bodies."""
+    portable, fused = both(EVERY_REDUCER)
+    path = lower_onnx(fused.for_export(), tmp_path / "plugins.onnx", functions=False, plugins=True)
+    ours = [node for node in onnx.load(str(path)).graph.node if node.domain == "vp"]
+    assert len(ours) == plugin_nodes(path) > len(portable.blocks)
+    for node in ours:
+        named = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        assert (named["plugin_namespace"], named["plugin_version"]) == (b"vp", b"1")
+    images = images_of(2)
+    with torch.no_grad():
+        expected = portable(images).numpy()
+    found = answer(path, images, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    np.testing.assert_allclose(found, expected, atol=CLEAR, rtol=CLEAR)

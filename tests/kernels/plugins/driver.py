@@ -59,7 +59,9 @@ class Driver:
         self._callback = _ON_LAUNCH(self._launch)  # kept alive with the driver
         self.c.fakeOnLaunch(self._callback)
 
-    def _launch(self, image: int, name: bytes, grid: Any, threads: int, shared: int, raised: int, stream: int, given: Any) -> int:
+    def _launch(
+        self, image: int, name: bytes, grid: Any, threads: int, shared: int, raised: int, stream: int, given: Any
+    ) -> int:
         try:
             self._run(image, name.decode(), (grid[0], grid[1], grid[2]), threads, shared, raised, given)
         except Exception as error:
@@ -67,7 +69,9 @@ class Driver:
             return INVALID_VALUE
         return 0
 
-    def _run(self, image: int, name: str, grid: tuple[int, int, int], threads: int, shared: int, raised: int, given: Any) -> None:
+    def _run(
+        self, image: int, name: str, grid: tuple[int, int, int], threads: int, shared: int, raised: int, given: Any
+    ) -> None:
         entry = self._entry(image)
         assert name == entry["entry"]
         assert (threads, shared) == (entry["threads"], entry["shared"]["dynamic"])

@@ -7,41 +7,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.plugins.calls import calls, launched, node_of
 from tests.kernels.plugins.driver import Driver
-from tests.kernels.test_functions_cases import CASES, Case
+from tests.kernels.test_functions_cases import Case
 from vp_kernels.attention.kernel import launch_attention
-from vp_kernels.density_merge.kernel import launch_density_merge
-from vp_kernels.gather_norm.kernel import launch_gather_norm
-from vp_kernels.match_merge.kernel import launch_match_merge
-from vp_kernels.merge_rows.kernel import launch_merge_rows
 from vp_kernels.onnx import function_names
 from vp_kernels.plugins.harness import FLOAT32, INT32, Node, PluginError, Plugins
-from vp_kernels.select.kernel import launch_select, launch_select_fuse
 
 ROOT = Path(__file__).resolve().parents[3]
 BUILT = ROOT / "build" / "plugins"
 KERNELS = ROOT / "build" / "plugin-kernels"
-LAUNCHERS = {
-    "attention": launch_attention, "gather_norm": launch_gather_norm, "select": launch_select,
-    "select_fuse": launch_select_fuse, "merge_rows": launch_merge_rows, "match_merge": launch_match_merge,
-    "density_merge": launch_density_merge,
-}  # fmt: skip
-# Widths and head dims that the kernels of `make plugins` are built for.
-SIZES: dict[str, dict[str, int]] = {
-    "attention": {},
-    "gather_norm": {"width": 192},
-    "select": {"width": 192},
-    "merge_rows": {"width": 192},
-    "match_merge": {"width": 192, "head_dim": 64},
-    "density_merge": {"width": 192},
-}
-CALLS = [case for room, cases in CASES.items() for case in cases(**SIZES[room])]
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +48,6 @@ def clean(driver: Driver, plugins: Plugins) -> Iterator[None]:
     plugins.log()
 
 
-class Recorded:
-    """What an ONNX node of a call is."""
-
-    def __init__(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-        def node(op_type: str, inputs: list[Tensor], outputs: list[tuple[torch.dtype, Any]], **attributes: float) -> Any:
-            self.op_type, self.inputs, self.attributes = op_type, [each.contiguous() for each in inputs], attributes
-            self.outputs = [(dtype, list(shape)) for dtype, shape in outputs]
-            return [torch.empty(0)] * len(outputs)
-
-        monkeypatch.setattr(f"{case.node.__module__}.node", node)
-        case.node(**case.tensors, **case.fixed, **case.settings)
-
-
 def ran(plugins: Plugins, driver: Driver, made: Node, inputs: list[Tensor]) -> list[Tensor]:
     driver.memory = lambda: made.memory
     try:
@@ -89,28 +56,18 @@ def ran(plugins: Plugins, driver: Driver, made: Node, inputs: list[Tensor]) -> l
         raise AssertionError("; ".join(driver.trouble) or str(error)) from error
 
 
-def launched(case: Case) -> list[Tensor]:
-    """What Python's launcher of the same kernels answers."""
-    name = case.operator.__name__
-    given = {**case.tensors, **case.fixed, **case.settings}
-    if name in ("match_merge", "density_merge"):
-        given.setdefault("size", None)
-    found = LAUNCHERS[name](**{key: each.contiguous() if isinstance(each, Tensor) else each for key, each in given.items()})
-    return [each for each in ((found,) if isinstance(found, Tensor) else found) if each.numel()]
-
-
 def test_every_operator_type_has_a_creator(plugins: Plugins) -> None:
     found = plugins.creators()
     assert sorted(each["name"] for each in found) == sorted(function_names())
-    assert {(each["version"], each["namespace"], each["kind"]) for each in found} == {("1", "vp", "PLUGIN CREATOR_V3ONE")}
+    assert {(each["version"], each["namespace"], each["kind"]) for each in found} == {
+        ("1", "vp", "PLUGIN CREATOR_V3ONE")
+    }
 
 
-@pytest.mark.parametrize("case", CALLS, ids=lambda case: case.name)
-def test_same_answers_as_the_python_launcher(
-    case: Case, plugins: Plugins, driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("case", calls(), ids=lambda case: case.name)
+def test_same_answers_as_the_python_launcher(case: Case, plugins: Plugins, driver: Driver) -> None:
     """Bit for bit: the same kernels, with the same arguments, on the same memory; and as near to the operator's own."""
-    node = Recorded(case, monkeypatch)
+    node = node_of(case)
     with plugins.create(node.op_type, node.attributes) as made, made.serialised() as loaded, loaded.clone() as clone:
         answers = [ran(plugins, driver, each, node.inputs) for each in (made, clone)]
     wanted = launched(case)
@@ -153,7 +110,13 @@ def test_formats(plugins: Plugins) -> None:
         for token in (torch.float32, torch.float16, torch.bfloat16):
             good = [token if each == torch.float16 else each for each in types]
             assert all(made.supports(at, 4, good) for at in range(6))
-        for at, wrong in ((0, torch.int8), (1, torch.int32), (2, torch.float32), (3, torch.bfloat16), (5, torch.float32)):
+        for at, wrong in (
+            (0, torch.int8),
+            (1, torch.int32),
+            (2, torch.float32),
+            (3, torch.bfloat16),
+            (5, torch.float32),
+        ):
             assert not made.supports(at, 4, [*types[:at], wrong, *types[at + 1 :]])
         assert not made.supports(0, 4, types, layout=2)  # HWC8
     with plugins.create("MatchMergeSize", {"tokens": 9, "r": 2, "prefix": 1}) as made:
@@ -170,14 +133,13 @@ BAD_FIELDS: list[tuple[str, dict[str, float], dict[str, int], str]] = [
     ("Select", {"k": 2.5}, {}, "k = 2.500000; expected a whole number"),
     ("Select", {"k": 3}, {"k": 6}, "field k of type 6; expected a whole number or a float32"),
     ("GatherNorm", {"eps": float("nan")}, {}, "eps = nan; expected"),
-    ("DensityMergePairs", {"tokens": 9, "width": 16, "tokens_out": 5, "clusters": 2, "pairs": 1, "prefix": 1}, {}, "clusters"),
+    ("DensityMerge", {"tokens": 9, "width": 16, "tokens_out": 5, "clusters": 2, "pairs": 0, "prefix": 1}, {},
+     "clusters = 2.000000; expected 0.000000 to 0"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("op_type", "fields", "kinds", "line"), BAD_FIELDS)
-def test_bad_fields(
-    op_type: str, fields: dict[str, float], kinds: dict[str, int], line: str, plugins: Plugins
-) -> None:
+def test_bad_fields(op_type: str, fields: dict[str, float], kinds: dict[str, int], line: str, plugins: Plugins) -> None:
     with pytest.raises(PluginError, match=rf"^vp::{op_type} \(node\): .*{line}") as caught:
         plugins.create(op_type, fields, kinds=kinds)
     assert str(caught.value).count("\n") == 0
@@ -196,17 +158,26 @@ def test_shapes_that_no_kernel_takes(plugins: Plugins, driver: Driver) -> None:
     """Said when an engine is configured, with what to compile."""
     with plugins.create("GatherNorm", {"eps": 1e-6}) as made:
         inputs = [torch.rand(1, 5, 100), torch.tensor([0, 1]), torch.rand(100), torch.rand(100)]
-        with pytest.raises(PluginError, match=r"gather_norm in fp32 at D = 100, which no kernel for .* 9\.0 takes; compile"):
+        with pytest.raises(
+            PluginError, match=r"gather_norm in fp32 at D = 100, which no kernel for .* 9\.0 takes; compile"
+        ):
             made.run(*inputs)
         inputs = [each.bfloat16() if each.is_floating_point() else each for each in inputs]
-        with pytest.raises(PluginError, match=r"no gather_norm in bf16 with HAS_RESIDUAL=0 .* for compute capability 9\.0"):
+        with pytest.raises(
+            PluginError, match=r"no gather_norm in bf16 with HAS_RESIDUAL=0 .* for compute capability 9\.0"
+        ):
             made.run(*inputs)
         with pytest.raises(PluginError, match=r"weight and bias of another width; expected \[D\]"):
             made.run(torch.rand(1, 5, 192), torch.tensor([0]), torch.rand(64), torch.rand(64))
         driver.c.fakeDevice(80)
-        with pytest.raises(PluginError, match=r"no kernel for compute capability 8\.0, only for 9\.0; compile .* --sm 80"):
+        with pytest.raises(
+            PluginError, match=r"no kernel for compute capability 8\.0, only for 9\.0; compile .* --sm 80"
+        ):
             made.run(torch.rand(1, 5, 192), torch.tensor([0]), torch.rand(192), torch.rand(192))
-    with plugins.create("Select", {"k": 30}) as made, pytest.raises(PluginError, match="k = 30; expected at most the 20"):
+    with (
+        plugins.create("Select", {"k": 30}) as made,
+        pytest.raises(PluginError, match="k = 30; expected at most the 20"),
+    ):
         made.run(torch.rand(1, 20))
     assert not driver.launches
 
