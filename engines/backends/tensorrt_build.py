@@ -147,12 +147,12 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
                 fix="use another --engine for this GPU",
             )
         config["compute_capabilities"] = [_numbers(wanted)]
-    if request["plugins"]:
+    if request.get("plugins"):
         load_plugins(Path(request["plugins"]))
     network = network_from_onnx_path(request["onnx"], strongly_typed=True)
     _check_attentions(trt, network[1], request["attention_blocks"])
     _check_sorts(trt, network[1])
-    _check_plugins(trt, network[1], request["plugin_nodes"])
+    _check_plugins(trt, network[1], request.get("plugin_nodes", 0))
     notes = []
     cache = request["timing_cache"]
     if cache:

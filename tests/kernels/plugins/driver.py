@@ -59,6 +59,13 @@ class Driver:
         self._callback = _ON_LAUNCH(self._launch)  # kept alive with the driver
         self.c.fakeOnLaunch(self._callback)
 
+    def reset(self) -> None:
+        """As on a fresh H200, with nothing launched; kernels stay loaded."""
+        self.launches.clear()
+        self.trouble.clear()
+        self.c.fakeDevice(90)
+        self.c.fakeFailure(0)
+
     def _launch(
         self, image: int, name: bytes, grid: Any, threads: int, shared: int, raised: int, stream: int, given: Any
     ) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,63 +12,39 @@ import torch
 from torch import Tensor
 
 from tests.kernels.plugins.calls import calls, launched, node_of
-from tests.kernels.plugins.driver import Driver
-from tests.kernels.test_functions_cases import Case
+from tests.kernels.plugins.isolation import FOLDER, LIBRARY, driver, isolated, plugins
 from vp_kernels.attention.kernel import launch_attention
 from vp_kernels.onnx import function_names
-from vp_kernels.plugins.harness import FLOAT32, INT32, Node, PluginError, Plugins
+from vp_kernels.plugins.harness import FLOAT32, INT32, Node, PluginError
 
-ROOT = Path(__file__).resolve().parents[3]
-BUILT = ROOT / "build" / "plugins"
-KERNELS = ROOT / "build" / "plugin-kernels"
+CALLS = calls()
 
 
-@pytest.fixture(scope="module")
-def driver() -> Driver:
-    library = BUILT / "kernels" / "plugins" / "fake" / "libcuda.so.1"
-    if not library.is_file():
-        pytest.skip("there are no plugins: make plugins")
-    return Driver(library, KERNELS)
-
-
-@pytest.fixture(scope="module")
-def plugins(driver: Driver) -> Plugins:
-    folder = BUILT / "kernels" / "plugins"
-    return Plugins(folder / "libvp_plugin_harness.so", folder / "libvp_plugins.so")
-
-
-@pytest.fixture(autouse=True)
-def clean(driver: Driver, plugins: Plugins) -> Iterator[None]:
-    driver.launches.clear()
-    driver.trouble.clear()
-    driver.c.fakeDevice(90)
-    driver.c.fakeFailure(0)
-    yield
-    plugins.log()
-
-
-def ran(plugins: Plugins, driver: Driver, made: Node, inputs: list[Tensor]) -> list[Tensor]:
-    driver.memory = lambda: made.memory
+def ran(made: Node, inputs: list[Tensor]) -> list[Tensor]:
+    driver().memory = lambda: made.memory
     try:
         return made.run(*inputs)
     except PluginError as error:
-        raise AssertionError("; ".join(driver.trouble) or str(error)) from error
+        raise AssertionError("; ".join(driver().trouble) or str(error)) from error
 
 
-def test_every_operator_type_has_a_creator(plugins: Plugins) -> None:
-    found = plugins.creators()
+@isolated
+def test_every_operator_type_has_a_creator() -> None:
+    found = plugins().creators()
     assert sorted(each["name"] for each in found) == sorted(function_names())
     assert {(each["version"], each["namespace"], each["kind"]) for each in found} == {
         ("1", "vp", "PLUGIN CREATOR_V3ONE")
     }
 
 
-@pytest.mark.parametrize("case", calls(), ids=lambda case: case.name)
-def test_same_answers_as_the_python_launcher(case: Case, plugins: Plugins, driver: Driver) -> None:
+@pytest.mark.parametrize("number", range(len(CALLS)), ids=lambda number: CALLS[number].name)
+@isolated
+def test_same_answers_as_the_python_launcher(number: int) -> None:
     """Bit for bit: the same kernels, with the same arguments, on the same memory; and as near to the operator's own."""
+    case = CALLS[number]
     node = node_of(case)
-    with plugins.create(node.op_type, node.attributes) as made, made.serialised() as loaded, loaded.clone() as clone:
-        answers = [ran(plugins, driver, each, node.inputs) for each in (made, clone)]
+    with plugins().create(node.op_type, node.attributes) as made, made.serialised() as loaded, loaded.clone() as clone:
+        answers = [ran(each, node.inputs) for each in (made, clone)]
     wanted = launched(case)
     for found in answers:
         assert [(each.dtype, list(each.shape)) for each in found] == node.outputs
@@ -78,35 +53,38 @@ def test_same_answers_as_the_python_launcher(case: Case, plugins: Plugins, drive
             assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
     for one, other in zip(answers[0], case.expected(), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4, equal_nan=True, check_dtype=False)
-    assert plugins.log() == ""
+    assert plugins().log() == ""
 
 
 @pytest.mark.parametrize("importance", ["none", "class", "mean"])
-def test_half_precision(importance: str, plugins: Plugins, driver: Driver) -> None:
+@isolated
+def test_half_precision(importance: str) -> None:
     """The kernel that holds all keys at once; one program an image and head, and two query tiles shared by two."""
     torch.manual_seed(0)
     qkv = torch.randn(2, 30, 3, 2, 64).half()
     word = {"none": "Plain"}.get(importance, importance.capitalize())
-    with plugins.create(f"Attention{word}", {"tokens": 30, "heads": 2, "head_dim": 64}) as made:
-        found = ran(plugins, driver, made, [qkv])
+    with plugins().create(f"Attention{word}", {"tokens": 30, "heads": 2, "head_dim": 64}) as made:
+        found = ran(made, [qkv])
     wanted = [each for each in launch_attention(qkv, None, importance) if each.numel()]
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-    assert {launch.entry["kernel"] for launch in driver.launches} >= {"attention_whole"}
+    assert {launch.entry["kernel"] for launch in driver().launches} >= {"attention_whole"}
 
 
-def test_any_batch(plugins: Plugins, driver: Driver) -> None:
+@isolated
+def test_any_batch() -> None:
     """Batch is the one dynamic axis: the same node at several sizes, one after the other."""
-    with plugins.create("SelectByScore", {"k": 3}) as made:
+    with plugins().create("SelectByScore", {"k": 3}) as made:
         for batch in (1, 4, 2):
             scores = torch.rand(batch, 20)
-            (found,) = ran(plugins, driver, made, [scores])
+            (found,) = ran(made, [scores])
             assert torch.equal(found, scores.topk(3).indices)
 
 
-def test_formats(plugins: Plugins) -> None:
+@isolated
+def test_formats() -> None:
     """Linear tensors only; the tokens of any float type, all of the same; scores in fp32, indices in int64."""
     types = [torch.float16, torch.int64, torch.float16, torch.float16, torch.float16, torch.float16]
-    with plugins.create("GatherNorm", {"eps": 1e-6}) as made:
+    with plugins().create("GatherNorm", {"eps": 1e-6}) as made:
         for token in (torch.float32, torch.float16, torch.bfloat16):
             good = [token if each == torch.float16 else each for each in types]
             assert all(made.supports(at, 4, good) for at in range(6))
@@ -119,7 +97,7 @@ def test_formats(plugins: Plugins) -> None:
         ):
             assert not made.supports(at, 4, [*types[:at], wrong, *types[at + 1 :]])
         assert not made.supports(0, 4, types, layout=2)  # HWC8
-    with plugins.create("MatchMergeSize", {"tokens": 9, "r": 2, "prefix": 1}) as made:
+    with plugins().create("MatchMergeSize", {"tokens": 9, "r": 2, "prefix": 1}) as made:
         mixed = [torch.float32, torch.float16, torch.float32, torch.float32, torch.float32]
         assert all(made.supports(at, 3, mixed) for at in range(5))  # the metric has a type of its own
         assert not made.supports(2, 3, [*mixed[:2], torch.float16, *mixed[3:]])
@@ -139,24 +117,27 @@ BAD_FIELDS: list[tuple[str, dict[str, float], dict[str, int], str]] = [
 
 
 @pytest.mark.parametrize(("op_type", "fields", "kinds", "line"), BAD_FIELDS)
-def test_bad_fields(op_type: str, fields: dict[str, float], kinds: dict[str, int], line: str, plugins: Plugins) -> None:
+@isolated
+def test_bad_fields(op_type: str, fields: dict[str, float], kinds: dict[str, int], line: str) -> None:
     with pytest.raises(PluginError, match=rf"^vp::{op_type} \(node\): .*{line}") as caught:
-        plugins.create(op_type, fields, kinds=kinds)
+        plugins().create(op_type, fields, kinds=kinds)
     assert str(caught.value).count("\n") == 0
 
 
-def test_fields_of_other_types(plugins: Plugins) -> None:
+@isolated
+def test_fields_of_other_types() -> None:
     """Parsers hand on whole numbers as they like; a list is no number."""
     for kind in (INT32, FLOAT32):
-        with plugins.create("Select", {"k": 3}, kinds={"k": kind}):
+        with plugins().create("Select", {"k": 3}, kinds={"k": kind}):
             pass
     with pytest.raises(PluginError, match="field k of 2 values; expected one value"):
-        plugins.create("Select", {"k": 3}, length=2)
+        plugins().create("Select", {"k": 3}, length=2)
 
 
-def test_shapes_that_no_kernel_takes(plugins: Plugins, driver: Driver) -> None:
+@isolated
+def test_shapes_that_no_kernel_takes() -> None:
     """Said when an engine is configured, with what to compile."""
-    with plugins.create("GatherNorm", {"eps": 1e-6}) as made:
+    with plugins().create("GatherNorm", {"eps": 1e-6}) as made:
         inputs = [torch.rand(1, 5, 100), torch.tensor([0, 1]), torch.rand(100), torch.rand(100)]
         with pytest.raises(
             PluginError, match=r"gather_norm in fp32 at D = 100, which no kernel for .* 9\.0 takes; compile"
@@ -169,34 +150,36 @@ def test_shapes_that_no_kernel_takes(plugins: Plugins, driver: Driver) -> None:
             made.run(*inputs)
         with pytest.raises(PluginError, match=r"weight and bias of another width; expected \[D\]"):
             made.run(torch.rand(1, 5, 192), torch.tensor([0]), torch.rand(64), torch.rand(64))
-        driver.c.fakeDevice(80)
+        driver().c.fakeDevice(80)
         with pytest.raises(
             PluginError, match=r"no kernel for compute capability 8\.0, only for 9\.0; compile .* --sm 80"
         ):
             made.run(torch.rand(1, 5, 192), torch.tensor([0]), torch.rand(192), torch.rand(192))
     with (
-        plugins.create("Select", {"k": 30}) as made,
+        plugins().create("Select", {"k": 30}) as made,
         pytest.raises(PluginError, match="k = 30; expected at most the 20"),
     ):
         made.run(torch.rand(1, 20))
-    assert not driver.launches
+    assert not driver().launches
 
 
-def test_a_failing_launch_is_one_line(plugins: Plugins, driver: Driver) -> None:
-    with plugins.create("Select", {"k": 3}) as made:
-        driver.c.fakeFailure(719)
+@isolated
+def test_a_failing_launch_is_one_line() -> None:
+    with plugins().create("Select", {"k": 3}) as made:
+        driver().c.fakeFailure(719)
         with pytest.raises(PluginError, match=r"^vp::Select: launching 64: CUDA_ERROR_LAUNCH_FAILED$"):
             made.run(torch.rand(1, 20))
 
 
-def test_each_kernel_is_loaded_once(plugins: Plugins, driver: Driver) -> None:
+@isolated
+def test_each_kernel_is_loaded_once() -> None:
     scores = torch.rand(2, 20)
-    with plugins.create("Select", {"k": 3}) as made, made.clone() as clone:
-        ran(plugins, driver, made, [scores])
-        before = driver.c.fakeLoads()
+    with plugins().create("Select", {"k": 3}) as made, made.clone() as clone:
+        ran(made, [scores])
+        before = driver().c.fakeLoads()
         for each in (made, clone):
-            ran(plugins, driver, each, [scores])
-    assert driver.c.fakeLoads() == before
+            ran(each, [scores])
+    assert driver().c.fakeLoads() == before
 
 
 NO_DRIVER = """
@@ -215,10 +198,12 @@ with plugins.create("Select", {"k": 3}) as node:
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a driver")
-def test_nothing_is_loaded_until_used(plugins: Plugins) -> None:
+def test_nothing_is_loaded_until_used() -> None:
     """A machine without a driver lists the plugins and makes nodes; a run says what is missing."""
+    if not LIBRARY.is_file():
+        pytest.skip("there are no plugins: make plugins")
     done = subprocess.run(
-        [sys.executable, "-c", NO_DRIVER, str(BUILT / "kernels" / "plugins")],
+        [sys.executable, "-c", NO_DRIVER, str(FOLDER)],
         capture_output=True, text=True, check=True, env={**os.environ, "LD_LIBRARY_PATH": ""},
     )  # fmt: skip
     first, second = done.stdout.splitlines()

@@ -10,12 +10,11 @@ import pytest
 
 from tests.exporter.reducers.test_export import EVERY_REDUCER
 from tests.exporter.test_fused_block import both
-from tests.kernels.plugins.test_plugins import BUILT, ROOT
+from tests.kernels.plugins.isolation import LIBRARY, ROOT
 from vp_exporter.lowering import lower_onnx
 from vp_kernels.onnx import function_names
 
 pytest.importorskip("tensorrt_rtx")
-LIBRARY = BUILT / "kernels" / "plugins" / "libvp_plugins.so"
 CHILD = """
 import sys
 import tensorrt_rtx as trt
@@ -44,7 +43,7 @@ def in_child(library: str, model: Path) -> list[str]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not LIBRARY.is_file():
         pytest.skip("there are no plugins: make plugins")
-    _, fused = both(EVERY_REDUCER)
+    _, fused = both(EVERY_REDUCER[:1])
     return lower_onnx(fused.for_export(), tmp_path_factory.mktemp("plugins") / "model.onnx", plugins=True)
 
 

@@ -1,0 +1,58 @@
+"""Tests in a process of their own: the driver without a GPU must not become that of the tests beside them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.interpreter import complete_interpreter
+from tests.kernels.plugins.driver import Driver
+from vp_kernels.plugins.harness import Plugins
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "build" / "plugins" / "kernels" / "plugins"
+LIBRARY = FOLDER / "libvp_plugins.so"
+KERNELS = ROOT / "build" / "plugin-kernels"
+
+
+def isolated(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test function of a module in the other process, where `driver` and `plugins` are."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if not LIBRARY.is_file():
+            pytest.skip("there are no plugins: make plugins")
+        _pool().submit(_call, test.__module__, test.__name__, args, kwargs).result()
+
+    return run
+
+
+@functools.cache
+def driver() -> Driver:
+    """Of this process."""
+    return Driver(FOLDER / "fake" / "libcuda.so.1", KERNELS)
+
+
+@functools.cache
+def plugins() -> Plugins:
+    """The library, opened after the driver."""
+    driver()
+    return Plugins(FOLDER / "libvp_plugin_harness.so", LIBRARY)
+
+
+@functools.cache
+def _pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=complete_interpreter)
+
+
+def _call(module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    driver().reset()
+    plugins().log()
+    getattr(import_module(module), name).__wrapped__(*args, **kwargs)
