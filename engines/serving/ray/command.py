@@ -55,6 +55,7 @@ def serve_bundle(bundle: Path, options: RayOptions, listen: Listen, say: Callabl
     try:
         stop.listen()  # after Ray, which takes SIGTERM for itself
         if listen.address is not None:
+            _check_free(name)
             options = replace(options, threads=share_cores(_node_cores(ray), options))
             _probe(ray, path, options, manifest.digest())
         where = _start(path, manifest, options, listen, stop)
@@ -121,6 +122,14 @@ def _node_cores(ray: Any) -> list[float]:
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
+def _check_free(name: str) -> None:
+    from ray import serve
+
+    there = serve.status().applications
+    if name in there or engines_name(name) in there:
+        raise ServingError(f"the cluster serves {name!r} already", fix="give another --name, or stop that one first")
+
+
 def _probe(ray: Any, path: str, options: RayOptions, digest: str) -> None:
     """Open and run the engine once where a replica would, so that a node's refusal is one line and not a restart loop.
 
@@ -163,17 +172,12 @@ def _start(path: str, manifest: Manifest, options: RayOptions, listen: Listen, s
     """Deploy and wait until everything runs; returns the URL before /v2.
 
     Raises:
-        ServingError: another application is in the way, or replicas do not start.
+        ServingError: replicas do not start.
         VpError: what the engine said.
     """
     from ray import serve
 
     name = options.checked(manifest)
-    there = serve.status().applications
-    if there and (name in there or engines_name(name) in there):
-        raise ServingError(
-            f"the cluster serves {name!r} already", fix="give another --name, or stop that one first"
-        )  # fmt: skip
     host, port = _http(listen)
     try:
         serve.start(
