@@ -1,4 +1,4 @@
-"""`python -m vp_engines.serving.ray BUNDLE`: the same as `vp-serve ray`, on a machine that has only what engines need."""
+"""`python -m vp_engines.serving.ray BUNDLE`: what `vp-serve ray` does, where only what engines need is installed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _add(group: argparse._ArgumentGroup, name: str, kind: type, text: str, default: object) -> None:
     said = text if default is None else f"{text} (default {default})"
-    group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=kind.__name__.upper(), help=said)
+    group.add_argument(
+        f"--{name.replace('_', '-')}", type=kind, default=default, metavar=kind.__name__.upper(), help=said
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -100,7 +100,8 @@ class Front:
         self._engines, self._model = engines, model
         self._preprocessing = Preprocessing.model_validate(preprocessing)
         self._options = RayOptions(**options)
-        self._images = self._batches = self._pending = self._repeated = 0
+        self._images = self._pending = self._repeated = 0
+        self._batches = 0.0
         self._retry, self._full = _failures()
 
     async def __call__(self, request: Any) -> Any:
@@ -128,7 +129,9 @@ class Front:
         if kind == "ready":
             return await self._ready()
         if kind == "server":
-            return protocol.json_reply({"name": "vp-export", "version": _version(), "extensions": ["binary_tensor_data"]})
+            return protocol.json_reply(
+                {"name": "vp-export", "version": _version(), "extensions": ["binary_tensor_data"]}
+            )
         if kind == "model":
             return protocol.json_reply(protocol.metadata(model))
         if kind == "stats":

@@ -102,7 +102,9 @@ class Batcher:
 
         def run() -> dict[str, np.ndarray]:
             # One request alone is not copied: it lies in Ray's shared memory, or where its message was put.
-            return self._run(np.require(parts[0], requirements="CA") if len(parts) == 1 else np.concatenate(parts))
+            return self._run(
+                np.require(parts[0], requirements=["C", "A"]) if len(parts) == 1 else np.concatenate(parts)
+            )
 
         try:
             outputs = await asyncio.get_running_loop().run_in_executor(self._executor, run)

@@ -121,7 +121,7 @@ class Listen:
     """Where: the cluster, and the address that clients use.
 
     Attributes:
-        address: of a running cluster ("auto", "host:6379"); None: one of its own on this machine, gone with the command.
+        address: of a running cluster ("auto", "host:6379"); None: one of its own on this machine, which ends with it.
         host: interface that the HTTP servers listen on.
         port: theirs.
         route: path before /v2; several bundles on one cluster differ here.

@@ -108,7 +108,9 @@ def route(method: str, path: str, model: Model) -> str:
     if (kind := plain.get(path)) is None:
         match = _MODEL.fullmatch(path)
         if match is None:
-            raise Refusal(404, f"the path {path[:200]!r}", expected=f"/v2/models/{model.name}/infer or /v2/health/ready")
+            raise Refusal(
+                404, f"the path {path[:200]!r}", expected=f"/v2/models/{model.name}/infer or /v2/health/ready"
+            )
         name, version, kind = unquote(match[1]), match[2], match[3] or "model"
         if name != model.name:
             raise Refusal(404, f"there is no model {name[:200]!r}", expected=repr(model.name))
@@ -277,7 +279,7 @@ def read_top(text: str | None) -> int:
     """
     if text is None:
         return 5
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9])):
+    if not (text.isascii() and text.isdecimal() and int(text[:9]) >= 1):
         raise _bad(f"top is {text[:50]!r}", expected="a whole number from 1")
     return int(text[:9])
 

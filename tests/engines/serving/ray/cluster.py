@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes on this machine, in the environment that has Ray (make ray): run as a program.
 
-It prints its address as one line, and goes when its standard input ends: with the tests that started it, however they end.
+It prints its address as one line, and goes when its standard input ends: with the tests that started it, however
+they end.
 """
 
 from __future__ import annotations

@@ -33,10 +33,11 @@ class Cluster:
         title, found = f"ray::ServeReplica:{application}:".encode(), {}
         for folder in Path("/proc").iterdir():
             with suppress(OSError, IndexError):  # processes come and go
-                if folder.name.isdecimal() and (folder / "cmdline").read_bytes().startswith(title):
-                    if mark in (folder / "environ").read_bytes().split(b"\0"):
-                        parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
-                        found[int(folder.name)] = int(parent)
+                if not folder.name.isdecimal() or not (folder / "cmdline").read_bytes().startswith(title):
+                    continue
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                    found[int(folder.name)] = int(parent)
         return found
 
 

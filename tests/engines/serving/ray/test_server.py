@@ -53,7 +53,9 @@ def nodes(work: Path) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def server(bundle: Path, nodes: Cluster, work: Path) -> Iterator[Server]:
     (port,) = free_ports()
-    with serving(bundle, nodes, work, port, "--per-node", "1", "--health-s", "2") as found:
+    # 20 ms for others: whenever a replica is killed, requests wait in it.
+    options = ("--per-node", "1", "--health-s", "2", "--wait-ms", "20")
+    with serving(bundle, nodes, work, port, *options) as found:
         yield found
 
 
@@ -200,7 +202,12 @@ def test_a_replica_killed_under_load_costs_no_request(server: Server, nodes: Clu
 @pytest.mark.parametrize(
     ("array", "name", "model", "line"),
     [
-        (np.zeros((1, 3, 5, 4), np.float32), "images", "linear", r"shape \[1, 3, 5, 4\]; expected \[1 to 16, 3, 4, 4\]"),
+        (
+            np.zeros((1, 3, 5, 4), np.float32),
+            "images",
+            "linear",
+            r"shape \[1, 3, 5, 4\]; expected \[1 to 16, 3, 4, 4\]",
+        ),
         (np.zeros((17, 3, 4, 4), np.float32), "images", "linear", r"shape \[17, 3, 4, 4\]; expected \[1 to 16, 3"),
         (np.zeros((1, 3, 4, 4)), "images", "linear", "datatype 'FP64'; expected 'FP32'"),
         (np.zeros((1, 3, 4, 4), np.float32), "pixels", "linear", "the input 'pixels'; expected 'images'"),
@@ -219,7 +226,10 @@ def test_a_body_that_is_not_read_is_told_so(server: Server) -> None:
     assert plain(server, infer)[0] == 405
     assert plain(server, infer, b"x", **{"Content-Encoding": "gzip"})[0] == 415
     status, found = plain(server, infer, b"{", **{"Inference-Header-Content-Length": "9"})
-    assert (status, found["error"]) == (400, "the header Inference-Header-Content-Length is '9'; expected a number up to 1")
+    assert (status, found["error"]) == (
+        400,
+        "the header Inference-Header-Content-Length is '9'; expected a number up to 1",
+    )
     with socket.create_connection(tuple(server.http.split(":"))) as connection:  # type: ignore[arg-type]
         connection.sendall(f"POST {infer} HTTP/1.1\r\nHost: a\r\nContent-Length: {1 << 40}\r\n\r\n".encode())
         assert b" 413 " in connection.recv(100)
@@ -254,7 +264,9 @@ def test_a_shutdown_answers_what_is_under_way(server: Server, nodes: Cluster, wo
 
 def refused(nodes: Cluster, bundle: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and the one line of a command that must not serve."""
-    found = subprocess.run(command(bundle, *arguments), env=nodes.environment, capture_output=True, text=True, timeout=180)
+    found = subprocess.run(
+        command(bundle, *arguments), env=nodes.environment, capture_output=True, text=True, timeout=180
+    )
     assert found.stdout == ""
     assert found.stderr.count("\n") == 1, found.stderr
     return found.returncode, found.stderr
