@@ -30,6 +30,7 @@ from vp_engines.serving.ray.options import (
 )
 
 _POLL_S = 0.2
+_MARGIN_S = 15.0
 _NAMED = re.compile(r"vp_engines\.errors\.(\w+): ([^\n]+)")
 
 
@@ -182,7 +183,8 @@ def _start(path: str, manifest: Manifest, options: RayOptions, listen: Listen, s
     try:
         serve.start(
             proxy_location="HeadOnly" if listen.proxies == "head" else "EveryNode",
-            http_options={"host": host, "port": port},
+            # Later than the front's own limit: it ends what a front can no longer answer, because its machine is lost.
+            http_options={"host": host, "port": port, "request_timeout_s": options.timeout_s + _MARGIN_S},
         )
         targets = [
             serve.RunTarget(target, app_name, listen.route if app_name == name else None)

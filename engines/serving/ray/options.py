@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from vp_engines.errors import EngineUnavailableError, InputError, VpError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest
 
+_WORDS = ("name", "variant", "device")  # options that are text
 PROXIES = ("every", "head")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _ROUTE = re.compile(r"/|(?:/[A-Za-z0-9_.-]+)+")
@@ -82,14 +84,14 @@ class RayOptions:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> RayOptions:
-        """From a mapping, as a Serve configuration file has it.
+        """From a mapping, as a Serve configuration file has it; `serve run` gives numbers as text.
 
         Raises:
             InputError: an option that is not known, or a value that makes no sense.
         """
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
             raise InputError(f"the option {unknown[0]!r}", expected=f"one of {', '.join(cls.__dataclass_fields__)}")
-        return cls(**given)
+        return cls(**{name: _number(value) if name not in _WORDS else value for name, value in given.items()})
 
     def mapping(self) -> dict[str, Any]:
         """The same as plain values, which travel to other machines."""
@@ -225,6 +227,15 @@ def require_ray() -> Any:
             f"Ray Serve is not installed ({missing} is missing)", fix="install it with pip install 'vp-export[ray]'"
         ) from None
     return ray
+
+
+def _number(value: Any) -> Any:
+    """A number that came as text; whatever else it is stays, to be refused by its name."""
+    for kind in (int, float):
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def _one_of(name: str, value: object, known: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from vp_engines.serving.ray.options import Listen, RayOptions, ServingError, che
     ("given", "line"),
     [
         ({"replicas": 0}, "replicas is 0; expected a whole number from 1"),
+        ({"threads": "two"}, "threads is 'two'; expected a whole number from 1"),
         ({"threads": True}, "threads is True; expected a whole number from 1"),
         ({"variant": "thin"}, "variant is 'thin'; expected one of reduced, dense"),
         ({"device": "tpu"}, "device is 'tpu'; expected one of cpu, cuda"),
@@ -58,6 +59,7 @@ def test_a_wrong_place_is_one_line(given: dict[str, Any], line: str) -> None:
 def test_options_survive_the_way_to_another_machine() -> None:
     options = RayOptions(name="a", replicas=3, threads=2, device="cpu", wait_ms=0)
     assert RayOptions.of(options.mapping()) == options
+    assert RayOptions.of({"name": "7", "replicas": "3", "wait_ms": "0.5"}) == RayOptions("7", replicas=3, wait_ms=0.5)
 
 
 def test_names_and_batches_are_held_to_the_bundle(tmp_path: Path) -> None:
