@@ -59,6 +59,7 @@ def serve_bundle(bundle: Path, options: RayOptions, listen: Listen, say: Callabl
             _check_free(name)
             options = replace(options, threads=share_cores(_node_cores(ray), options))
             _probe(ray, path, options, manifest.digest())
+        _check_gpus(ray, options)
         where = _start(path, manifest, options, listen, stop)
         try:
             if not stop.is_set():
@@ -121,6 +122,16 @@ def _connected(listen: Listen) -> Any:
 
 def _node_cores(ray: Any) -> list[float]:
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
+def _check_gpus(ray: Any, options: RayOptions) -> None:
+    there, wanted = ray.cluster_resources().get("GPU", 0.0), options.replicas * options.gpus
+    if options.device == "cuda" and there < wanted:
+        raise ServingError(
+            f"{options.replicas} replicas of {options.gpus:g} GPUs on a cluster with {there:g}",
+            expected=f"{wanted:g}",
+            fix="take fewer --replicas or a part of a GPU each with --gpus, or add nodes",
+        )
 
 
 def _check_free(name: str) -> None:

@@ -53,8 +53,8 @@ def nodes(work: Path) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def server(bundle: Path, nodes: Cluster, work: Path) -> Iterator[Server]:
     (port,) = free_ports()
-    # 20 ms for others: whenever a replica is killed, requests wait in it.
-    options = ("--per-node", "1", "--health-s", "2", "--wait-ms", "20")
+    # 100 ms for others: whenever a replica is killed, requests wait in it.
+    options = ("--per-node", "1", "--health-s", "2", "--wait-ms", "100")
     with serving(bundle, nodes, work, port, *options) as found:
         yield found
 
@@ -163,7 +163,7 @@ def test_a_replica_killed_under_load_costs_no_request(server: Server, nodes: Clu
     def client(number: int) -> None:
         asks = Client(server)
         while not stop.is_set():
-            images = some_images(1 + number % 3, seed=number)
+            images = some_images(1, seed=number)  # too few together to fill a batch before its time
             try:
                 np.testing.assert_allclose(asks.ask(images)[0], answers(images), rtol=1e-5, atol=1e-4)
                 answered[number] += 1
@@ -272,9 +272,19 @@ def refused(nodes: Cluster, bundle: Path, *arguments: str) -> tuple[int, str]:
     return found.returncode, found.stderr
 
 
-def test_a_name_that_is_taken(server: Server, nodes: Cluster, bundle: Path) -> None:
-    code, line = refused(nodes, bundle, "--address", nodes.address, "--threads", "1", "--replicas", "1")
-    assert (code, "error: the cluster serves 'linear' already; give another --name" in line) == (2, True), line
+def test_what_a_cluster_refuses(server: Server, nodes: Cluster, bundle: Path, tmp_path: Path) -> None:
+    """A name and a route that are taken, an engine that no node can run, more cores than there are."""
+    engine = {"name": "trt", "version": "10.0", "precision": "fp16", "device": "cpu", "batch": None}
+    gpu = write_linear(tmp_path / "gpu.vpe", engine=engine, name="gpu")
+    join = ("--address", nodes.address, "--replicas", "1", "--fronts", "1", "--threads")
+    for code, start, arguments in (
+        (2, "the cluster serves 'linear' already; give another --name", [bundle, *join, "1"]),
+        (2, "Ray Serve did not start: ", [bundle, *join, "1", "--name", "second"]),
+        (2, "1 replicas of 3 threads on nodes with 2 and 2 cores", [bundle, *join, "3", "--name", "second"]),
+        (3, "the engine 'trt' of the bundle cannot run here", [gpu, *join, "1"]),
+    ):
+        found = refused(nodes, *arguments)  # type: ignore[arg-type]
+        assert (found[0], found[1].startswith(f"error: {start}")) == (code, True), found
     check_still_answers(server)
 
 
