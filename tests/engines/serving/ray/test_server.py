@@ -177,7 +177,7 @@ def test_a_replica_killed_under_load_costs_no_request(server: Server, nodes: Clu
     kills = 0
     try:
         # A kill may meet no request in the replica. Then the next one is held still first, until some are.
-        while not failures and not (kills and stats(server)["repeated"]) and kills < 5:
+        while not failures and not (kills and stats(server)["repeated"]) and kills < 10:
             before = nodes.replicas(ENGINES)
             so_far = sum(answered)
             until(lambda so_far=so_far: sum(answered) >= so_far + 100 or bool(failures), 120)  # type: ignore[misc]
