@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test tritonserver plugins lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
+.PHONY: help setup test tritonserver plugins ray lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -19,7 +19,7 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
 # so that what its fixtures build is built once.
 WORKERS ?= 2
-test: setup tritonserver plugins  ## run the whole test suite
+test: setup tritonserver ray plugins  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # A real Triton Inference Server for the tests, with what a server has beside it. Its Python backend needs numpy below 2.
@@ -29,6 +29,17 @@ $(SERVER)/.installed: constraints.txt
 	$(SERVER)/bin/python -m pip install -q --disable-pip-version-check \
 	    nvidia-pytriton==0.7.0 'numpy<2' onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0
 	touch $@
+
+# Ray for the tests, with what a node of a cluster has beside it. Not held to constraints.txt: pip looks for a set of
+# versions that fits Ray and them for longer than ten minutes.
+RAY := build/ray
+$(RAY)/.installed: constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install -q --disable-pip-version-check \
+	    'ray[serve]==2.60.0' numpy==2.4.6 onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0
+	touch $@
+
+ray: $(RAY)/.installed  ## Ray Serve, for the tests
 
 tritonserver: $(SERVER)/.installed  ## a Triton Inference Server on the CPU, for the tests
 

@@ -1,4 +1,4 @@
-"""vp-serve: a bundle in, what a server loads out."""
+"""vp-serve: a bundle behind a server: what Triton loads, or a deployment on Ray Serve."""
 
 from __future__ import annotations
 
@@ -86,6 +86,74 @@ def triton(
             f"engine under {served.backend})",
             soft_wrap=True, markup=False,
         )  # fmt: skip
+        return 0
+
+    raise typer.Exit(console.run(body, debug=debug))
+
+
+@app.command(epilog="Exit codes: 0 stopped as told, 2 bad input, 3 Ray or the engine is missing.")
+def ray(
+    bundle: Annotated[Path, typer.Argument(help="A bundle (NAME.vpe); every node must be able to read it there.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model; by default the bundle's.")] = None,
+    variant: Annotated[str, typer.Option(help="reduced or dense.")] = "reduced",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default what the bundle was built for.")] = None,
+    replicas: Annotated[int, typer.Option(help="Engines that run at a time.")] = 2,
+    per_node: Annotated[int | None, typer.Option(help="Most of them on one node.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU cores reserved for each; by default the cores shared out.")
+    ] = None,
+    gpus: Annotated[float, typer.Option(help="GPUs of each on cuda; 0.5 puts two on one.")] = 1.0,
+    max_batch: Annotated[int, typer.Option(help="Images of one run, and of one request.")] = 16,
+    wait_ms: Annotated[
+        float, typer.Option(metavar="MS", help="Milliseconds that a request may wait for others.")
+    ] = 2.0,
+    max_queued: Annotated[int, typer.Option(help="Requests that may wait for a replica.")] = 256,
+    retries: Annotated[int, typer.Option(help="Other replicas that a request is given to when one dies.")] = 3,
+    timeout_s: Annotated[float, typer.Option(metavar="S", help="Seconds that a request may take.")] = 60.0,
+    fronts: Annotated[int, typer.Option(help="Processes that read requests.")] = 2,
+    health_s: Annotated[float, typer.Option(metavar="S", help="Seconds between health checks.")] = 10.0,
+    drain_s: Annotated[
+        float, typer.Option(metavar="S", help="Seconds that requests under way get when it stops.")
+    ] = 30.0,
+    address: Annotated[
+        str | None, typer.Option(help="A running cluster: auto, or HOST:PORT; by default one of its own.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    route: Annotated[str, typer.Option(help="Path before /v2; bundles on one cluster differ here.")] = "/",
+    proxies: Annotated[str, typer.Option(help="HTTP servers on every node with a replica, or on the head.")] = "every",
+    start_s: Annotated[float, typer.Option(metavar="S", help="Seconds until all replicas must run.")] = 600.0,
+    debug: options.Debug = False,
+) -> None:
+    """Serve a bundle on Ray Serve, on this machine or on a cluster, until Ctrl-C or SIGTERM (docs/ray.md)."""
+
+    def body() -> int:
+        from vp_engines.serving.ray.command import serve_bundle
+        from vp_engines.serving.ray.options import Listen, RayOptions
+
+        chosen = RayOptions(
+            name=name,
+            variant=variant,  # type: ignore[arg-type]  # checked there
+            device=device,  # type: ignore[arg-type]
+            replicas=replicas,
+            per_node=per_node,
+            threads=threads,
+            gpus=gpus,
+            max_batch=max_batch,
+            wait_ms=wait_ms,
+            max_queued=max_queued,
+            retries=retries,
+            timeout_s=timeout_s,
+            fronts=fronts,
+            health_s=health_s,
+            drain_s=drain_s,
+        )
+        listen = Listen(address=address, host=host, port=port, route=route, proxies=proxies, start_s=start_s)
+
+        def say(line: str) -> None:
+            console.stdout.print(line, soft_wrap=True, markup=False)
+
+        serve_bundle(bundle, chosen, listen, say)
         return 0
 
     raise typer.Exit(console.run(body, debug=debug))

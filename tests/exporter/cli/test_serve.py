@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engines.serving.triton.samples import write_linear
 from tests.exporter.cli.samples import call
+from tests.ports import free_ports
+from vp_engines.serving.ray.options import Listen, RayOptions
 from vp_exporter.cli.serve import app
 
 
@@ -70,3 +75,39 @@ def test_no_bundle_and_no_tritonclient(bundle: Path, tmp_path: Path, monkeypatch
     found = call(app, "triton", str(bundle), "--out", str(tmp_path / "models"))
     assert found.exit_code == 3
     assert "install 'vp-export[serve]'" in found.stderr
+
+
+def test_a_bundle_on_ray_is_told_every_option(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deployment itself runs in tests/engines/serving/ray."""
+    seen: list[Any] = []
+
+    def serve(path: Path, options: RayOptions, listen: Listen, say: Callable[[str], None]) -> None:
+        seen[:] = [path, options, listen]
+        say("serving")
+
+    monkeypatch.setattr("vp_engines.serving.ray.command.serve_bundle", serve)
+    assert call(app, "ray", str(bundle)).exit_code == 0
+    assert seen == [bundle, RayOptions(), Listen()]
+    wanted = RayOptions("a", "dense", "cpu", 3, 1, 2, 0.5, 8, 4.0, 9, 1, 5.0, 1, 3.0, 7.0)
+    where = Listen("auto", "0.0.0.0", 9000, "/a", "head", 60.0)
+    given = []
+    for chosen in (wanted, where):
+        for name, value in asdict(chosen).items():
+            given += [f"--{name.replace('_', '-')}", str(value)]
+    found = call(app, "ray", str(bundle), *given)
+    assert (found.exit_code, found.stdout) == (0, "serving\n"), found.output
+    assert seen == [bundle, wanted, where]
+
+
+def test_ray_refuses_in_one_line(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (port,) = map(str, free_ports())
+    for arguments, code, line in (
+        ([str(bundle), "--replicas", "0"], 2, "error: replicas is 0; expected a whole number from 1"),
+        ([str(tmp_path / "none.vpe")], 2, "error: '"),
+        ([str(bundle), "--replicas", "1", "--threads", "1", "--port", port], 3, "error: Ray Serve is not installed"),
+    ):
+        found = call(app, "ray", *arguments)
+        assert (found.exit_code, found.stderr.count("\n"), found.stdout) == (code, 1, "")
+        assert found.stderr.startswith(line)
+    assert "install it with pip install 'vp-export[ray]'" in found.stderr

@@ -1,0 +1,1 @@
+"""Bundles on Ray Serve: replicas on one machine or many, behind one HTTP address."""
