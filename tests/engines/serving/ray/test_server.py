@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -26,7 +27,8 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 import vp_engines
-from tests.engines.serving.ray.server import Cluster, Server, cluster, command, serving, until
+from tests.embedding import blocks, replaced
+from tests.engines.serving.ray.server import PYTHON, Cluster, Server, cluster, command, serving, until
 from tests.engines.serving.triton.samples import answers, write_linear
 from tests.ports import free_ports
 
@@ -138,6 +140,16 @@ def test_an_image_file_in_and_class_names_out(server: Server, bundle: Path) -> N
     status, found = plain(server, "/v2/models/linear/classify", file.getvalue()[:40])
     assert (status, list(found)) == (400, ["error"])
     assert "cannot be read" in found["error"]
+
+
+def test_the_page_on_embedding(server: Server, tmp_path: Path) -> None:
+    """docs/embedding.md: its command is this server's but for where it runs; its client's is run."""
+    start, ask = blocks("Ray Serve", "bash")
+    assert command(Path("deit_s.vpe")) == shlex.split(replaced(start, {"python ": f"{PYTHON} "}))
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "cat.jpg")
+    asked = shlex.split(replaced(ask, {"127.0.0.1:8000": server.http, "deit_s": "linear"}))
+    done = subprocess.run([*asked, "-sS"], cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(done.stdout)["classes"], done.stderr
 
 
 def test_many_clients_at_once_share_batches(server: Server) -> None:

@@ -1,0 +1,32 @@
+"""What docs/embedding.md tells its readers to do, for the tests that do it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "embedding.md"
+
+
+def blocks(title: str, language: str) -> list[str]:
+    """The blocks of a section.
+
+    Args:
+        title: of the section.
+        language: of the blocks: "bash", "python", "c", "cmake".
+    """
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None, title
+    return [
+        text
+        for kind, text in re.findall(r"^```(\w+)\n(.*?)^```", found[1], re.MULTILINE | re.DOTALL)
+        if kind == language
+    ]
+
+
+def replaced(text: str, names: dict[str, str]) -> str:
+    """A block with other names in it; each must occur."""
+    for old, new in names.items():
+        assert old in text, f"{old!r} is not in:\n{text}"
+        text = text.replace(old, new)
+    return text
