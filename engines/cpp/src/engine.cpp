@@ -106,7 +106,7 @@ bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) %
 
 std::string requirement(const Variant& variant, const char* name) {
   const auto found = variant.requirements.find(name);
-  return found != variant.requirements.end() && found->is_string() ? found->get<std::string>() : "";
+  return found != variant.requirements.end() ? found->second : "";
 }
 
 std::vector<std::int64_t> shape_of(const Tensor& tensor, std::int64_t batch) {
@@ -147,25 +147,10 @@ vp_engine::vp_engine(const std::string& path, const vp_engine_options& options)
   for (const auto& tensor : manifest_.inputs) input_infos_.push_back(vp::info_of(tensor, "input"));
   for (const auto& tensor : manifest_.outputs) output_infos_.push_back(vp::info_of(tensor, "output"));
   for (const auto& name : manifest_.classes) class_names_.push_back(name.c_str());
-  json_ = json();
+  json_ = vp::summary(manifest_, variant_);
   if (!load) return;
   const auto open = vp::usable_backend(manifest_.engine);
   runner_ = open({manifest_, chosen->second, std::move(bundle.contents), options.threads, std::max(1, options.runners)});
-}
-
-std::string vp_engine::json() const {
-  const auto& document = manifest_.document;
-  return vp::Json{{"name", manifest_.name},
-                  {"format_version", manifest_.format_version},
-                  {"digest", manifest_.digest},
-                  {"variant", variant_},
-                  {"engine", document.at("engine")},
-                  {"inputs", document.at("inputs")},
-                  {"outputs", document.at("outputs")},
-                  {"preprocessing", document.at("preprocessing")},
-                  {"classes", document.at("classes")},
-                  {"validation", document.at("validation")}}
-      .dump();
 }
 
 void vp_engine::describe(vp_description& description) const {

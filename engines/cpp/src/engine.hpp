@@ -23,7 +23,6 @@ struct vp_engine {
  private:
   std::int64_t check_input(const vp_input& input, std::size_t index) const;
   void check_batch(std::int64_t batch) const;
-  std::string json() const;
 
   vp::Manifest manifest_;
   std::string variant_;

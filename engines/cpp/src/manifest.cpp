@@ -9,6 +9,7 @@
 
 #include "error.hpp"
 #include "fields.hpp"
+#include "json.hpp"
 #include "sha256.hpp"
 
 namespace vp {
@@ -112,10 +113,10 @@ bool real_time(const std::string& text) {  // 2026-11-21T03:24:00Z, and no 31st 
 /// The schema, in the order of engines/manifest.py.
 class Reader {
  public:
-  Reader(Manifest& manifest, bool newer) : out_(manifest), newer_(newer) {}
+  Reader(const Json& document, Manifest& manifest, bool newer) : document_(document), out_(manifest), newer_(newer) {}
 
   void read() {
-    Members top{Field(out_.document, "")};
+    Members top{Field(document_, "")};
     top.need("format");
     out_.format_version = top.need("format_version").name();
     out_.name = top.need("name").name();
@@ -176,14 +177,25 @@ class Reader {
       variant.artefact = members.need("artefact").path();
       for (const auto& path : members.need("files").items(1)) variant.files.push_back(path.path());
       const Field requirements = members.maybe("requirements");
-      if (!requirements.is_null() && !requirements.json().is_object()) requirements.refuse("an object");
-      variant.requirements = requirements.is_null() ? Json::object() : requirements.json();
+      if (!requirements.is_null()) read_requirements(requirements, variant);
       const Field notes = members.maybe("notes");
       if (!notes.is_null()) notes.texts();
       members.done(newer_);
       out_.variants.emplace(item.key(), std::move(variant));
     }
     all.done(newer_);
+  }
+
+  /// Each engine has its own, so any member may be there.
+  static void read_requirements(const Field& field, Variant& variant) {
+    if (!field.json().is_object()) field.refuse("an object");
+    for (const auto& item : field.json().items()) {
+      if (const auto* text = item.value().get_ptr<const std::string*>()) variant.requirements[item.key()] = *text;
+    }
+    const auto flags = field.json().find("cpu_flags");
+    if (flags == field.json().end() || !flags->is_array()) return;
+    // What is no text is no word of /proc/cpuinfo either: as such it is something that no processor has.
+    for (const auto& flag : *flags) variant.cpu_flags.push_back(flag.is_string() ? flag.get<std::string>() : flag.dump());
   }
 
   Tensor tensor(const Field& field) {
@@ -291,6 +303,7 @@ class Reader {
     }
   }
 
+  const Json& document_;
   Manifest& out_;
   const bool newer_;
   std::vector<std::int64_t> input_size_;
@@ -315,19 +328,31 @@ Manifest parse_manifest(std::string_view data) {
                            "at most " + std::to_string(kMaxManifestBytes));
   }
   Manifest manifest;
+  Json document;
   try {
-    manifest.document = parse_json(data);
+    document = parse_json(data);
   } catch (const std::invalid_argument& error) {
     throw manifest_corrupt(error.what());
   }
-  const bool newer = check_version(manifest.document);
-  const auto told = manifest.document.find("digest");
-  const std::string digest = told != manifest.document.end() && told->is_string() ? told->get<std::string>() : "";
-  manifest.document.erase("digest");
-  manifest.digest = sha256_hex(canonical_json(manifest.document));
+  const bool newer = check_version(document);
+  const auto told = document.find("digest");
+  const std::string digest = told != document.end() && told->is_string() ? told->get<std::string>() : "";
+  document.erase("digest");
+  manifest.document = canonical_json(document);
+  manifest.digest = sha256_hex(manifest.document);
   if (digest != manifest.digest) throw manifest_corrupt("has the digest " + quote(digest, 64), manifest.digest);
-  Reader(manifest, newer).read();
+  Reader(document, manifest, newer).read();
   return manifest;
+}
+
+std::string summary(const Manifest& manifest, const std::string& variant) {
+  const Json document = Json::parse(manifest.document);
+  Json out = {{"digest", manifest.digest}, {"variant", variant}};
+  for (const char* member :
+       {"name", "format_version", "engine", "inputs", "outputs", "preprocessing", "classes", "validation"}) {
+    out[member] = document.at(member);
+  }
+  return out.dump();
 }
 
 }  // namespace vp

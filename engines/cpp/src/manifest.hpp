@@ -8,8 +8,6 @@
 #include <string_view>
 #include <vector>
 
-#include "json.hpp"
-
 namespace vp {
 
 constexpr int kFormatMajor = 1;
@@ -36,7 +34,8 @@ struct BatchRange {
 struct Variant {
   std::string artefact;
   std::vector<std::string> files;
-  Json requirements;
+  std::map<std::string, std::string> requirements;  // those that are text
+  std::vector<std::string> cpu_flags;               // the one list among them that we know
 };
 
 /// -1 in `shape` is a dynamic axis, whose name is in `axes` ("" elsewhere).
@@ -57,7 +56,7 @@ struct Manifest {
   std::map<std::string, Variant> variants;
   std::vector<Tensor> inputs, outputs;
   std::vector<std::string> classes;
-  Json document;  // all of it, without its digest
+  std::string document;  // all of it, canonical, without its digest
 };
 
 /// The folder of a variant inside the bundle ("engine/" of "reduced", "dense/" of "dense"), "" where there is no such one.
@@ -65,6 +64,9 @@ std::string_view variant_folder(std::string_view variant);
 
 /// Whether `path` may name a file inside a bundle: relative, POSIX, plain ASCII parts, bounded.
 bool safe_path(std::string_view path);
+
+/// What vp_description.json says: one JSON object.
+std::string summary(const Manifest& manifest, const std::string& variant);
 
 /// Check the bytes of a manifest.
 /// Throws Error: VP_ERROR_BUNDLE_CORRUPT, or VP_ERROR_BUNDLE_INCOMPATIBLE for another major version of the format.

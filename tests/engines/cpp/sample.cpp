@@ -6,6 +6,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "json.hpp"
 #include "manifest.hpp"
 #include "sha256.hpp"
 
@@ -22,7 +23,7 @@ Sample::Sample(const std::string& engine) {
             {"dense/model.pt2", "dense model"},
             {"report.json", "{}\n"},
             {"empty.txt", ""}};
-  document = Json::parse(R"({
+  Json document = Json::parse(R"({
     "format": "vpe", "format_version": "1.0", "name": "tiny \u017c\u00f3\u0142w", "created": "2026-11-21T03:24:00Z",
     "tool": {"name": "vp-export", "version": "0.1.0"}, "files": [],
     "engine": {"name": "aoti", "version": "2.11", "precision": "fp32", "device": "cpu",
@@ -48,7 +49,8 @@ Sample::Sample(const std::string& engine) {
     put(name, content);
     document["files"].push_back({{"path", name}, {"size", content.size()}, {"sha256", sha256_hex(content)}});
   }
-  forge(document);
+  document_ = document.dump();
+  forge("[]");
 }
 
 Sample::~Sample() {
@@ -56,11 +58,26 @@ Sample::~Sample() {
   fs::remove_all(around_, ignored);
 }
 
-void Sample::forge(const Json& document) const {
-  Json signed_document = document;
-  signed_document["digest"] = sha256_hex(canonical_json(document));
-  put(kManifestName, canonical_json(signed_document));
+std::string Sample::patched(const std::string& patch) const {
+  Json document = Json::parse(document_).patch(Json::parse(patch));
+  document["digest"] = sha256_hex(canonical_json(document));
+  return canonical_json(document);
 }
+
+std::string Sample::listing(const std::string& path, const std::string& content) {
+  const Json entry = {{"path", path}, {"size", content.size()}, {"sha256", sha256_hex(content)}};
+  return set("/files/-", entry.dump());
+}
+
+std::string set(const std::string& pointer, const std::string& value) {
+  // "add" replaces a member of an object, but pushes aside an item of a list.
+  const bool item = pointer.back() >= '0' && pointer.back() <= '9';
+  return std::string("[{\"op\": ") + (item ? "\"replace\"" : "\"add\"") + ", \"path\": " + text(pointer) + ", \"value\": " + value + "}]";
+}
+
+std::string drop(const std::string& pointer) { return "[{\"op\": \"remove\", \"path\": " + text(pointer) + "}]"; }
+
+std::string text(const std::string& content) { return Json(content).dump(); }
 
 void Sample::put(const std::string& name, const std::string& content) const {
   fs::create_directories((path_ / name).parent_path());

@@ -8,7 +8,6 @@
 #include <string>
 
 #include "error.hpp"
-#include "json.hpp"
 
 namespace vp::testing {
 
@@ -26,16 +25,25 @@ class Sample {
   const fs::path& path() const { return path_; }
   const std::map<std::string, std::string>& files() const { return files_; }
 
-  /// Write the manifest `document` with its digest made right: what an attacker can write.
-  void forge(const Json& document) const;
+  /// The manifest after that JSON patch (RFC 6902), with its digest made right: what an attacker can write.
+  std::string patched(const std::string& patch) const;
+  void forge(const std::string& patch) const { put("manifest.json", patched(patch)); }
+  /// A patch that lists one more file.
+  static std::string listing(const std::string& path, const std::string& content);
   /// Write a file inside the bundle and nothing else.
   void put(const std::string& name, const std::string& content) const;
-  Json document;  // of the sound manifest, without digest
 
  private:
   fs::path around_, path_;
   std::map<std::string, std::string> files_;
+  std::string document_;  // the sound manifest, without digest
 };
+
+/// {"op": "replace"} or "add" of one member; `value` is JSON. The pointer is that of RFC 6901.
+std::string set(const std::string& pointer, const std::string& value);
+std::string drop(const std::string& pointer);
+/// A JSON string of that text.
+std::string text(const std::string& content);
 
 std::string slurp(const fs::path& path);
 

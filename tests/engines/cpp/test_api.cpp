@@ -6,13 +6,15 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "sample.hpp"
 
 namespace {
 
-using vp::Json;
+using vp::testing::drop;
 using vp::testing::Sample;
+using vp::testing::set;
 
 vp_engine_options verify_only() {
   vp_engine_options options = VP_ENGINE_OPTIONS_INIT;
@@ -52,7 +54,7 @@ TEST(Api, DescribesWithoutLoading) {
   EXPECT_EQ(description.inputs[0].shape[3], 4);
   ASSERT_EQ(description.class_count, 2U);
   EXPECT_STREQ(description.classes[1], "dog");
-  EXPECT_EQ(Json::parse(description.json).at("digest"), description.digest);
+  EXPECT_NE(std::string(description.json).find("\"digest\":\"" + std::string(description.digest) + "\""), std::string::npos);
   std::size_t bytes = 0;
   ASSERT_EQ(vp_engine_output_bytes(opened.engine, 0, 5, &bytes), VP_OK);
   EXPECT_EQ(bytes, 40U);
@@ -106,22 +108,18 @@ TEST(Api, WhatCannotRunHereIsRefusedBeforeItIsLoaded) {
 TEST(Api, AnotherMachinesEngine) {
   if (std::string(vp_engine_backends()).find("aoti") == std::string::npos) GTEST_SKIP() << "built without libtorch";
   const Sample sample;
-  const auto refuse = [&](const Json& requirements, vp_status status, const std::string& text) {
-    Json document = sample.document;
-    document["variants"]["reduced"]["requirements"] = requirements;
-    sample.forge(document);
+  const auto refuse = [&](const std::string& requirements, vp_status status, const std::string& text) {
+    sample.forge(set("/variants/reduced/requirements", requirements));
     expect_failure(Opened(sample, VP_ENGINE_OPTIONS_INIT).status, status, text);
   };
-  refuse({{"device", "cpu"}, {"platform", "linux-mips"}}, VP_ERROR_BUNDLE_INCOMPATIBLE, "platform linux-mips, here linux-");
-  refuse({{"device", "cpu"}, {"cpu_flags", {"avx9000", 7}}}, VP_ERROR_BUNDLE_INCOMPATIBLE, "a CPU with avx9000 7");
-  refuse({{"device", "cuda"}}, VP_ERROR_ENGINE_UNAVAILABLE, "compiled for a GPU");
+  refuse(R"({"device": "cpu", "platform": "linux-mips"})", VP_ERROR_BUNDLE_INCOMPATIBLE, "platform linux-mips, here linux-");
+  refuse(R"({"device": "cpu", "cpu_flags": ["avx9000", 7]})", VP_ERROR_BUNDLE_INCOMPATIBLE, "a CPU with avx9000 7");
+  refuse(R"({"device": "cuda"})", VP_ERROR_ENGINE_UNAVAILABLE, "compiled for a GPU");
 }
 
 TEST(Api, NoDenseBaseline) {
   const Sample sample;
-  Json document = sample.document;
-  document["variants"].erase("dense");
-  sample.forge(document);
+  sample.forge(drop("/variants/dense"));
   vp_engine_options options = verify_only();
   options.variant = "dense";
   expect_failure(Opened(sample, options).status, VP_ERROR_BUNDLE_INCOMPATIBLE, "holds no dense baseline");
@@ -129,13 +127,9 @@ TEST(Api, NoDenseBaseline) {
 
 TEST(Api, SignaturesThatThisVersionCannotRun) {
   const Sample sample;
-  Json document = sample.document;
-  document["outputs"][0]["dtype"] = "float16";
-  sample.forge(document);
+  sample.forge(set("/outputs/0/dtype", "\"float16\""));
   expect_failure(Opened(sample, verify_only()).status, VP_ERROR_BUNDLE_INCOMPATIBLE, "'logits' is float16");
-  document["outputs"][0]["dtype"] = "float32";
-  document["outputs"][0]["shape"] = {"batch", "classes"};
-  sample.forge(document);
+  sample.forge(set("/outputs/0/shape", R"(["batch", "classes"])"));
   expect_failure(Opened(sample, verify_only()).status, VP_ERROR_BUNDLE_INCOMPATIBLE, "the first one alone dynamic");
 }
 

@@ -12,14 +12,13 @@
 
 #include "bundle.hpp"
 #include "sample.hpp"
-#include "sha256.hpp"
 
 namespace {
 
 namespace fs = std::filesystem;
-using vp::Json;
 using vp::testing::expect_error;
 using vp::testing::Sample;
+using vp::testing::set;
 using vp::testing::slurp;
 
 vp::Bundle read(const fs::path& path) {
@@ -65,7 +64,8 @@ TEST(Bundle, WhatWasKeptCannotBeChanged) {
 }
 
 TEST(Bundle, AFlippedBitInAnyFile) {
-  for (const auto& [name, original] : Sample().files()) {
+  const Sample sound;
+  for (const auto& [name, original] : sound.files()) {
     for (const std::size_t where : {std::size_t{0}, original.size() / 2, original.size() - 1}) {
       if (original.empty()) continue;
       const Sample sample;
@@ -78,7 +78,8 @@ TEST(Bundle, AFlippedBitInAnyFile) {
 }
 
 TEST(Bundle, TruncatedLongerOrMissingFiles) {
-  for (const auto& [name, original] : Sample().files()) {
+  const Sample sound;
+  for (const auto& [name, original] : sound.files()) {
     const Sample sample;
     sample.put(name, original + "}");
     refused(sample, "'" + name + "' has " + std::to_string(original.size() + 1) + " bytes");
@@ -187,21 +188,17 @@ TEST(Bundle, ThingsThatAreNoFiles) {
 }
 
 TEST(Bundle, AManifestThatPointsOutside) {
-  for (const std::string path : {std::string("../secret"), std::string("/etc/hostname"), std::string("engine\\secret"),
+  for (const std::string& path : {std::string("../secret"), std::string("/etc/hostname"), std::string("engine\\secret"),
                                  std::string("engine/../../secret"), std::string("secret\0", 7)}) {
     const Sample sample;
-    Json document = sample.document;
-    document["files"].push_back({{"path", path}, {"size", 6}, {"sha256", vp::sha256_hex("secret")}});
-    sample.forge(document);
+    sample.forge(Sample::listing(path, "secret"));
     refused(sample, "unsafe path");
   }
 }
 
 TEST(Bundle, SizesCostNothing) {
   const Sample declared;
-  Json document = declared.document;
-  document["files"][0]["size"] = std::int64_t{30} << 30;
-  declared.forge(document);
+  declared.forge(set("/files/0/size", "32212254720"));
   refused(declared, "expected 32212254720");
   const Sample huge;
   fs::resize_file(huge.path() / "plan.json", std::uintmax_t{1} << 40);

@@ -38,12 +38,8 @@ std::string mismatches(const Variant& variant) {
   }
   const auto flags = cpu_flags();
   std::string missing;
-  if (const auto found = variant.requirements.find("cpu_flags"); found != variant.requirements.end()) {
-    for (const auto& flag : *found) {
-      // What is no word of /proc/cpuinfo is nothing that this processor has.
-      const auto word = flag.is_string() ? flag.get<std::string>() : flag.dump();
-      if (flags.count(word) == 0) missing += " " + printable(word, 20);
-    }
+  for (const auto& flag : variant.cpu_flags) {
+    if (flags.count(flag) == 0) missing += " " + printable(flag, 20);
   }
   if (!missing.empty()) add("a CPU with" + missing.substr(0, 200));
   return reasons;
