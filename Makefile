@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test tritonserver lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
+.PHONY: help setup test tritonserver cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu bench-cpp support-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -19,7 +19,7 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
 # so that what its fixtures build is built once.
 WORKERS ?= 2
-test: setup tritonserver  ## run the whole test suite
+test: setup tritonserver cpp-deps  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # A real Triton Inference Server for the tests, with what a server has beside it. Its Python backend needs numpy below 2.
@@ -31,6 +31,9 @@ $(SERVER)/.installed: constraints.txt
 	touch $@
 
 tritonserver: $(SERVER)/.installed  ## a Triton Inference Server on the CPU, for the tests
+
+cpp-deps:  ## Debian packages that the C++ loader is built with, where they are missing
+	@engines/cpp/install-deps.sh
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
@@ -60,6 +63,9 @@ bench-search: setup  ## searched plans on the flowers ViT-S/16 (needs ../shared;
 bench-gpu:  ## kernels and reduced models on a GPU, with nothing installed but torch, triton and timm
 	@mkdir -p build
 	$(PYTHON) benchmarks/gpu.py --cache build/gpu.json --out docs/results/gpu.md
+
+bench-cpp: setup cpp-deps  ## the C++ loader against torch's own (needs ../shared)
+	$(BIN)/python benchmarks/cpp_loader.py --out docs/results/cpp.md
 
 support-table: setup  ## regenerate docs/models.md
 	$(BIN)/python -m vp_exporter.support > docs/models.md
