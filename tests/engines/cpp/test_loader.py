@@ -1,4 +1,4 @@
-"""The C++ loader: its own tests under sanitizers, then its command and its installed package against Python's answers."""
+"""The C++ loader: its own tests under sanitizers; its command and its installed package against Python's answers."""
 
 from __future__ import annotations
 
