@@ -329,9 +329,11 @@ def test_package_for_somebody_elses_project(installed: Path, sound: Path, tmp_pa
         runs = [pool.submit(call, tmp_path / "consumer", sound), pool.submit(call, tmp_path / "consumer_cpp")]
     assert abs(float(runs[0].result()) - wanted) < 2e-6
     assert runs[1].result() == "aoti\n"
-    exported = call("nm", "-D", "--defined-only", "-C", next(installed.glob("lib*/libvp_engine.so"), ""))
-    names = {line.split(" ", 2)[2] for line in exported.splitlines()}
-    assert {name for name in names if not name.startswith(("vp_engine_", "std::", "typeinfo", "vtable"))} == set()
+    exported = call("nm", "-D", "--defined-only", next(installed.glob("lib*/libvp_engine.so")))
+    names = {line.split()[-1] for line in exported.splitlines()}
+    assert "vp_engine_run" in names
+    # The linker leaves a string constructor or two of libstdc++, which every library has.
+    assert [name for name in names if not name.startswith(("vp_engine_", "_ZNSt", "_ZSt"))] == []
 
 
 def test_without_libtorch_it_still_verifies(tools: None, sound: Path, images: Path) -> None:
