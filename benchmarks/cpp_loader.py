@@ -70,7 +70,7 @@ def report(program: Path, tiny: Path, bundle: Path, rounds: int, opens: int) -> 
     return [
         "# What the C++ loader costs",
         "",
-        f"`{command_line('cpp_loader')}`",
+        f"`{command_line('cpp_loader').replace('cpp_loader.md', 'cpp.md')}`",
         "",
         prose(machine()),
         "",
@@ -81,8 +81,8 @@ def report(program: Path, tiny: Path, bundle: Path, rounds: int, opens: int) -> 
         prose(
             "Bare: `AOTIModelPackageLoader::run` on a tensor that is there already, its output left where it is. Ours: "
             "`vp_engine_run` from and to the caller's memory, with every check. The difference is the median of the "
-            "differences of neighbouring runs, with its quartiles; one thread. `tiny` is timm's `test_vit`: its runs are "
-            "short enough to see microseconds beside them; beside a ViT-S they drown in the noise of the machine."
+            "differences of neighbouring runs, with its quartiles; one thread. `tiny` is timm's `test_vit`: its runs "
+            "are short enough to see microseconds beside them; beside a ViT-S they drown in the noise of the machine."
         ),
         "",
         *table(["bundle", "batch", "rounds", "bare", "ours", "difference (quartiles)"], runs),

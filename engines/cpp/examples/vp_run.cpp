@@ -7,8 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <iostream>
 #include <functional>
+#include <iostream>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -81,17 +81,28 @@ Arguments parse(int argc, char** argv) {
     }
     if (i + 1 == argc) fail(option + " is unknown or has no value; see vp-run --help");
     const std::string value = argv[++i];
-    if (option == "--input") arguments.input = value;
-    else if (option == "--name") arguments.name = value;
-    else if (option == "--shape") arguments.shape = value;
-    else if (option == "--dtype") arguments.dtype = value;
-    else if (option == "--output") arguments.output = value;
-    else if (option == "--variant") arguments.variant = value;
-    else if (option == "--top") arguments.top = number(option, value);
-    else if (option == "--threads") arguments.threads = number(option, value);
-    else if (option == "--runners") arguments.runners = number(option, value);
-    else if (option == "--parallel") arguments.parallel = number(option, value);
-    else fail("unknown option " + option + "; see vp-run --help");
+    if (option == "--input")
+      arguments.input = value;
+    else if (option == "--name")
+      arguments.name = value;
+    else if (option == "--shape")
+      arguments.shape = value;
+    else if (option == "--dtype")
+      arguments.dtype = value;
+    else if (option == "--output")
+      arguments.output = value;
+    else if (option == "--variant")
+      arguments.variant = value;
+    else if (option == "--top")
+      arguments.top = number(option, value);
+    else if (option == "--threads")
+      arguments.threads = number(option, value);
+    else if (option == "--runners")
+      arguments.runners = number(option, value);
+    else if (option == "--parallel")
+      arguments.parallel = number(option, value);
+    else
+      fail("unknown option " + option + "; see vp-run --help");
   }
   if (arguments.bundle.empty()) fail("no bundle given; expected vp-run NAME.vpe; see vp-run --help");
   if (arguments.input.empty() && !arguments.describe) fail("no --input given; pass --describe to see what it takes");
@@ -145,8 +156,9 @@ void print_top(const vp_description& description, const float* scores, std::size
   std::vector<std::size_t> order(count);
   std::iota(order.begin(), order.end(), std::size_t{0});
   const auto shown = std::min(order.size(), static_cast<std::size_t>(top));
-  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(shown), order.end(),
-                    [&](std::size_t a, std::size_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
+  std::partial_sort(
+      order.begin(), order.begin() + static_cast<std::ptrdiff_t>(shown), order.end(),
+      [&](std::size_t a, std::size_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
   for (std::size_t i = 0; i < shown; ++i) {
     const char* name = order[i] < description.class_count ? description.classes[order[i]] : "";
     std::printf("%zu\t%zu\t%.6f\t%s\n", image, order[i], static_cast<double>(scores[order[i]]), name);
@@ -223,7 +235,8 @@ int main(int argc, char** argv) {
 
   if (!arguments.output.empty()) {
     std::ofstream file(arguments.output, std::ios::binary);
-    file.write(reinterpret_cast<const char*>(scores.data()), static_cast<std::streamsize>(scores.size() * sizeof(float)));
+    file.write(reinterpret_cast<const char*>(scores.data()),
+               static_cast<std::streamsize>(scores.size() * sizeof(float)));
     if (!file.flush()) fail("the output " + arguments.output + " cannot be written");
   }
   for (std::size_t image = 0; image < static_cast<std::size_t>(batch); ++image) {

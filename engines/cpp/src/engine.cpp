@@ -16,18 +16,21 @@ struct Backend {
   const char* missing;  // why, and what to do
 };
 
-constexpr const char* kPython = "another engine than the C++ loader runs; export with --engine aoti or trt, or run it from Python";
+constexpr const char* kPython =
+    "another engine than the C++ loader runs; export with --engine aoti or trt, or run it from Python";
 
 constexpr std::array<Backend, 5> kBackends = {{
 #ifdef VP_ENGINE_AOTI
     {"aoti", open_aoti, ""},
 #else
-    {"aoti", nullptr, "vp_engine was built without libtorch; configure it with -DVP_ENGINE_AOTI=ON where torch is installed"},
+    {"aoti", nullptr,
+     "vp_engine was built without libtorch; configure it with -DVP_ENGINE_AOTI=ON where torch is installed"},
 #endif
 #ifdef VP_ENGINE_TENSORRT
     {"trt", open_tensorrt, ""},
 #else
-    {"trt", nullptr, "vp_engine was built without TensorRT; configure it with -DTENSORRT_ROOT=... where TensorRT is installed"},
+    {"trt", nullptr,
+     "vp_engine was built without TensorRT; configure it with -DTENSORRT_ROOT=... where TensorRT is installed"},
 #endif
     {"trt-rtx", nullptr, kPython},
     {"ort", nullptr, kPython},
@@ -96,7 +99,8 @@ std::size_t index_of(const std::vector<Tensor>& tensors, const char* name, std::
   if (found != tensors.end()) return static_cast<std::size_t>(found - tensors.begin());
   std::string names;
   for (const auto& tensor : tensors) names += (names.empty() ? "" : ", ") + quote(tensor.name);
-  throw Error(VP_ERROR_INPUT, std::string("there is no ") + what + " " + (name == nullptr ? std::to_string(position) : quote(name)),
+  throw Error(VP_ERROR_INPUT,
+              std::string("there is no ") + what + " " + (name == nullptr ? std::to_string(position) : quote(name)),
               names, "describe the engine to see its names");
 }
 
@@ -150,7 +154,8 @@ vp_engine::vp_engine(const std::string& path, const vp_engine_options& options)
   json_ = vp::summary(manifest_, variant_);
   if (!load) return;
   const auto open = vp::usable_backend(manifest_.engine);
-  runner_ = open({manifest_, chosen->second, std::move(bundle.contents), options.threads, std::max(1, options.runners)});
+  runner_ =
+      open({manifest_, chosen->second, std::move(bundle.contents), options.threads, std::max(1, options.runners)});
 }
 
 void vp_engine::describe(vp_description& description) const {
@@ -229,7 +234,8 @@ void vp_engine::run(const vp_input* inputs, std::size_t input_count, const vp_ou
     const auto index = vp::index_of(manifest_.inputs, inputs[i].name, i, "input");
     const auto size = check_input(inputs[i], index);
     if (data[index] != nullptr || (i > 0 && size != batch)) {
-      throw Error(VP_ERROR_INPUT, "input " + vp::quote(manifest_.inputs[index].name) + " is given twice or has a batch of its own",
+      throw Error(VP_ERROR_INPUT,
+                  "input " + vp::quote(manifest_.inputs[index].name) + " is given twice or has a batch of its own",
                   "each input once, all of one batch");
     }
     data[index] = inputs[i].data;

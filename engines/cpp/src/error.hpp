@@ -13,7 +13,8 @@ namespace vp {
 class Error : public std::runtime_error {
  public:
   Error(vp_status status, const std::string& found, const std::string& expected = "", const std::string& fix = "")
-      : std::runtime_error(found + (expected.empty() ? "" : "; expected " + expected) + (fix.empty() ? "" : "; " + fix)),
+      : std::runtime_error(found + (expected.empty() ? "" : "; expected " + expected) +
+                           (fix.empty() ? "" : "; " + fix)),
         status_(status) {}
 
   vp_status status() const noexcept { return status_; }

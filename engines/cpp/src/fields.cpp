@@ -85,7 +85,8 @@ std::vector<Field> Field::items(std::size_t least, std::size_t most) const {
   if (!value_.is_array() || value_.size() < least || (most != 0 && value_.size() > most)) {
     const auto range = std::to_string(least) + (most == 0 ? " or more" : " to " + std::to_string(most));
     if (value_.is_array()) {
-      throw corrupt(std::string(kManifestName) + ": " + where_ + " has " + std::to_string(value_.size()) + " items", range);
+      throw corrupt(std::string(kManifestName) + ": " + where_ + " has " + std::to_string(value_.size()) + " items",
+                    range);
     }
     refuse("a list");
   }

@@ -10,14 +10,16 @@
 namespace vp {
 namespace {
 
-/// Refuses, while it is still being parsed, what the finished document would no longer show or would be too deep to walk.
+/// Refuses, while it is still being parsed, what the finished document would no longer show or would be too deep to
+/// walk.
 class Guard {
  public:
   bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
     using Event = Json::parse_event_t;
     if ((event == Event::object_start || event == Event::array_start || event == Event::value) &&
         depth >= kMaxJsonDepth) {
-      throw std::invalid_argument("is nested too deeply; expected at most " + std::to_string(kMaxJsonDepth) + " levels");
+      throw std::invalid_argument("is nested too deeply; expected at most " + std::to_string(kMaxJsonDepth) +
+                                  " levels");
     }
     if (event == Event::object_start) keys_.emplace_back();
     if (event == Event::object_end) keys_.pop_back();
@@ -80,7 +82,8 @@ Json parse_json(std::string_view text) {
   } catch (const Json::exception& error) {
     // "[json.exception.parse_error.101] parse error at ...": the number helps nobody
     const std::string message = error.what();
-    throw std::invalid_argument("cannot be read as JSON (" + printable(message.substr(message.find(']') + 2), 200) + ")");
+    throw std::invalid_argument("cannot be read as JSON (" + printable(message.substr(message.find(']') + 2), 200) +
+                                ")");
   }
   if (!document.is_object()) throw std::invalid_argument("holds no object; expected a JSON object");
   return document;

@@ -12,7 +12,8 @@ using Json = nlohmann::json;
 constexpr int kMaxJsonDepth = 32;
 
 /// Parse an object.
-/// Throws std::invalid_argument (one line): no JSON, a key given twice, nested deeper than kMaxJsonDepth levels, no object.
+/// Throws std::invalid_argument (one line): no JSON, a key given twice, nested deeper than kMaxJsonDepth levels, no
+/// object.
 Json parse_json(std::string_view text);
 
 /// The bytes of Python's json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) and a newline.

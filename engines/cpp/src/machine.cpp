@@ -41,7 +41,8 @@ std::string gpu_capability() {
   if (init == nullptr || get == nullptr || attribute == nullptr) return "";
   int device = 0, major = 0, minor = 0;
   // 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; every call returns 0 for success.
-  if (init(0) != 0 || get(&device, 0) != 0 || attribute(&major, 75, device) != 0 || attribute(&minor, 76, device) != 0) {
+  if (init(0) != 0 || get(&device, 0) != 0 || attribute(&major, 75, device) != 0 ||
+      attribute(&minor, 76, device) != 0) {
     return "";
   }
   return std::to_string(major) + "." + std::to_string(minor);

@@ -33,7 +33,8 @@ bool is_word(char letter) {
 
 bool safe_part(std::string_view part) {
   if (part.empty() || part.size() > 128 || !is_word(part.front())) return false;
-  if (!is_word(part.back()) && part.back() != '+' && part.back() != '-') return false;  // Windows drops a dot at the end
+  if (!is_word(part.back()) && part.back() != '+' && part.back() != '-')
+    return false;  // Windows drops a dot at the end
   const auto allowed = [](char letter) { return is_word(letter) || letter == '.' || letter == '+' || letter == '-'; };
   if (!std::all_of(part.begin(), part.end(), allowed)) return false;
   const std::string stem = lower(part.substr(0, part.find('.')));
@@ -100,7 +101,8 @@ bool check_version(const Json& document) {
 bool real_time(const std::string& text) {  // 2026-11-21T03:24:00Z, and no 31st of February
   int year = 0, month = 0, day = 0, hour = 0, minute = 0, second = 0, end = 0;
   if (text.size() != 20 || text.find_first_of(" +") != std::string::npos ||
-      std::sscanf(text.c_str(), "%4d-%2d-%2dT%2d:%2d:%2dZ%n", &year, &month, &day, &hour, &minute, &second, &end) != 6 ||
+      std::sscanf(text.c_str(), "%4d-%2d-%2dT%2d:%2d:%2dZ%n", &year, &month, &day, &hour, &minute, &second, &end) !=
+          6 ||
       end != 20 || year < 1 || month < 1 || month > 12) {
     return false;
   }
@@ -145,8 +147,8 @@ class Reader {
  private:
   void file(const Field& field) {
     Members members(field);
-    out_.files.push_back({members.need("path").path(), members.need("size").whole(0, kMaxFileBytes),
-                          members.need("sha256").sha256()});
+    out_.files.push_back(
+        {members.need("path").path(), members.need("size").whole(0, kMaxFileBytes), members.need("sha256").sha256()});
     members.done(newer_);
   }
 
@@ -195,7 +197,8 @@ class Reader {
     const auto flags = field.json().find("cpu_flags");
     if (flags == field.json().end() || !flags->is_array()) return;
     // What is no text is no word of /proc/cpuinfo either: as such it is something that no processor has.
-    for (const auto& flag : *flags) variant.cpu_flags.push_back(flag.is_string() ? flag.get<std::string>() : flag.dump());
+    for (const auto& flag : *flags)
+      variant.cpu_flags.push_back(flag.is_string() ? flag.get<std::string>() : flag.dump());
   }
 
   Tensor tensor(const Field& field) {

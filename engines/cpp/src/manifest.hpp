@@ -14,7 +14,8 @@ constexpr int kFormatMajor = 1;
 constexpr int kFormatMinor = 0;
 constexpr const char* kManifestName = "manifest.json";
 
-// The limits of engines/manifest.py: far above any bundle, far below what would hurt the machine that reads a hostile one.
+// The limits of engines/manifest.py: far above any bundle, far below what would hurt the machine that reads a hostile
+// one.
 constexpr std::size_t kMaxManifestBytes = std::size_t{8} << 20;
 constexpr std::size_t kMaxFiles = 1000;
 constexpr std::int64_t kMaxFileBytes = std::int64_t{32} << 30;
@@ -59,7 +60,8 @@ struct Manifest {
   std::string document;  // all of it, canonical, without its digest
 };
 
-/// The folder of a variant inside the bundle ("engine/" of "reduced", "dense/" of "dense"), "" where there is no such one.
+/// The folder of a variant inside the bundle ("engine/" of "reduced", "dense/" of "dense"), "" where there is no such
+/// one.
 std::string_view variant_folder(std::string_view variant);
 
 /// Whether `path` may name a file inside a bundle: relative, POSIX, plain ASCII parts, bounded.

@@ -72,7 +72,8 @@ std::string Sample::listing(const std::string& path, const std::string& content)
 std::string set(const std::string& pointer, const std::string& value) {
   // "add" replaces a member of an object, but pushes aside an item of a list.
   const bool item = pointer.back() >= '0' && pointer.back() <= '9';
-  return std::string("[{\"op\": ") + (item ? "\"replace\"" : "\"add\"") + ", \"path\": " + text(pointer) + ", \"value\": " + value + "}]";
+  return std::string("[{\"op\": ") + (item ? "\"replace\"" : "\"add\"") + ", \"path\": " + text(pointer) +
+         ", \"value\": " + value + "}]";
 }
 
 std::string drop(const std::string& pointer) { return "[{\"op\": \"remove\", \"path\": " + text(pointer) + "}]"; }

@@ -66,7 +66,8 @@ template <typename Function>
 void expect_error(vp_status status, const std::string& text, const Function& function) {
   const Error error = error_of(function);
   EXPECT_EQ(error.status(), status) << error.what();
-  EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << "found: " << error.what() << "\nwanted: " << text;
+  EXPECT_NE(std::string(error.what()).find(text), std::string::npos)
+      << "found: " << error.what() << "\nwanted: " << text;
 }
 
 }  // namespace vp::testing

@@ -54,7 +54,8 @@ TEST(Api, DescribesWithoutLoading) {
   EXPECT_EQ(description.inputs[0].shape[3], 4);
   ASSERT_EQ(description.class_count, 2U);
   EXPECT_STREQ(description.classes[1], "dog");
-  EXPECT_NE(std::string(description.json).find("\"digest\":\"" + std::string(description.digest) + "\""), std::string::npos);
+  EXPECT_NE(std::string(description.json).find("\"digest\":\"" + std::string(description.digest) + "\""),
+            std::string::npos);
   std::size_t bytes = 0;
   ASSERT_EQ(vp_engine_output_bytes(opened.engine, 0, 5, &bytes), VP_OK);
   EXPECT_EQ(bytes, 40U);
@@ -112,7 +113,8 @@ TEST(Api, AnotherMachinesEngine) {
     sample.forge(set("/variants/reduced/requirements", requirements));
     expect_failure(Opened(sample, VP_ENGINE_OPTIONS_INIT).status, status, text);
   };
-  refuse(R"({"device": "cpu", "platform": "linux-mips"})", VP_ERROR_BUNDLE_INCOMPATIBLE, "platform linux-mips, here linux-");
+  refuse(R"({"device": "cpu", "platform": "linux-mips"})", VP_ERROR_BUNDLE_INCOMPATIBLE,
+         "platform linux-mips, here linux-");
   refuse(R"({"device": "cpu", "cpu_flags": ["avx9000", 7]})", VP_ERROR_BUNDLE_INCOMPATIBLE, "a CPU with avx9000 7");
   refuse(R"({"device": "cuda"})", VP_ERROR_ENGINE_UNAVAILABLE, "compiled for a GPU");
 }

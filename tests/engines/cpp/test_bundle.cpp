@@ -1,4 +1,5 @@
-// Damaged and hostile bundles: each is refused by name, quickly, whatever it holds. After tests/engines/test_bundle_attacks.py.
+// Damaged and hostile bundles: each is refused by name, quickly, whatever it holds. After
+// tests/engines/test_bundle_attacks.py.
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -46,7 +47,8 @@ TEST(Bundle, ASoundOneGivesTheBytesThatWereHashed) {
   const auto bundle = read(sample.path());
   ASSERT_EQ(bundle.contents.size(), sample.files().size());
   for (const auto& [name, wanted] : sample.files()) EXPECT_EQ(content(bundle.contents.at(name)), wanted) << name;
-  const auto some = vp::read_bundle(sample.path().string(), [](const std::string& name) { return name == "plan.json"; });
+  const auto some =
+      vp::read_bundle(sample.path().string(), [](const std::string& name) { return name == "plan.json"; });
   EXPECT_EQ(some.contents.size(), 1U);
 }
 
@@ -189,7 +191,7 @@ TEST(Bundle, ThingsThatAreNoFiles) {
 
 TEST(Bundle, AManifestThatPointsOutside) {
   for (const std::string& path : {std::string("../secret"), std::string("/etc/hostname"), std::string("engine\\secret"),
-                                 std::string("engine/../../secret"), std::string("secret\0", 7)}) {
+                                  std::string("engine/../../secret"), std::string("secret\0", 7)}) {
     const Sample sample;
     sample.forge(Sample::listing(path, "secret"));
     refused(sample, "unsafe path");
@@ -207,7 +209,8 @@ TEST(Bundle, SizesCostNothing) {
 
 TEST(Bundle, NoBundleThere) {
   const Sample sample;
-  expect_error(VP_ERROR_BUNDLE, "is not there; expected the folder of a bundle", [&] { read(sample.around() / "none"); });
+  expect_error(VP_ERROR_BUNDLE, "is not there; expected the folder of a bundle",
+               [&] { read(sample.around() / "none"); });
   expect_error(VP_ERROR_BUNDLE, "is not a folder", [&] { read(sample.path() / "plan.json"); });
   fs::create_directory(sample.around() / "empty");
   expect_error(VP_ERROR_BUNDLE_CORRUPT, "manifest.json is missing: this folder is not a bundle",

@@ -31,9 +31,9 @@ std::string repeated(const std::string& text, int times) {
 }
 
 TEST(Json, WhatIsNoJsonIsRefused) {
-  for (const std::string text :
-       {"", "{", "{]", "nul", "{\"a\": NaN}", "{\"a\": Infinity}", "{\"a\": 1e999}", "{\"a\": 1,}", "{} {}", "{\"a\": \"\x01\"}",
-        "{\"a\": \"\xff\"}", "{\"a\": \"\\ud800\"}", "// c\n{}", "{\"a\": 01}", "\xef\xbb\xbf{}"}) {
+  for (const std::string text : {"", "{", "{]", "nul", "{\"a\": NaN}", "{\"a\": Infinity}", "{\"a\": 1e999}",
+                                 "{\"a\": 1,}", "{} {}", "{\"a\": \"\x01\"}", "{\"a\": \"\xff\"}",
+                                 "{\"a\": \"\\ud800\"}", "// c\n{}", "{\"a\": 01}", "\xef\xbb\xbf{}"}) {
     EXPECT_NE(refused(text).find("JSON"), std::string::npos) << text;
   }
   EXPECT_NE(refused("[1]").find("expected a JSON object"), std::string::npos);
@@ -57,7 +57,8 @@ TEST(Json, DepthIsBounded) {
 TEST(Json, TheByteFormIsPythons) {
   // json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) + "\n" of Python 3.11
   const std::string python =
-      "{\n  \"A\": {},\n  \"a\": [\n    1,\n    -2,\n    0.5,\n    -0.0,\n    1.0,\n    1e-05,\n    0.0001,\n    1e+16,\n"
+      "{\n  \"A\": {},\n  \"a\": [\n    1,\n    -2,\n    0.5,\n    -0.0,\n    1.0,\n    1e-05,\n    0.0001,\n    "
+      "1e+16,\n"
       "    1234567890123456.0,\n    1e+22,\n    5e-324,\n    1.7976931348623157e+308,\n    0.1,\n    123.456,\n"
       "    18446744073709551615\n  ],\n  \"b\": [],\n  \"\xc5\xbc\": \"\\\"\\\\/\\b\\f\\n\\r\\t\\u0001\x7f\xc3\xb3\",\n"
       "  \"\xf0\x9f\x90\xa2\": null\n}\n";

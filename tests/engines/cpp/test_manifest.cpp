@@ -20,13 +20,36 @@ using vp::testing::set;
 using vp::testing::text;
 
 TEST(Paths, OnlyPlainRelativeOnes) {
-  for (const char* good : {"a", "plan.json", "engine/model.pt2", "a/b/c/d/e/f/g/h", "A-b_c+1.tar.gz", "_x", "console.txt"}) {
+  for (const char* good :
+       {"a", "plan.json", "engine/model.pt2", "a/b/c/d/e/f/g/h", "A-b_c+1.tar.gz", "_x", "console.txt"}) {
     EXPECT_TRUE(safe_path(good)) << good;
   }
-  for (const std::string bad :
-       {"", "/", "/etc/hostname", "..", "../secret", "engine/../../secret", "engine/..", "./a", "a/", "a//b", ".hidden",
-        "engine\\secret", "C:", "a:b", "a b", "a\n", "a.", "a..", "con", "CON.txt", "x/nul", "com1", "LPT9.x", "\xc5\xbc", "~",
-        "a/b/c/d/e/f/g/h/i"}) {
+  for (const std::string bad : {"",
+                                "/",
+                                "/etc/hostname",
+                                "..",
+                                "../secret",
+                                "engine/../../secret",
+                                "engine/..",
+                                "./a",
+                                "a/",
+                                "a//b",
+                                ".hidden",
+                                "engine\\secret",
+                                "C:",
+                                "a:b",
+                                "a b",
+                                "a\n",
+                                "a.",
+                                "a..",
+                                "con",
+                                "CON.txt",
+                                "x/nul",
+                                "com1",
+                                "LPT9.x",
+                                "\xc5\xbc",
+                                "~",
+                                "a/b/c/d/e/f/g/h/i"}) {
     EXPECT_FALSE(safe_path(bad)) << bad;
   }
   EXPECT_FALSE(safe_path(std::string("secret\0", 7)));

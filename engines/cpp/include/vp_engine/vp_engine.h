@@ -68,7 +68,8 @@ typedef struct vp_engine_options {
   int32_t verify_only; /* not 0: verify and describe; nothing is loaded and nothing can be run */
 } vp_engine_options;
 
-#define VP_ENGINE_OPTIONS_INIT {sizeof(vp_engine_options), NULL, 0, 0, 0}
+#define VP_ENGINE_OPTIONS_INIT \
+  { sizeof(vp_engine_options), NULL, 0, 0, 0 }
 
 /* Name, type and shape of an input or output. -1 is a dynamic axis (axis 0 is the batch). */
 typedef struct vp_tensor_info {

@@ -63,11 +63,13 @@ class AotiRunner : public Runner {
       std::vector<at::Tensor> batches;
       for (std::size_t i = 0; i < inputs.size(); ++i) {
         // A view of the caller's memory, which the model only reads.
-        batches.push_back(at::from_blob(const_cast<void*>(inputs[i]), shape_of(inputs_[i], batch), at::kFloat).to(device_));
+        batches.push_back(
+            at::from_blob(const_cast<void*>(inputs[i]), shape_of(inputs_[i], batch), at::kFloat).to(device_));
       }
       const auto results = loader_.boxed_run(std::move(batches));
       if (results.size() != outputs_.size()) {
-        throw corrupt("the engine gave " + std::to_string(results.size()) + " outputs", std::to_string(outputs_.size()));
+        throw corrupt("the engine gave " + std::to_string(results.size()) + " outputs",
+                      std::to_string(outputs_.size()));
       }
       for (std::size_t i = 0; i < outputs.size(); ++i) {
         if (outputs[i] != nullptr) copy(results[i], outputs_[i], batch, outputs[i]);

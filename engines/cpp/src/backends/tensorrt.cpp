@@ -13,7 +13,8 @@
 namespace vp {
 namespace {
 
-/// TensorRT tells its reasons to a logger only: the last error is kept for our message, the rest is not for a library to print.
+/// TensorRT tells its reasons to a logger only: the last error is kept for our message, the rest is not for a library
+/// to print.
 class Logger : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {

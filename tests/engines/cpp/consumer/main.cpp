@@ -1,4 +1,5 @@
-// The header from C++, beside std::filesystem, of which libtorch.so brings a copy of its own that must not get in the way.
+// The header from C++, beside std::filesystem, of which libtorch.so brings a copy of its own that must not get in the
+// way.
 #include <vp_engine/vp_engine.h>
 
 #include <cstdio>
