@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test tritonserver plugins ray lint typecheck check demo bench bench-reducers bench-search bench-gpu support-table clean
+.PHONY: help setup test tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
+    bench-cpp support-table clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -19,7 +20,7 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
 # so that what its fixtures build is built once.
 WORKERS ?= 2
-test: setup tritonserver ray plugins  ## run the whole test suite
+test: setup tritonserver ray plugins cpp-deps  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # A real Triton Inference Server for the tests, with what a server has beside it. Its Python backend needs numpy below 2.
@@ -56,10 +57,15 @@ build/plugin-kernels/index.json: $(STAMP) $(wildcard kernels/*.py kernels/*/*.py
 	env -u TRITON_INTERPRET $(BIN)/python -m vp_kernels.aot --sm 90 --all --force --out build/plugin-kernels \
 	    $(foreach kernel,$(TEST_KERNELS),--match '$(kernel)') 2>build/plugin-kernels.log || { cat build/plugin-kernels.log; exit 1; }
 
-plugins: build/plugin-kernels/index.json build/nvinfer/.installed  ## the TensorRT plugins, for the tests
-	cmake -S . -B $(PLUGINS) -DVP_PLUGIN_HARNESS=ON -DVP_KERNELS_DIR=$(CURDIR)/build/plugin-kernels \
-	    -DTENSORRT_INCLUDE_DIR=$(CURDIR)/build/nvinfer/kernel_lens/include/tensorrt >/dev/null
+plugins: cpp-deps build/plugin-kernels/index.json build/nvinfer/.installed  ## the TensorRT plugins, for the tests
+	@command -v cmake >/dev/null && command -v c++ >/dev/null || \
+	    { echo "the TensorRT plugins are not built or tested: they need cmake and a C++ compiler" >&2; test -z "$${VP_REQUIRE_CPP:-}"; exit; }; \
+	cmake -S . -B $(PLUGINS) -DVP_BUILD_ENGINE=OFF -DVP_PLUGIN_HARNESS=ON -DVP_KERNELS_DIR=$(CURDIR)/build/plugin-kernels \
+	    -DTENSORRT_INCLUDE_DIR=$(CURDIR)/build/nvinfer/kernel_lens/include/tensorrt >/dev/null && \
 	cmake --build $(PLUGINS) --parallel 2 -- -s
+
+cpp-deps:  ## Debian packages that the C++ loader is built with, where they are missing
+	@engines/cpp/install-deps.sh
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
@@ -89,6 +95,9 @@ bench-search: setup  ## searched plans on the flowers ViT-S/16 (needs ../shared;
 bench-gpu:  ## kernels and reduced models on a GPU, with nothing installed but torch, triton and timm
 	@mkdir -p build
 	$(PYTHON) benchmarks/gpu.py --cache build/gpu.json --out docs/results/gpu.md
+
+bench-cpp: setup cpp-deps  ## the C++ loader against torch's own (needs ../shared)
+	$(BIN)/python benchmarks/cpp_loader.py --out docs/results/cpp.md
 
 support-table: setup  ## regenerate docs/models.md
 	$(BIN)/python -m vp_exporter.support > docs/models.md

@@ -1,0 +1,13 @@
+// The header from C++, beside std::filesystem, of which libtorch.so brings a copy of its own that must not get in the
+// way.
+#include <vp_engine/vp_engine.h>
+
+#include <cstdio>
+#include <filesystem>
+
+int main() {
+  std::error_code ignored;
+  std::filesystem::remove_all("no such folder", ignored);
+  std::puts(vp_engine_backends());
+  return vp_engine_api_version() == VP_ENGINE_API_VERSION ? 0 : 1;
+}
