@@ -73,7 +73,7 @@ def sanitized(tools: None) -> Path:
 @pytest.fixture(scope="module")
 def installed(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An install prefix of the loader as a user builds it."""
-    folder = build("release", "-DBUILD_TESTING=OFF", "-DVP_ENGINE_AOTI=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    folder = build("release", "-DBUILD_TESTING=OFF", "-DVP_ENGINE_AOTI=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O0")
     prefix = tmp_path_factory.mktemp("prefix")
     call("cmake", "--install", folder, "--prefix", prefix)
     return prefix
