@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 import vp_engines
+from tests.embedding import blocks, replaced
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import CLASSES, INPUTS, OUTPUTS, SIZE
 from tests.engines.bundle_samples import document, fields, forge
@@ -334,6 +336,24 @@ def test_package_for_somebody_elses_project(installed: Path, sound: Path, tmp_pa
     assert "vp_engine_run" in names
     # The linker leaves a string constructor or two of libstdc++, which every library has.
     assert [name for name in names if not name.startswith(("vp_engine_", "_ZNSt", "_ZSt"))] == []
+
+
+def test_the_page_on_embedding(installed: Path, sound: Path, tmp_path: Path) -> None:
+    """docs/embedding.md: its program and commands; `installed` is what those of its first block make."""
+    loader, server = blocks("C and C++", "bash")
+    said = [shlex.split(line) for line in loader.splitlines()]
+    assert [command[:2] for command in said] == [["cmake", "-S"], ["cmake", "--build"], ["cmake", "--install"]]
+    (tmp_path / "server").mkdir()
+    (project,), (program,) = blocks("C and C++", "cmake"), blocks("C and C++", "c")
+    (tmp_path / "server" / "CMakeLists.txt").write_text(project)
+    sizes = {"224": str(SIZE), "1000": str(CLASSES), "deit_s.vpe": str(sound)}
+    (tmp_path / "server" / "main.c").write_text(replaced(program, sizes))
+    for line in replaced(server, {"/opt/vp_engine": str(installed)}).splitlines():
+        done = subprocess.run(shlex.split(line), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    with vp_engines.load(sound) as engine:
+        wanted = engine.run(np.zeros((1, 3, SIZE, SIZE), np.float32))["logits"][0, 0]
+    assert abs(float(done.stdout) - wanted) < 2e-6
 
 
 def test_without_libtorch_it_still_verifies(tools: None, sound: Path, images: Path) -> None:
