@@ -44,6 +44,20 @@ def test_the_profilers_cost_is_found_and_taken_off(repeats: int) -> None:
     assert measured.shortest() == pytest.approx((30 + COST) / 1000)
 
 
+def test_what_a_profiler_slows_down_in_proportion_is_scaled_to_the_clock() -> None:
+    """Beside its cost per operation; and where the two are far apart, nothing is corrected."""
+    measured = series([(name, 1.1 * duration) for name, duration in TRUE])
+    measured.taken = np.tile([(LEAD + sum(duration for _, duration in TRUE)) / 1000, 1.5], (5, 1))
+    found = measured.profile(COST / 1000)
+    assert found.groups[ATTENTION] / found.groups[MLP] == pytest.approx(4 / 9)
+    assert sum(found.groups.values()) == pytest.approx(1.35) == pytest.approx(found.covered * 1.35)
+    assert found.scale == pytest.approx(1.35 / (0.02 + 1.1 * 1.33))
+    measured.taken /= 2
+    found = measured.profile(COST / 1000)
+    assert found.scale == 1
+    assert found.covered > 2
+
+
 def test_a_profiler_that_times_no_whole_runs_is_taken_at_its_word() -> None:
     measured = series(TRUE, whole=False)
     assert measured.excess() == 0
