@@ -9,7 +9,7 @@ faster, with half the file. Asked for fp16 that it lacks, the plugin would take 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -121,30 +121,40 @@ class OpenVinoBackend(Backend):
         wanted = [spec.name for spec in (*inputs, *outputs)]
         if len(found) != len(wanted) or not all(name in names for name, names in zip(wanted, found, strict=True)):
             raise BundleCorruptError(f"'{artefact}' has inputs and outputs {found}", expected=f"{wanted}")
-        return OpenVinoRunner(compiled, inputs, outputs, profile=options.profile)
+        again = (lambda: core.compile_model(model, "CPU", config)) if options.profile else None
+        return OpenVinoRunner(compiled, inputs, outputs, again)
 
 
 class OpenVinoRunner(RecordingRunner):
-    """A compiled model; each thread has its own infer request, since a request holds its inputs and outputs."""
+    """A compiled model; each thread has its own infer request, since a request holds its inputs and outputs.
+
+    The profiler tells of each operation the mean over all runs of a compiled model. So with a profiler every batch size
+    gets a compiled model of its own.
+
+    Args:
+        again: compiles the model once more, to record what is run; None: nothing is recorded.
+    """
 
     def __init__(
         self,
         compiled: Any,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
-        *,
-        profile: bool = False,
+        again: Callable[[], Any] | None = None,
     ) -> None:
-        super().__init__(inputs, outputs, profile=profile)
-        self._compiled = compiled
-        self._local = threading.local()
+        super().__init__(inputs, outputs, profile=again is not None)
+        self._compiled, self._again = compiled, again
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._of_batch: dict[int, Any] = {}
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         compiled, local = self._compiled, self._local
         self._check_open()  # closed between the first check and the line above
-        request = getattr(local, "request", None)
-        if request is None:
-            request = local.request = compiled.create_infer_request()
+        requests: dict[int, Any] = local.__dict__.setdefault("requests", {})
+        key = 0 if self._again is None else len(images)
+        if key not in requests:
+            requests[key] = self._model_of(compiled, key).create_infer_request()
+        request = requests[key]
         # share_outputs=False copies: the next run of this thread would overwrite the request's own buffers.
         results = request.infer({0: images}, share_inputs=True, share_outputs=False)
         runs = self._runs  # read once: another thread may end the recording
@@ -152,13 +162,22 @@ class OpenVinoRunner(RecordingRunner):
             runs.append(_recorded_run(request))
         return {spec.name: results[index] for index, spec in enumerate(self.outputs)}
 
+    def _model_of(self, compiled: Any, batch: int) -> Any:
+        """The compiled model that runs a batch size (0: all of them)."""
+        if self._again is None:
+            return compiled
+        with self._lock:
+            if batch not in self._of_batch:
+                self._of_batch[batch] = self._again() if self._of_batch else compiled
+            return self._of_batch[batch]
+
     def _close(self) -> None:
-        self._compiled = None
+        self._compiled, self._of_batch = None, {}
         self._local = threading.local()
 
 
 def _recorded_run(request: Any) -> RecordedRun:
-    """What the plugin counted in the last run of `request`; what is folded away counts nothing."""
+    """What the plugin has counted by the last run of `request`; what is folded away counts nothing."""
     return RecordedRun.in_sequence(
         (entry.node_name, f"{entry.node_type} {entry.exec_type}", entry.real_time.total_seconds() * 1e6)
         for entry in request.profiling_info

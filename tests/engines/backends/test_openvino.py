@@ -67,6 +67,16 @@ def test_half_precisions(fp16: BuildSource, bf16: BuildSource, vit: nn.Module, t
             assert asked in (*FP32, *NAMES[source.precision])
 
 
+def test_each_batch_size_is_recorded_by_itself(built: Built) -> None:
+    """The profiler's numbers are means over all runs of a compiled model."""
+    with open_(built, RunOptions(profile=True, threads=1)) as runner:
+        for batch, times in ((1, 200), (64, 3)):
+            for _ in range(times):
+                runner.run(tiny_vit.some_images(batch, seed=0))
+        small, *_, large = (sum(each.duration for each in run.operations) for run in runner.recorded()[199:])
+    assert large > 8 * small
+
+
 def test_only_the_cpu(built: Built) -> None:
     with pytest.raises(EngineUnavailableError, match="asked for device cuda; expected cpu"):
         open_(built, RunOptions(device="cuda"))

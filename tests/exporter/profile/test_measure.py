@@ -58,13 +58,21 @@ def test_what_a_profiler_slows_down_in_proportion_is_scaled_to_the_clock() -> No
     assert found.covered > 2
 
 
-def test_a_profiler_that_times_no_whole_runs_is_taken_at_its_word() -> None:
+def test_a_profiler_that_times_no_whole_runs_is_held_to_the_clock() -> None:
+    """What its operations leave of a run is the runtime's; what they have too much is scaled."""
     measured = series(TRUE, whole=False)
     assert measured.excess() == 0
     found = measured.profile(1.0)
     assert found.profiler_ms == 0
+    assert found.scale == 1
     assert found.groups[ATTENTION] == pytest.approx(0.4 + COST / 3000)
-    assert found.groups[RUNTIME] == 0
+    assert found.groups[RUNTIME] == pytest.approx((LEAD - COST) / 1000)
+    assert found.covered == pytest.approx(1.0)
+    measured.taken -= 0.1
+    found = measured.profile(1.0)
+    assert found.groups[ATTENTION] == pytest.approx(0.405 * 1.25 / 1.345)
+    assert found.groups[RUNTIME] == pytest.approx(0.0)
+    assert found.covered == pytest.approx(1.0)
 
 
 def test_a_lost_event_costs_one_run_and_no_event_no_crash() -> None:
