@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 DOMAIN, VERSION = "vp", 1
-PLUGIN_VERSION = "1"  # kVersion of kernels/plugins/src/plugin.h; the namespace there is the domain
+PLUGIN_VERSION = "1"  # kVersion of kernels/plugins/src/plugin.hpp; the namespace there is the domain
 OPSET = 23  # of the bodies: the first in which Attention is a standard operator
 _ROOMS = ("attention", "gather_norm", "select", "merge_rows", "match_merge", "density_merge")
 

@@ -19,7 +19,7 @@ from typing import Any
 from vp_kernels.aot_check import check_index
 from vp_kernels.aot_index import INDEX, AotError
 
-# The members of vp::Symbols (src/entry.h).
+# The members of vp::Symbols (src/entry.hpp).
 SYMBOLS = ("B", "N", "H", "d", "K", "E", "D", "n", "k", "R", "rows")
 DTYPES = {"fp32": "kFp32", "fp16": "kFp16", "bf16": "kBf16"}
 OPERATIONS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "/"}
@@ -27,7 +27,7 @@ FUNCTIONS = {"cdiv": "cdiv", "min": "std::min<std::int64_t>", "max": "std::max<s
 KINDS = {"fp32": "kFloat", "i32": "kInt32"}
 HEAD = """\
 // Written by vp_kernels.plugins.embed. Do not edit.
-#include "entry.h"
+#include "entry.hpp"
 
 #include <algorithm>
 

@@ -1,7 +1,7 @@
 // The operators without TensorRT: what each takes and gives, and which kernels it launches for given shapes.
 #pragma once
 
-#include "entry.h"
+#include "entry.hpp"
 
 #include <cmath>
 #include <functional>
@@ -15,8 +15,8 @@ namespace vp {
 using Shape = std::vector<std::int64_t>;
 
 struct Tensor {
-    Dtype dtype{};
-    Shape shape;
+  Dtype dtype{};
+  Shape shape;
 };
 
 // A node's attributes, all of them present once a node has been made.
@@ -24,74 +24,76 @@ using Fields = std::map<std::string, double, std::less<>>;
 
 // What a kernel is given for one parameter.
 struct Argument {
-    enum class From { kInput, kOutput, kWorkspace, kNumber } from;
-    std::size_t which{};  // input, output, or byte in the workspace
-    double number{};
+  enum class From { kInput, kOutput, kWorkspace, kNumber } from;
+  std::size_t which{};  // input, output, or byte in the workspace
+  double number{};
 };
 
 inline Argument input(std::size_t which) { return {Argument::From::kInput, which, 0}; }
 inline Argument output(std::size_t which) { return {Argument::From::kOutput, which, 0}; }
-template <typename T> Argument number(T value) {
-    return {Argument::From::kNumber, 0, static_cast<double>(value)};
+template <typename T>
+Argument number(T value) {
+  return {Argument::From::kNumber, 0, static_cast<double>(value)};
 }
 // For an optional tensor that is not there: the kernel never reads it, but its parameter is a pointer.
 inline Argument absent() { return input(0); }
 
 // One launch. The names are the kernel's own parameters, as the index has them.
 struct Call {
-    Entry const* entry{};
-    Symbols sizes;
-    std::map<std::string_view, Argument> arguments;
+  Entry const* entry{};
+  Symbols sizes;
+  std::map<std::string_view, Argument> arguments;
 };
 
 // What a node does at given shapes: launches in order, and the scratch memory that passes between them.
 struct Plan {
-    std::vector<Call> calls;
-    std::size_t workspace{};  // bytes
+  std::vector<Call> calls;
+  std::size_t workspace{};  // bytes
 
-    // Scratch memory: aligned as device memory is, so that every promise of `divisibleBy` holds.
-    Argument scratch(std::size_t values, Dtype dtype) {
-        auto const at = workspace;
-        workspace = (workspace + values * bytesOf(dtype) + 255) / 256 * 256;
-        return {Argument::From::kWorkspace, at, 0};
-    }
+  // Scratch memory: aligned as device memory is, so that every promise of `divisibleBy` holds.
+  Argument scratch(std::size_t values, Dtype dtype) {
+    auto const at = workspace;
+    workspace = (workspace + values * bytesOf(dtype) + 255) / 256 * 256;
+    return {Argument::From::kWorkspace, at, 0};
+  }
 };
 
-// Dtype of an input or output: fixed, or that of the tokens (x, qkv), or of match_merge's metric, fp32, fp16 or bf16 both.
+// Dtype of an input or output: fixed, or that of the tokens (x, qkv), or of match_merge's metric, fp32, fp16 or bf16
+// both.
 enum class Type { kTokens, kMetric, kFp32, kInt64 };
 
 struct Port {
-    Type type;
-    int rank;
+  Type type;
+  int rank;
 };
 
 // One size of an output: the product of sizes of inputs (input, axis), and more.
 struct Size {
-    std::vector<std::pair<int, int>> times;
-    std::int64_t plus{};
-    std::vector<std::pair<int, int>> added{};
+  std::vector<std::pair<int, int>> times;
+  std::int64_t plus{};
+  std::vector<std::pair<int, int>> added{};
 };
 
 struct Result {
-    Type type;
-    std::vector<Size> shape;
+  Type type;
+  std::vector<Size> shape;
 };
 
 struct Field {
-    std::string name;
-    bool real;  // float32, else an integer
-    double low, high;
+  std::string name;
+  bool real;  // float32, else an integer
+  double low, high;
 };
 
 // An operator type of the `vp` domain, e.g. "MatchMergeSize".
 struct Operator {
-    std::string type;
-    std::vector<Field> fields;
-    std::vector<Port> inputs;
-    // The outputs, whose sizes may depend on the attributes.
-    std::function<std::vector<Result>(Fields const&)> outputs;
-    // Launches at given shapes on a compute capability; throws Refused for what no kernel takes.
-    std::function<Plan(int sm, Fields const&, std::vector<Tensor> const&)> plan;
+  std::string type;
+  std::vector<Field> fields;
+  std::vector<Port> inputs;
+  // The outputs, whose sizes may depend on the attributes.
+  std::function<std::vector<Result>(Fields const&)> outputs;
+  // Launches at given shapes on a compute capability; throws Refused for what no kernel takes.
+  std::function<Plan(int sm, Fields const&, std::vector<Tensor> const&)> plan;
 };
 
 // Every operator type, in a fixed order.
@@ -128,7 +130,7 @@ std::string text(Shape const& shape);
 
 // A shape that the operator cannot run on.
 inline void require(bool holds, std::string const& found, std::string const& expected) {
-    if (!holds) throw Refused(found + "; expected " + expected);
+  if (!holds) throw Refused(found + "; expected " + expected);
 }
 
 }  // namespace vp

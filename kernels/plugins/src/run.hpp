@@ -1,7 +1,7 @@
 // Running a plan: every value in its parameter's place, then launches in order.
 #pragma once
 
-#include "operator.h"
+#include "operator.hpp"
 
 namespace vp {
 

@@ -1,7 +1,7 @@
 // The CUDA driver, found when the first kernel runs: a machine without one can load the library and list its plugins.
 #pragma once
 
-#include "entry.h"
+#include "entry.hpp"
 
 #include <cstddef>
 
