@@ -46,14 +46,14 @@ tritonserver: $(SERVER)/.installed  ## a Triton Inference Server on the CPU, for
 
 # TensorRT plugins for the tests, with few kernels: NvInfer.h comes from a wheel that carries a copy, cubins need no GPU.
 PLUGINS := build/plugins
-TEST_KERNELS := attention_fp32_d32* attention_fp16_d64_n17_32* sum_* gather_norm/fp32_192* select/64 select/64_by_score \
+TEST_KERNELS := attention_fp32_d32* attention_fp16_d64_n17_32* attention_bf16_d64_n193_208 sum_* gather_norm/fp32_192* select/64 select/64_by_score \
     select/fuse_fp32_64 merge_rows/fp32_192_r16* match_merge/fp32_d64_32* density_merge/fp32*
 build/nvinfer/.installed:
 	$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps -d build/nvinfer kernel-lens==2.0.1
 	cd build/nvinfer && $(PYTHON) -m zipfile -e kernel_lens-*.whl .
 	touch $@
 
-build/plugin-kernels/index.json: $(STAMP) $(wildcard kernels/*.py kernels/*/*.py)
+build/plugin-kernels/index.json: $(STAMP) Makefile $(wildcard kernels/*.py kernels/*/*.py)
 	env -u TRITON_INTERPRET $(BIN)/python -m vp_kernels.aot --sm 90 --all --force --out build/plugin-kernels \
 	    $(foreach kernel,$(TEST_KERNELS),--match '$(kernel)') 2>build/plugin-kernels.log || { cat build/plugin-kernels.log; exit 1; }
 

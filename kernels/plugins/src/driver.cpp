@@ -89,9 +89,8 @@ class Loaded {
       if (found != kernels_.end()) return found->second;
     }
     std::unique_lock<std::shared_mutex> writing(mutex_);
-    auto& kernel = kernels_[key];
-    if (kernel == nullptr) kernel = read(entry, key.second);
-    return kernel;
+    auto const found = kernels_.find(key);  // another thread may have been first
+    return found != kernels_.end() ? found->second : kernels_.emplace(key, read(entry, key.second)).first->second;
   }
 
  private:

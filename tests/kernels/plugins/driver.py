@@ -65,6 +65,7 @@ class Driver:
         self.trouble.clear()
         self.c.fakeDevice(90)
         self.c.fakeFailure(0)
+        self.c.fakeShared(227 << 10)
 
     def _launch(
         self, image: int, name: bytes, grid: Any, threads: int, shared: int, raised: int, stream: int, given: Any

@@ -17,7 +17,7 @@ using OnLaunch = int (*)(void const* image, char const* name, unsigned const* gr
                          int raisedTo, void* stream, void** parameters);
 
 OnLaunch onLaunch = nullptr;
-int capability = 90, failing = 0, loads = 0;
+int capability = 90, failing = 0, loads = 0, shared = 232448;
 std::vector<std::unique_ptr<Kernel>> kernels;
 
 constexpr int kInvalidValue = 1, kInvalidImage = 200, kNotFound = 500;
@@ -29,6 +29,7 @@ extern "C" {
 // For the tests.
 void fakeOnLaunch(OnLaunch given) { onLaunch = given; }
 void fakeDevice(int sm) { capability = sm; }
+void fakeShared(int bytes) { shared = bytes; }
 void fakeFailure(int code) { failing = code; }
 int fakeLoads() { return loads; }
 
@@ -51,7 +52,7 @@ int cuDeviceGetAttribute(int* value, int which, int) {
       *value = capability % 10;
       return 0;
     case 97:
-      *value = capability == 90 ? 232448 : 101376;
+      *value = shared;
       return 0;
     default:
       return kInvalidValue;

@@ -70,6 +70,26 @@ def test_half_precision(importance: str) -> None:
     assert {launch.entry["kernel"] for launch in driver().launches} >= {"attention_whole"}
 
 
+# The small device first: a kernel that is loaded stays so.
+@pytest.mark.parametrize("shared", [48 << 10, 227 << 10])
+@isolated
+def test_shared_memory_above_48_kb(shared: int) -> None:
+    """The limit is raised for the kernel, once, where the device has that much (the driver checks both)."""
+    qkv = torch.randn(1, 197, 3, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    driver().c.fakeShared(shared)
+    with plugins().create("AttentionPlain", {"tokens": 197, "heads": 1, "head_dim": 64}) as made:
+        if shared < 64 << 10:
+            with pytest.raises(
+                PluginError, match=r"takes \d+ bytes of shared memory; expected at most the device's 49152"
+            ):
+                made.run(qkv)
+            return
+        (found,) = ran(made, [qkv])
+    assert torch.equal(found, launch_attention(qkv)[0])
+    (launch,) = driver().launches
+    assert launch.entry["shared"]["raise_limit"]
+
+
 @isolated
 def test_any_batch() -> None:
     """Batch is the one dynamic axis: the same node at several sizes, one after the other."""
