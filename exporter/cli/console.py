@@ -163,16 +163,24 @@ def _noting_interrupts() -> Iterator[None]:
         _interrupts.append(number)
         raise KeyboardInterrupt
 
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        # In a callback of the interpreter's own (a weak reference's, a finaliser) it is printed with a traceback: it
+        # has been noted, and is told in one line.
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     _interrupts.clear()
-    before = signal.signal(signal.SIGINT, note)
+    before, hook = signal.signal(signal.SIGINT, note), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
         _interrupts.clear()
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
 
 
 def _stop_if_interrupted() -> None:

@@ -167,3 +167,27 @@ def test_help_of_the_search_names_its_own_defaults() -> None:
         (option,) = hints[name].__metadata__
         assert f"{static} for vpruner, {schedules} for schedules" in option.help
     assert signature(search.search).parameters["tune_steps"].default == SearchSettings(target_macs=0.5).tune_steps
+
+
+class _InterruptedAsItGoes:
+    """Ctrl-C while the interpreter runs a finaliser, whose exceptions it prints and drops."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __del__(self) -> None:
+        raise self.error
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_in_a_finaliser_prints_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(found.exc_type))
+
+    def body() -> int:
+        for error in (KeyboardInterrupt, ValueError):
+            _InterruptedAsItGoes(error)
+        return 0
+
+    assert console.run(body) == 0
+    assert told == [ValueError]
