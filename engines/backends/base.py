@@ -220,8 +220,8 @@ class Backend(ABC):
         return Availability(False, f"engine '{self.name}' has no kernels of ours")
 
     def takes_plugin_nodes(self, options: BuildOptions) -> bool:
-        """Whether nodes of the vp operators become plugins in an engine so built."""
-        return False
+        """Whether nodes of the vp operators become plugins in an engine so built: the one way for kernels into ONNX."""
+        return self.source == "onnx" and self.runs_kernels(options).ok
 
     def check_precision(self, precision: Precision) -> None:
         """Check that this backend builds in `precision`.

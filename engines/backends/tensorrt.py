@@ -195,9 +195,6 @@ class TensorRtBackend(_Polygraphy):
             return Availability(False, f"no library of TensorRT plugins: {tensorrt_plugins.HOW}, docs/plugins.md")
         return Availability(True, "there is a library of TensorRT plugins")
 
-    def takes_plugin_nodes(self, options: BuildOptions) -> bool:
-        return self.runs_kernels(options).ok
-
 
 class TensorRtRtxBackend(_Polygraphy):
     """TensorRT-RTX: builds for RTX GPUs on any machine, runs on them."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vp_kernels.aot_check import check_index
-from vp_kernels.aot_index import INDEX, AotError
+from vp_kernels.aot_index import AotError
 
 # The members of vp::Symbols (src/entry.hpp).
 SYMBOLS = ("B", "N", "H", "d", "K", "E", "D", "n", "k", "R", "rows")
@@ -48,7 +47,6 @@ def embed(folder: Path) -> tuple[str, str]:
         AotError: the folder is not as its index says, or has something that no plugin knows.
     """
     index = check_index(folder)
-    fingerprint = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
     source, rows, cubins = [HEAD], [], ['.section .rodata,"a",@progbits\n']
     for number, entry in enumerate(index["entries"]):
         name = f"e{number}"
@@ -68,8 +66,7 @@ def embed(folder: Path) -> tuple[str, str]:
     labels = "".join(f"extern unsigned char const vp_cubin_{number}[];\n" for number in range(len(rows)))
     text = "".join(source).replace("namespace vp {\n", f'extern "C" {{\n{labels}}}\n\nnamespace vp {{\n', 1)
     text += "Entry const all[] = {\n" + "\n".join(rows) + "\n};\n\n}  // namespace\n\n"
-    text += "Span<Entry> entries() { return span(all); }\n"
-    text += f'std::string_view fingerprint() {{ return "{fingerprint}"; }}\n\n}}  // namespace vp\n'
+    text += "Span<Entry> entries() { return span(all); }\n\n}  // namespace vp\n"
     cubins.append('.section .note.GNU-stack,"",@progbits\n')
     return text, "".join(cubins)
 

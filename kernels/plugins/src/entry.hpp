@@ -75,8 +75,6 @@ struct Entry {
 
 // All kernels of this library, generated from the index by embed.py.
 Span<Entry> entries();
-// What the kernels were compiled from: the sha256 of the index.
-std::string_view fingerprint();
 
 // What a kernel is asked for; an empty name of the kernel: any that has these constants.
 struct Query {

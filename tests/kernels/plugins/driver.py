@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vp_kernels.aot_index import grid_size
 from vp_kernels.launch import Variant
 
 OPERATORS = ("attention", "gather_norm", "select", "merge_rows", "match_merge", "density_merge")
@@ -30,16 +29,9 @@ INVALID_VALUE = 1
 
 @dataclass
 class Launch:
-    """One launch that the driver saw.
-
-    Attributes:
-        entry: the kernel's entry in the index.
-        arguments: values of the numbers among its parameters.
-    """
+    """One launch that the driver saw: the kernel's entry in the index."""
 
     entry: dict[str, Any]
-    grid: tuple[int, int, int]
-    arguments: dict[str, float]
 
 
 class Driver:
@@ -86,7 +78,6 @@ class Driver:
         assert raised == (shared if entry["shared"]["raise_limit"] else 0)
         variant = _variant(entry["operator"], entry["variant"])
         arguments: list[Any] = []
-        numbers: dict[str, float] = {}
         for index, parameter in enumerate(entry["parameters"]):
             if parameter["hidden"]:
                 assert ctypes.c_uint64.from_address(given[index]).value == 0
@@ -99,9 +90,8 @@ class Driver:
                 continue
             value = SCALARS[dtype].from_address(given[index]).value
             assert dtype != "i32" or value % parameter["divisible_by"] == 0
-            numbers[parameter["name"]] = value
             arguments.append(value)
-        self.launches.append(Launch(entry, grid, numbers))
+        self.launches.append(Launch(entry))
         config = variant.config
         config.kernel[grid](*arguments, **config.constants)
 
@@ -122,11 +112,6 @@ class Driver:
             if found is not None:
                 return found
         raise AssertionError("a cubin that is not in the index")
-
-
-def grid_of(launch: Launch, **sizes: int) -> tuple[int, ...]:
-    """The grid that the index wants for these sizes."""
-    return tuple(grid_size(expression, sizes) for expression in launch.entry["grid"])
 
 
 def _by_image(kernels: Path) -> dict[int, dict[str, dict[str, Any]]]:
