@@ -25,7 +25,7 @@ CLIP, LAMBDA, EPOCHS, ENTROPY, VALUE = 0.2, 0.95, 4, 0.01, 0.5
 PRIOR_SLOPE = 2.0  # of the untrained logits over standardised log importance
 FEATURES, HIDDEN = 10, 32
 PATIENCE = 2  # updates without a better mask before episodes become shorter
-CONFIRMED = 2  # candidates of an update that are run on all batches, at most
+CONFIRMED = 2  # candidates of an update that are run on more batches, at most
 
 
 class Policy(nn.Module):
@@ -239,15 +239,15 @@ def ppo_search(
 
     The candidates of an update are run on the same few batches, drawn by `seed`. Reward = (incumbent's loss - theirs) /
     incumbent's loss there, within +-1, - beta * max(0, cost / budget - 1); an exchange keeps the cost, so the second
-    term is 0 for a start within the budget. The best of them are run on all batches; where the mean loss is lower, the
-    incumbent moves there, and the next episodes start from it.
+    term is 0 for a start within the budget. The best of them are run on the other batches, until their mean loss is no
+    longer lower; where it is on all of them, the incumbent moves there, and the next episodes start from it.
 
     Args:
         life: int [patches], where to start.
         effects: float [images, depth, patches]; importance: float [depth, patches]. Of the Fisher prior.
         allowance: each candidate spends one, however many batches it is run on.
         exchanges: length of an episode, at first; halved after updates that found nothing better.
-        batches_per_evaluation: those a candidate is run on first; None is a quarter of them.
+        batches_per_evaluation: those a candidate is run on first; None is an eighth of them.
         costs, budget, beta: the cost of lifetimes, what it may be, and the weight of what exceeds it.
 
     Returns:
@@ -259,7 +259,7 @@ def ppo_search(
     incumbent = Incumbent(scorer, life, batches, temperature)
     learner = Learner(effects, importance, scorer.description.grid, seed=seed, learning_rate=learning_rate)
     rng = np.random.default_rng(seed)
-    first = max(1, min(batches_per_evaluation or len(batches) // 4, len(batches)))
+    first = max(1, min(batches_per_evaluation or len(batches) // 8, len(batches)))
     failed = 0
     while allowance.left:
         # The leader alone plays and learns: the others need no bit-equal network to decide alike.
@@ -282,19 +282,30 @@ def ppo_search(
             break  # all lifetimes are equal
         if scorer.workers.leader:
             learner.learn(np.array(rewards))
-        failed = 0 if _confirm(incumbent, lives, rewards, batches) else failed + 1
+        failed = 0 if _confirm(incumbent, lives, rewards, chosen) else failed + 1
         if failed >= PATIENCE:
             exchanges, failed = max(1, exchanges // 2), 0
     scorer.forget()
     return incumbent.life, incumbent.loss
 
 
-def _confirm(incumbent: Incumbent, lives: np.ndarray, rewards: Sequence[float], batches: Sequence[int]) -> bool:
-    """Move the incumbent to the best candidate that is better on all batches; whether there was one."""
-    order = sorted(range(len(rewards)), key=lambda k: -rewards[k])
-    means = {k: float(incumbent.difference(lives[k], batches).mean()) for k in order[:CONFIRMED] if rewards[k] > 0}
-    best = min(means, key=lambda k: means[k], default=None)
-    if best is None or means[best] >= 0:
-        return False
-    incumbent.move(lives[best])
+def _confirm(incumbent: Incumbent, lives: np.ndarray, rewards: Sequence[float], chosen: Sequence[int]) -> bool:
+    """Move the incumbent to the first of the best candidates that is better on all batches; whether there was one."""
+    for k in sorted(range(len(rewards)), key=lambda k: -rewards[k])[:CONFIRMED]:
+        if rewards[k] > 0 and _stays_better(incumbent, lives[k], chosen):
+            incumbent.move(lives[k])
+            return True
+    return False
+
+
+def _stays_better(incumbent: Incumbent, life: np.ndarray, chosen: Sequence[int]) -> bool:
+    """Whether a candidate's mean loss is below the incumbent's, asked again after each batch.
+
+    The best of some candidates on a few images mostly owes it to these images, and shows it soon.
+    """
+    changes: list[float] = []
+    for part in [list(chosen), *([batch] for batch in incumbent.batches if batch not in chosen)]:
+        changes += incumbent.difference(life, part).tolist()
+        if not np.mean(changes) < 0:
+            return False
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tests.exporter.search.test_rearrange import LIFE, PATCHES, prior, scorer
 from tests.exporter.tiny import DEPTH
 from vp_exporter.search.allowance import Allowance, Trace
+from vp_exporter.search.greedy import Incumbent
 from vp_exporter.search.lifetimes import plan_of
-from vp_exporter.search.ppo import CLIP, EPOCHS, LAMBDA, Learner, ppo_search
+from vp_exporter.search.ppo import CLIP, EPOCHS, LAMBDA, Learner, _confirm, ppo_search
 from vp_exporter.search.scoring import Scorer
 
 
@@ -230,3 +231,49 @@ def test_what_exceeds_the_budget_is_punished() -> None:
     free, *_ = search(scorer(), 24)
     assert np.array_equal(kept, free)
     assert not np.array_equal(free, life)
+
+
+class Measured:
+    """An incumbent of known differences: image by image, of each batch; it notes what was asked."""
+
+    batches = (0, 1, 2, 3)
+
+    def __init__(self, changes: dict[int, list[list[float]]]) -> None:
+        self.changes, self.asked, self.life = changes, list[tuple[int, int]](), -1
+
+    def difference(self, life: np.ndarray, batches: list[int]) -> np.ndarray:
+        self.asked += [(int(life[0]), batch) for batch in batches]
+        return np.array([value for batch in batches for value in self.changes[int(life[0])][batch]])
+
+    def move(self, life: np.ndarray) -> None:
+        self.life = int(life[0])
+
+
+LUCKY = [[1.0], [1.0], [-0.5], [-1.0]]  # better on the last two batches, worse on all
+STEADY = [[-0.1], [0.15], [-0.2], [-0.2, -0.2]]  # worse on one batch only
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "moved", "asked"),
+    [
+        (LUCKY, STEADY, 1, [(0, 2), (0, 0), (1, 2), (1, 0), (1, 1), (1, 3)]),
+        (STEADY, LUCKY, 0, [(0, 2), (0, 0), (0, 1), (0, 3)]),
+        (LUCKY, LUCKY, -1, [(0, 2), (0, 0), (1, 2), (1, 0)]),
+        ([[0.0]] * 4, STEADY, 1, [(0, 2), (1, 2), (1, 0), (1, 1), (1, 3)]),  # as good is not better
+    ],
+)
+def test_a_candidate_is_given_up_where_it_is_no_longer_better(
+    first: list[list[float]], second: list[list[float]], moved: int, asked: list[tuple[int, int]]
+) -> None:
+    """What the incumbent moves to is better on all batches; what is not is run on no more of them than tell."""
+    incumbent = Measured({0: first, 1: second, 2: STEADY})
+    lives = np.arange(3)[:, None]  # the third one's turn never comes: two an update
+    rewards = [0.9, 0.8, 0.7]
+    assert _confirm(cast(Incumbent, incumbent), lives, rewards, [2]) == (moved >= 0)
+    assert (incumbent.life, incumbent.asked) == (moved, asked)
+
+
+def test_a_candidate_without_reward_is_not_run_again() -> None:
+    incumbent = Measured({0: STEADY})
+    assert not _confirm(cast(Incumbent, incumbent), np.zeros((1, 1), dtype=int), [0.0], [2])
+    assert not incumbent.asked
