@@ -17,7 +17,10 @@ def serve(version: options.Version = False) -> None:
     """Put a bundle behind an inference server."""
 
 
-@app.command(epilog="Exit codes: 0 written, 2 bad input, 3 tritonclient is missing.")
+@app.command(
+    short_help="Write a model repository for Triton Inference Server.",
+    epilog="Exit codes: 0 written, 2 bad input, 3 tritonclient is missing.",
+)
 def triton(
     bundle: Annotated[Path, typer.Argument(help="A bundle (NAME.vpe).")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The model repository.")],
@@ -91,7 +94,10 @@ def triton(
     raise typer.Exit(console.run(body, debug=debug))
 
 
-@app.command(epilog="Exit codes: 0 stopped as told, 2 bad input, 3 Ray or the engine is missing.")
+@app.command(
+    short_help="Serve a bundle on Ray Serve, here or on a cluster.",
+    epilog="Exit codes: 0 stopped as told, 2 bad input, 3 Ray or the engine is missing.",
+)
 def ray(
     bundle: Annotated[Path, typer.Argument(help="A bundle (NAME.vpe); every node must be able to read it there.")],
     name: Annotated[str | None, typer.Option(help="Name of the model; by default the bundle's.")] = None,
