@@ -39,7 +39,7 @@ from vp_exporter.validate.latency import compare
 TRAIN = SHARED / "data" / "flowers" / "train"
 SHOWN = ("images", "dense_top1", "reduced_top1", "top1_difference", "agreement", "kl")
 ALL = ", all blocks"  # a static mask as published: one set for every block
-METHODS = (STATIC, "tome", "ppt", "evit", "topk", "bat", "diffrate", "static+diffrate")
+METHODS = (STATIC, "tome", "ppt", "evit", "topk", "bat", "diffrate", "static+diffrate", "tome+diffrate")
 
 
 class SearchBench(Bench):

@@ -33,7 +33,7 @@ def search(
     random_init: options.RandomInit = False,
     method: Annotated[
         str,
-        typer.Option(metavar="NAME", help="vpruner; tome, ppt, bat, evit, topk, diffrate; or static+NAME."),
+        typer.Option(metavar="NAME", help="vpruner; tome, ppt, bat, evit, topk, diffrate; tome+NAME; or static+NAME."),
     ] = "vpruner",
     target_macs: Annotated[float | None, typer.Option(help="Share of the dense MACs, e.g. 0.65.")] = None,
     target_latency: Annotated[

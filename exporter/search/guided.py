@@ -24,7 +24,7 @@ _SETTING = 0.4  # of the proposals change a setting, where there is one
 # Settings that a proposal tries; those of tau are always drop, always merge (shares vary less), and the published one.
 _OPTIONS = {
     "tau": (0.0, TAU, 1.0), "clusters": (0.0, 0.05, 0.15, 0.3, 0.6), "pairs": (0.0, 0.08, 0.25, 0.5),
-    "dropped": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "dropped": (0.0, 0.25, 0.5, 0.75, 1.0), "merged": (0.0, 1.0),
 }  # fmt: skip
 
 

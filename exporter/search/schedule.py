@@ -175,7 +175,7 @@ def settle(scorer: Scorer, guided: Guided, even: ReductionPlan, rows: list[dict[
     look = scorer.calibration.first(LOOK, held)
     if len(look) < len(held):
         plans = sorted(plans, key=lambda plan: merit(*losses_of(plan, look)))[:STAYING]
-    plans = [dataclasses.replace(even, budget=guided.best.plan.budget), *plans]
+    plans = [dataclasses.replace(even, method=guided.space.method, budget=guided.best.plan.budget), *plans]
     losses = [losses_of(plan, held) for plan in plans]
     best = settled(losses)
     scorer.forget()

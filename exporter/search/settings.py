@@ -9,10 +9,12 @@ from typing import Any
 from vp_exporter.errors import SearchError
 from vp_exporter.search.fisher import TARGETS
 from vp_exporter.search.rearrange import STRATEGIES
-from vp_exporter.search.space import METHODS as SCHEDULED
+from vp_exporter.search.space import CASCADES
+from vp_exporter.search.space import METHODS as REDUCERS
 from vp_exporter.search.tune import METHODS as TUNING
 
 STATIC = "vpruner"
+SCHEDULED = (*REDUCERS, *CASCADES)
 MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
 # Candidates by default: exchanges soon fit the images, and schedules gain little after so many.
@@ -105,7 +107,7 @@ class SearchSettings:
 
     @property
     def reducer(self) -> str:
-        """The data-dependent reducer, of a scheduled or mixed search."""
+        """The data-dependent reducer or cascade, of a scheduled or mixed search."""
         return self.method.removeprefix("static+")
 
     def asked(self) -> dict[str, Any]:

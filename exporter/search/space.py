@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,8 @@ from vp_exporter.reducers import REDUCERS, StaticStep
 from vp_exporter.search.lifetimes import last_is_free
 
 METHODS = ("tome", "ppt", "evit", "bat", "topk", "diffrate")
+MERGED = "tome+"  # before a method's name: ToMe reduces some of the blocks, the first half to begin with
+CASCADES = tuple(f"{MERGED}{name}" for name in METHODS if name not in ("tome", "ppt"))  # PPT merges and drops itself
 HALVING = ("tome", "ppt")  # bipartite matching merges at most half
 TAU = 7e-5  # PPT's, of DeiT-S at 197 tokens
 
@@ -34,16 +36,24 @@ class Extras:
         clusters: of bat, as a share of the patch tokens that leave.
         pairs: of bat, as a share of the attentive tokens.
         dropped: of diffrate: of what leaves the share that is dropped, not merged.
+        merged: of "tome+NAME": 1 where ToMe reduces a block, 0 where NAME does.
     """
 
     tau: tuple[float, ...] = ()
     clusters: tuple[float, ...] = ()
     pairs: tuple[float, ...] = ()
     dropped: tuple[float, ...] = ()
+    merged: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, method: str, depth: int) -> Extras:
-        """The published settings; BAT's split, which is not published, as methods.stages has it."""
+        """The published settings; BAT's split, which is not published, as methods.stages has it.
+
+        Class attention says little in the first blocks, so a cascade merges in the first half of them.
+        """
+        if method.startswith(MERGED):
+            merged = tuple(float(block < depth // 2) for block in range(depth))
+            return replace(cls.of(method.removeprefix(MERGED), depth), merged=merged)
         if method == "ppt":
             return cls(tau=(TAU,) * depth)
         if method == "bat":
@@ -63,7 +73,8 @@ def steps_of(
 ) -> Steps:
     """The steps of a schedule; none at a block that as many tokens leave as enter.
 
-    EViT's fused token is one of those alive; where 1 is alive it is the best patch alone (the reducer keeps one).
+    EViT's fused token is one of those alive; where 1 is alive it is the best patch alone (the reducer keeps one). In a
+    cascade ToMe, which merges at most half, leaves the blocks that more leave to the other reducer.
 
     Args:
         alive: patch tokens that leave each block.
@@ -74,6 +85,7 @@ def steps_of(
     """
     depth, prefix = description.depth, description.prefix_tokens
     said, usual = extras or Extras(), Extras.of(method, depth)
+    merged = said.merged or usual.merged
     counts = (description.patches if patches is None else patches, *alive)
     if len(alive) != depth or any(b > a or b < 1 for a, b in pairwise(counts)):
         raise SearchError(f"the schedule {list(alive)}", expected=f"{depth} counts that never rise, down to 1 or more")
@@ -81,21 +93,23 @@ def steps_of(
     for block, (n, m) in enumerate(pairwise(counts)):
         if n == m:
             continue
+        merges = bool(merged and merged[block]) and n - m <= n // 2
+        name = "tome" if merges else method.removeprefix(MERGED)
         values: dict[str, Any] = {"tokens_out": prefix + m}
-        if method in HALVING:
+        if name in HALVING:
             values = {"r": n - m}
-        if method == "ppt":
+        if name == "ppt":
             values["tau"] = (said.tau or usual.tau)[block]
-        elif method == "evit":
+        elif name == "evit":
             values["fuse"] = m >= 2
-        elif method == "bat":
+        elif name == "bat":
             centres = min(m, max(1, rounded((said.clusters or usual.clusters)[block] * m)))
             pairs = (said.pairs or usual.pairs)[block]
             values["clusters"], values["pairs"] = bat_split(n, m, centres, pairs)
-        elif method == "diffrate":
+        elif name == "diffrate":
             dropped = rounded((n - m) * (said.dropped or usual.dropped)[block])
             values = {"prune_to": prefix + n - dropped, "merge_to": prefix + m}
-        steps.append(REDUCERS[method].from_fields(block, values))
+        steps.append(REDUCERS[name].from_fields(block, values))
     return tuple(steps)
 
 
@@ -117,8 +131,8 @@ class Space:
     keep: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise SearchError(f"method {self.method!r} has no schedule", expected=f"one of {', '.join(METHODS)}")
+        if self.method not in (known := (*METHODS, *CASCADES)):
+            raise SearchError(f"method {self.method!r} has no schedule", expected=f"one of {', '.join(known)}")
         least = self.macs(self.most) / self.dense
         if not least <= self.target < 1:
             raise SearchError(
@@ -195,11 +209,12 @@ class Space:
     def plan_of(self, alive: Sequence[int], extras: Extras) -> ReductionPlan:
         """The same by what is alive."""
         front: Steps = () if self.keep is None else (StaticStep(0, self.keep),)
+        steps = front + steps_of(self.method, alive, self.description, extras, patches=self.start)
         return ReductionPlan(
             model=self.description.plan_model(),
-            steps=front + steps_of(self.method, alive, self.description, extras, patches=self.start),
+            steps=steps,
             method=self.method,
-            proportional_attention=getattr(REDUCERS[self.method], "proportional", False),
+            proportional_attention=any(getattr(step, "proportional", False) for step in steps),
             budget={"target_macs": self.target, "searched": True},
         )
 
@@ -246,12 +261,12 @@ def uniform(method: str, description: ViTDescription, target: float) -> Reductio
     """The paper's schedule, with MACs as near below `target` as it comes.
 
     ToMe removes the same count at every block; PPT, EViT, Top-K and BAT act after each quarter at an even rate (PPT
-    with tau 7e-5); DiffRate's published curve is scaled.
+    with tau 7e-5); DiffRate's published curve is scaled. Of a cascade it is the second reducer's.
 
     Raises:
         PlanError: out of its reach, or a model without a class token where one is needed.
     """
-    dense, asked = count_macs(description).total, target
+    dense, asked, method = count_macs(description).total, target, method.removeprefix(MERGED)
     while True:
         plan = build_plan(MethodRequest(method, target_macs=asked, tau=TAU if method == "ppt" else None), description)
         if count_macs(description, plan).total <= target * dense:

@@ -23,7 +23,7 @@ def scorer() -> Scorer:
     return Scorer(VIT, DESCRIPTION, Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4))
 
 
-@pytest.mark.parametrize("method", ["diffrate", "ppt"])
+@pytest.mark.parametrize("method", ["diffrate", "ppt", "tome+diffrate"])
 @pytest.mark.parametrize("drops", [(0, 2, 4), (3,)])
 def test_a_mixed_plan_keeps_the_joint_budget(method: str, drops: tuple[int, ...]) -> None:
     judge = scorer()

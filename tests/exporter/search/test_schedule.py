@@ -26,7 +26,8 @@ from vp_exporter.search.guided import Guided
 from vp_exporter.search.schedule import begin, planned, search_schedule, sensitivity, settle
 from vp_exporter.search.scoring import Scorer, kl, merit
 from vp_exporter.search.sensitivity import Sensitivity, allocate
-from vp_exporter.search.space import METHODS, Extras, Space, steps_of, uniform, usual_shapes
+from vp_exporter.search.settings import SCHEDULED
+from vp_exporter.search.space import CASCADES, METHODS, Extras, Space, steps_of, uniform, usual_shapes
 
 VIT, DESCRIPTION = tiny_vit()
 AVERAGE = tiny_vit("average-pool-fc-norm-class-token")
@@ -58,13 +59,15 @@ alive_of_halving = st.lists(
     )[1:]
 )
 shares = st.lists(st.sampled_from([0.0, 0.08, 0.15, 0.25, 0.5, 0.75, 1.0]), min_size=DEPTH, max_size=DEPTH).map(tuple)
+wholes = st.lists(st.sampled_from([0.0, 1.0]), min_size=DEPTH, max_size=DEPTH).map(tuple)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(METHODS), st.data())
+@given(st.sampled_from(SCHEDULED), st.data())
 def test_steps_leave_what_the_schedule_says(method: str, data: st.DataObject) -> None:
     alive = data.draw(alive_of_halving if method in ("tome", "ppt") else alive_of_any)
-    extras = Extras(tau=data.draw(shares), clusters=data.draw(shares), dropped=data.draw(shares))
+    named = {name: data.draw(shares) for name in ("tau", "clusters", "dropped")}
+    extras = Extras(**named, merged=data.draw(wholes))
     plan = of_alive(method, alive, data.draw(st.sampled_from([None, extras])))
     prefix = DESCRIPTION.prefix_tokens
     assert tuple(row.mlp - prefix for row in plan.tokens()) == alive
@@ -84,6 +87,39 @@ def test_settings_reach_the_steps() -> None:
     assert [s.fields()["fuse"] for s in steps_of("evit", (16, 2, 2, 1), DESCRIPTION)] == [True, False]
 
 
+def test_a_cascade_merges_where_it_is_told_to() -> None:
+    alive = (12, 8, 7, 2)  # of 16; ToMe cannot take 5 of 7
+
+    def steps(merged: tuple[float, ...] = ()) -> list[tuple[str, int]]:
+        found = steps_of("tome+diffrate", alive, DESCRIPTION, Extras(merged=merged))
+        return [(step.reducer, step.block) for step in found]
+
+    assert steps() == [("tome", 0), ("tome", 1), ("diffrate", 2), ("diffrate", 3)]  # the first half
+    assert steps((0, 1, 1, 1)) == [("diffrate", 0), ("tome", 1), ("tome", 2), ("diffrate", 3)]
+    assert [step.reducer for step in steps_of("diffrate", alive, DESCRIPTION)] == ["diffrate"] * DEPTH
+    merging, dropping = (
+        Space("tome+evit", DESCRIPTION, 0.7).plan_of(alive, Extras(merged=merged))
+        for merged in ((1.0,) * DEPTH, (0.0,) * DEPTH)
+    )
+    assert merging.proportional_attention  # as ToMe's own plans are
+    assert not dropping.proportional_attention
+    assert dropping.steps == Space("evit", DESCRIPTION, 0.7).plan_of(alive, Extras()).steps
+
+
+@pytest.mark.parametrize("method", CASCADES)
+def test_a_cascade_is_held_to_the_uniform_schedule_of_its_second_reducer(method: str) -> None:
+    assert uniform(method, DESCRIPTION, 0.7) == uniform(method.removeprefix("tome+"), DESCRIPTION, 0.7)
+
+
+def test_where_a_cascade_merges_is_searched(scorer: Scorer) -> None:
+    found = guided(scorer, Space("tome+diffrate", DESCRIPTION, 0.7))
+    found.begin([found.space.scaled([1, 1, 1])])
+    found.improve(30)
+    assert len({one.extras.merged for one in found.found}) > 3
+    shares, settings = zip(*(found._point(one.removed, one.extras) for one in found.found[:2]), strict=True)
+    assert len({len(point) for point in (*shares, *settings)}) == 2  # both are points of one space
+
+
 @pytest.mark.parametrize("alive", [(17, 16, 16, 16), (8, 9, 8, 8), (8, 8, 8, 0), (8, 8, 8)])
 def test_a_schedule_that_is_none_is_refused(alive: tuple[int, ...]) -> None:
     with pytest.raises(SearchError, match="schedule"):
@@ -92,7 +128,7 @@ def test_a_schedule_that_is_none_is_refused(alive: tuple[int, ...]) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from(METHODS),
+    st.sampled_from(SCHEDULED),
     st.floats(0.55, 0.99),
     st.lists(st.integers(0, 16), min_size=DEPTH, max_size=DEPTH),
     st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(1, 8)),
@@ -222,7 +258,7 @@ def test_the_optimum_of_a_table_protects_the_dear_block(average: bool) -> None:
     assert 0.7 * space.dense < space.macs(found) <= space.budget
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCHEDULED)
 def test_at_the_last_block_patches_leave_for_free(images: torch.Tensor, method: str) -> None:
     space = Space(method, DESCRIPTION, 0.999)
     assert space.decided == DEPTH - 1
@@ -236,7 +272,7 @@ def test_at_the_last_block_patches_leave_for_free(images: torch.Tensor, method: 
     assert averaged.alive([0] * DEPTH) == (AVERAGE[1].patches,) * DEPTH
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCHEDULED)
 def test_a_search_beats_the_uniform_schedule(scorer: Scorer, method: str) -> None:
     found = search_schedule(scorer, method, 0.7, evaluations=40, trace=(trace := Trace()))
     held = scorer.calibration.held
@@ -246,7 +282,9 @@ def test_a_search_beats_the_uniform_schedule(scorer: Scorer, method: str) -> Non
     assert count_macs(DESCRIPTION, found.plan).total <= 0.7 * count_macs(DESCRIPTION).total
     assert found.plan.method == method
     assert found.plan.budget == {"target_macs": 0.7, "searched": True}
-    assert found.plan.proportional_attention == (method in ("tome", "ppt", "diffrate"))
+    reducers = {step.reducer for step in found.plan.steps}
+    assert found.plan.proportional_attention == bool(reducers & {"tome", "ppt", "diffrate"})
+    assert reducers <= set(method.split("+"))
     assert found.rows == trace.rows != []
     assert len(found.rows) <= 40
 
@@ -305,7 +343,7 @@ def test_a_first_look_says_which_schedules_meet_all_held_out_images(
     assert found.plan.steps in (met[0].steps, even.steps)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCHEDULED)
 def test_usual_shapes_meet_the_budget_and_begin_where_they_say(method: str) -> None:
     space = Space(method, DESCRIPTION, 0.75)
     shapes = usual_shapes(space)
