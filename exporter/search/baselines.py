@@ -11,6 +11,7 @@ import numpy as np
 from vp_exporter.errors import SearchError
 from vp_exporter.methods.static import center_patches, grid_patches, random_patches
 from vp_exporter.models import ViTDescription
+from vp_exporter.search.spread import squared_distances
 
 PRIOR = "fisher prior"
 
@@ -139,7 +140,7 @@ def farthest_point(grid: tuple[int, int], weights: np.ndarray, among: Sequence[i
         Positions, each once.
     """
     rest = np.arange(grid[0] * grid[1]) if among is None else np.sort(np.asarray(among, dtype=np.int64))
-    row, column = np.divmod(rest, grid[1])
+    distances = np.sqrt(squared_distances(grid))
     weight, chosen = np.asarray(weights, dtype=np.float64)[rest], np.zeros(len(rest), dtype=bool)
     nearest = np.ones(len(rest))  # the first is chosen by weight alone
     order: list[int] = []
@@ -148,7 +149,7 @@ def farthest_point(grid: tuple[int, int], weights: np.ndarray, among: Sequence[i
         at = int(np.argmax(np.where(chosen, -1.0, weight * nearest)))
         chosen[at] = True
         order.append(int(rest[at]))
-        distance = np.sqrt((row - row[at]) ** 2 + (column - column[at]) ** 2)
+        distance = distances[rest[at], rest]
         nearest = distance if turn == 0 else np.minimum(nearest, distance)
     return order
 

@@ -14,6 +14,7 @@ from vp_exporter.models import ViTDescription
 from vp_exporter.search.allowance import Allowance, Trace
 from vp_exporter.search.lifetimes import plan_of, same_until
 from vp_exporter.search.scoring import Scorer
+from vp_exporter.search.spread import squared_distances
 
 FIRST_MOVES = 8  # exchanges in one candidate, at first
 SWEEP = 12  # candidates refused in a row before fewer exchanges are made at once
@@ -206,8 +207,7 @@ class Exchanges:
 
     def __init__(self, importance: np.ndarray, description: ViTDescription) -> None:
         self.log_importance = standard_log(importance)
-        rows, columns = np.divmod(np.arange(description.patches), description.grid[1])
-        self.distance = np.hypot(rows[:, None] - rows, columns[:, None] - columns)
+        self.distance = np.sqrt(squared_distances(description.grid))
         np.fill_diagonal(self.distance, np.inf)
 
     def __call__(self, life: np.ndarray, moves: int, rng: np.random.Generator) -> np.ndarray:

@@ -50,15 +50,20 @@ def spread_masks(
     return found
 
 
+def squared_distances(grid: tuple[int, int]) -> np.ndarray:
+    """Between the middles of patches, in patches, squared: int64 [patches, patches]."""
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    square: np.ndarray = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
+    return square
+
+
 def kernel(grid: tuple[int, int], reach: float) -> np.ndarray:
     """How strongly dropped patches repel each other: exp(-distance^2 / (2 reach^2)), float64 [patches, patches].
 
     Args:
         reach: in patches. A patch does not repel itself.
     """
-    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    square = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
-    near: np.ndarray = np.exp(-square / (2 * reach**2))
+    near: np.ndarray = np.exp(-squared_distances(grid) / (2 * reach**2))
     np.fill_diagonal(near, 0.0)
     return near
 
