@@ -9,12 +9,10 @@ from typing import Any
 from vp_exporter.errors import SearchError
 from vp_exporter.search.fisher import TARGETS
 from vp_exporter.search.rearrange import STRATEGIES
-from vp_exporter.search.space import CASCADES
-from vp_exporter.search.space import METHODS as REDUCERS
+from vp_exporter.search.space import SCHEDULED
 from vp_exporter.search.tune import METHODS as TUNING
 
 STATIC = "vpruner"
-SCHEDULED = (*REDUCERS, *CASCADES)
 MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
 # Candidates by default: exchanges soon fit the images, and schedules gain little after so many.

@@ -23,6 +23,7 @@ from vp_exporter.search.lifetimes import last_is_free
 METHODS = ("tome", "ppt", "evit", "bat", "topk", "diffrate")
 MERGED = "tome+"  # before a method's name: ToMe reduces some of the blocks, the first half to begin with
 CASCADES = tuple(f"{MERGED}{name}" for name in METHODS if name not in ("tome", "ppt"))  # PPT merges and drops itself
+SCHEDULED = (*METHODS, *CASCADES)
 HALVING = ("tome", "ppt")  # bipartite matching merges at most half
 TAU = 7e-5  # PPT's, of DeiT-S at 197 tokens
 
@@ -131,8 +132,8 @@ class Space:
     keep: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in (known := (*METHODS, *CASCADES)):
-            raise SearchError(f"method {self.method!r} has no schedule", expected=f"one of {', '.join(known)}")
+        if self.method not in SCHEDULED:
+            raise SearchError(f"method {self.method!r} has no schedule", expected=f"one of {', '.join(SCHEDULED)}")
         least = self.macs(self.most) / self.dense
         if not least <= self.target < 1:
             raise SearchError(

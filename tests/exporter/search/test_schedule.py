@@ -26,8 +26,7 @@ from vp_exporter.search.guided import Guided
 from vp_exporter.search.schedule import begin, planned, search_schedule, sensitivity, settle
 from vp_exporter.search.scoring import Scorer, kl, merit
 from vp_exporter.search.sensitivity import Sensitivity, allocate
-from vp_exporter.search.settings import SCHEDULED
-from vp_exporter.search.space import CASCADES, METHODS, Extras, Space, steps_of, uniform, usual_shapes
+from vp_exporter.search.space import CASCADES, METHODS, SCHEDULED, Extras, Space, steps_of, uniform, usual_shapes
 
 VIT, DESCRIPTION = tiny_vit()
 AVERAGE = tiny_vit("average-pool-fc-norm-class-token")
