@@ -194,6 +194,13 @@ def test_same_answers_as_python(vp_run: Run, installed: Path, sound: Path, tmp_p
     np.testing.assert_allclose(np.fromfile(tmp_path / "out", np.float32), wanted.ravel(), atol=1e-6, rtol=0)
 
 
+def test_first_runs_of_many_threads_come_to_an_end(vp_run: Run, sound: Path, tmp_path: Path) -> None:
+    """Torch's own lock of the first run hangs about every other time when more threads enter than there are models."""
+    (tmp_path / "in").write_bytes(tiny_vit.some_images(8).tobytes())
+    for _ in range(8):
+        assert len(vp_run(sound, "--input", tmp_path / "in", "--parallel", "8").stdout.splitlines()) == 8
+
+
 def test_describe_says_what_python_says(vp_run: Run, bundle: Path) -> None:
     """Thousands of numbers in the requirements: the digest holds only if C++ writes Python's bytes of each."""
     rng = random.Random(7)

@@ -8,6 +8,7 @@
 #include <torch/headeronly/version.h>
 
 #include <cstring>
+#include <mutex>
 #include <utility>
 
 #include "../backend.hpp"
@@ -66,7 +67,7 @@ class AotiRunner : public Runner {
         batches.push_back(
             at::from_blob(const_cast<void*>(inputs[i]), shape_of(inputs_[i], batch), at::kFloat).to(device_));
       }
-      const auto results = loader_.boxed_run(std::move(batches));
+      const auto results = enter(std::move(batches));
       if (results.size() != outputs_.size()) {
         throw corrupt("the engine gave " + std::to_string(results.size()) + " outputs",
                       std::to_string(outputs_.size()));
@@ -80,6 +81,19 @@ class AotiRunner : public Runner {
   }
 
  private:
+  /// Torch's run, the first of all alone. In it torch folds constants: the thread that does so keeps a model and waits
+  /// for all others to leave, who wait inside for a model. With more threads than models that is for good
+  /// (pytorch/pytorch#181941). The fix would not help here: a package carries this code of the torch that compiled it.
+  std::vector<at::Tensor> enter(std::vector<at::Tensor>&& batches) {
+    std::vector<at::Tensor> results;
+    bool first = false;
+    std::call_once(folded_, [&] {
+      first = true;
+      results = loader_.boxed_run(std::move(batches));
+    });
+    return first ? std::move(results) : loader_.boxed_run(std::move(batches));
+  }
+
   static void copy(const at::Tensor& result, const Tensor& spec, std::int64_t batch, void* out) {
     if (result.scalar_type() != at::kFloat || result.sizes() != at::IntArrayRef(shape_of(spec, batch))) {
       throw corrupt("the engine gave another type or shape for the output " + quote(spec.name),
@@ -92,6 +106,7 @@ class AotiRunner : public Runner {
   const std::vector<Tensor> inputs_, outputs_;
   const at::Device device_;
   torch::inductor::AOTIModelPackageLoader loader_;
+  std::once_flag folded_;
 };
 
 }  // namespace
