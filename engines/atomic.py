@@ -25,11 +25,30 @@ from vp_engines.errors import BundleError
 LOCK_SECONDS = 60.0  # how long a writer waits for another one of the same name
 
 
+def check_parent(out: Path) -> None:
+    """Whether `out` can be made: the folders above it are there, or can be made with it.
+
+    Raises:
+        BundleError: one of them is a file, or is not ours to write to.
+    """
+    parent = Path(os.path.abspath(out)).parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not os.path.isdir(parent):
+        raise BundleError(f"{parent} is not a folder", expected=f"a folder for {out.name}", fix="choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise BundleError(f"the folder {parent} cannot be written to", fix="choose another place")
+
+
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A new hidden sibling of `out` to build in, under the lock of `out`; gone at the end, whatever happens."""
+    """A new hidden sibling of `out` to build in, under the lock of `out`; gone at the end, whatever happens.
+
+    Folders above `out` that are missing are made.
+    """
     folder = out.with_name(f".{out.name}.tmp-{secrets.token_hex(8)}")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             _sweep(out)
             try:

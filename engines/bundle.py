@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from vp_engines.atomic import building, identity, put_in_place
+from vp_engines.atomic import building, check_parent, identity, put_in_place
 from vp_engines.errors import BundleCorruptError, BundleError, BundleIncompatibleError
 from vp_engines.manifest import (
     FORMAT_VERSION,
@@ -269,13 +269,10 @@ def check_target(out: str | Path, *, force: bool = False) -> None:
     """Whether a bundle can be written to `out`: ask before the hours that a build may take.
 
     Raises:
-        BundleError: something is there and `force` is not given, or it is no bundle, or the parent folder will not do.
+        BundleError: something is there and `force` is not given, or it is no bundle, or the folder above will not do.
     """
     out = _absolute(out)
-    if not os.path.isdir(out.parent):
-        raise BundleError(f"the folder {out.parent} is not there", fix="create it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise BundleError(f"the folder {out.parent} cannot be written to", fix="choose another place")
+    check_parent(out)
     if not os.path.lexists(out):
         return
     if not force:
@@ -289,7 +286,7 @@ def write_bundle(out: str | Path, *, files: Mapping[str, Path | bytes], force: b
     """Write a bundle so that it is there whole or not at all.
 
     Args:
-        out: the bundle's folder; its parent must exist.
+        out: the bundle's folder; folders above it that are missing are made.
         files: path inside the bundle -> content, or the file to copy it from.
         force: replace the bundle that is there.
         fields: the fields of Manifest, as models or as plain dicts and lists, but for `files` and the format;

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from vp_engines.backends import ENGINES, get_backend
 from vp_engines.backends.base import Backend, Runner, RunOptions, TensorSpec
 from vp_engines.backends.recording import RecordedRun
 from vp_engines.bundle import read_bundle
-from vp_engines.errors import BundleIncompatibleError, EngineUnavailableError, InputError
+from vp_engines.errors import BundleError, BundleIncompatibleError, EngineUnavailableError, InputError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest
 
 if TYPE_CHECKING:
@@ -24,15 +25,19 @@ if TYPE_CHECKING:
 class Engine:
     """A loaded bundle. Any thread may call any method; `close` waits for the runs under way.
 
+    Pickled, it is its bundle's path: another process (a worker of a DataLoader, of multiprocessing, of Ray) opens the
+    bundle again, and refuses it where it is no longer the one that was loaded here.
+
     Attributes:
         manifest: of the bundle that it came from.
         variant: "reduced" or "dense".
     """
 
-    def __init__(self, manifest: Manifest, variant: str, runner: Runner) -> None:
+    def __init__(self, manifest: Manifest, variant: str, runner: Runner, reopen: tuple[Any, ...] | None = None) -> None:
         self.manifest = manifest
         self.variant = variant
         self._runner = runner
+        self._reopen = reopen  # what `_open_again` takes
         self._running = 0
         self._closed = False
         self._idle = threading.Condition()
@@ -107,6 +112,14 @@ class Engine:
             self._idle.wait_for(lambda: self._running == 0)
         self._runner.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._reopen is None or self._closed:
+            raise InputError(
+                "a closed engine cannot be pickled" if self._closed else "this engine is of no bundle",
+                expected="an open engine of vp_engines.load",
+            )
+        return _open_again, self._reopen
+
     def __enter__(self) -> Self:
         return self
 
@@ -167,7 +180,33 @@ def load(
         chosen.requirements,
         RunOptions(device=device, threads=threads, profile=profile),
     )
-    return Engine(manifest, variant, runner)
+    again = (os.path.abspath(path), bundle.digest, variant, device, threads, profile)
+    return Engine(manifest, variant, runner, again)
+
+
+def _open_again(
+    path: str,
+    digest: str,
+    variant: Literal["reduced", "dense"],
+    device: Literal["cpu", "cuda"] | None,
+    threads: int | None,
+    profile: bool,
+) -> Engine:
+    """A pickled engine in the process that unpickles it.
+
+    Raises:
+        BundleError: the bundle is gone, or another one stands in its place; else as `load`.
+    """
+    engine = load(path, variant=variant, device=device, threads=threads, profile=profile)
+    found = cast("tuple[Any, ...]", engine._reopen)[1]
+    if found != digest:
+        engine.close()
+        raise BundleError(
+            f"the bundle {path} has changed since the engine was pickled (digest {found})",
+            expected=f"digest {digest}",
+            fix="load the bundle again",
+        )
+    return engine
 
 
 def _usable_backend(manifest: Manifest) -> Backend:

@@ -10,12 +10,14 @@ from pathlib import Path
 def write_atomically(path: Path, data: bytes) -> None:
     """Make `path` a file of these bytes, through to the disk.
 
-    Written as a hidden sibling `.NAME.HEX.tmp`, fsynced and renamed; the sibling goes where that fails.
+    Written as a hidden sibling `.NAME.HEX.tmp`, fsynced and renamed; the sibling goes where that fails. Folders above
+    `path` that are missing are made.
 
     Raises:
         OSError: the folder cannot be written; callers say it in their own words.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "xb") as file:
             file.write(data)

@@ -2,6 +2,7 @@
 
 Row b says which patches enter block b: 1 keeps, 0 drops, any other positive value keeps and scales (a tuned mask),
 which is the additive attention logit log(scale) for that key (methods: softmax(logit + log s) = s-weighted softmax).
+A single row, [patches] or [1, patches], stands for every block.
 """
 
 from __future__ import annotations
@@ -52,11 +53,17 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def plan_from_mask(mask: np.ndarray, model: PlanModel, *, method: str = "mask") -> ReductionPlan:
-    """Turn a mask [depth, patches] into a plan.
+    """Turn a mask into a plan.
+
+    Args:
+        mask: [depth, patches], or a single row [patches] or [1, patches] for all blocks.
 
     Raises:
-        PlanError: wrong shape or dtype, NaN, a negative value, an empty row, or a patch that comes back.
+        PlanError: wrong shape or dtype, NaN, a negative value, whole numbers besides 0 and 1, scores in place of a mask
+            (nothing is dropped), an empty row, or a patch that comes back.
     """
+    if mask.shape in {(model.patches,), (1, model.patches)}:
+        mask = np.broadcast_to(mask, (model.depth, model.patches))
     _check(mask, model)
     values = mask.astype(np.float64)
     kept = values > 0
@@ -108,8 +115,6 @@ def _check(mask: np.ndarray, model: PlanModel) -> None:
             hint = f"leave out the first {model.prefix_tokens} columns: prefix tokens are always kept"
         elif mask.shape == want[::-1]:
             hint = "transpose it"
-        elif mask.shape == (model.patches,):
-            hint = f"repeat it for the {model.depth} blocks"
         raise PlanError(
             f"the mask has shape {list(mask.shape)}",
             expected=f"{list(want)}: {model.depth} blocks by {model.patches} patches of {model.name}",
@@ -127,4 +132,17 @@ def _check(mask: np.ndarray, model: PlanModel) -> None:
         raise PlanError(
             f"the mask holds {mask[block, patch]} at block {block}, patch {patch}",
             expected="0 to drop, 1 to keep, another positive value to scale",
+        )
+    kept = mask[mask > 0]
+    if mask.dtype.kind in "ui" and (kept != 1).any():
+        raise PlanError(
+            f"the mask holds whole numbers up to {kept.max()}",
+            expected="0 to drop and 1 to keep",
+            fix="save (mask > 0) if the others mean keep; scales of a tuned mask are floating-point numbers",
+        )
+    if kept.size == mask.size and (kept != 1).any():
+        raise PlanError(
+            f"the mask drops nothing: its values lie between {kept.min():.3g} and {kept.max():.3g}",
+            expected="0 where a patch is dropped",
+            fix="if they are scores, write 1 for the patches to keep and 0 for the others",
         )

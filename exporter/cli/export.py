@@ -24,7 +24,10 @@ def export(
     random_init: options.RandomInit = False,
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Reduction plan (JSON).")] = None,
     masks: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Bare mask [depth, patches]: .npy, .npz or .safetensors.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Bare mask [depth, patches], or one row for all blocks: .npy, .npz, .safetensors."
+        ),
     ] = None,
     method: options.Method = None,
     preset: options.Preset = None,

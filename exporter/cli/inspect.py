@@ -104,6 +104,7 @@ def _plan(
     as_json: bool,
 ) -> int:
     from vp_exporter.cli import show
+    from vp_exporter.cli.tables import facts as show_facts
     from vp_exporter.masks import SUFFIXES
     from vp_exporter.plan import ReductionPlan
 
@@ -154,7 +155,7 @@ def _plan(
         facts.append(("MACs", f"{ratio}, with a head of {description.num_classes} classes"))
     else:
         facts.append(("MACs", "unknown without the model: pass --model NAME"))
-    show.facts(f"plan {path.name if path is not None else f'by method {plan.method}'}", facts)
+    show_facts(f"plan {path.name if path is not None else f'by method {plan.method}'}", facts)
     show.tokens(rows, target.patches + target.prefix_tokens)
     return 0
 

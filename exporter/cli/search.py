@@ -159,14 +159,15 @@ def search(
 
 
 def _check_outs(out: Path, outs: list[Path], *, force: bool, sweep: bool) -> None:
+    from vp_engines.atomic import check_parent
     from vp_engines.errors import VpError
 
     if sweep:
         if out.exists() and not out.is_dir():
             raise VpError(f"--out {out} is a file", expected="a folder, or a name for a new one, with --sweep")
         out.mkdir(parents=True, exist_ok=True)
-    elif not out.parent.is_dir():
-        raise VpError(f"there is no folder {out.parent}", expected="a folder for --out")
+    else:
+        check_parent(out)
     for path in outs:
         if path.is_dir():
             raise VpError(f"--out {path} is a folder", expected="a file name, such as plan.json")

@@ -102,20 +102,24 @@ class SearchRun:
 
     def show(self, results: list[SearchResult], outs: list[Path]) -> None:
         """The stages as a table, and where the plan is."""
-        from rich.table import Table
-
         from vp_exporter.cli import show
+        from vp_exporter.cli.tables import table
         from vp_exporter.macs import mac_ratio
 
         for result, out in zip(results, outs, strict=True):
-            table = Table(title=f"search, {result.plan.method}", title_justify="left", title_style="bold", box=None)
-            for column in ("stage", "MACs", "held-out KL", "agreement", "seconds"):
-                table.add_column(column, justify="left" if column == "stage" else "right")
-            for row in [*result.baselines, *result.stages]:
-                if "kl" in row:
-                    cells = (f"{row['macs_share']:.3f}", f"{row['kl']:.5f}", f"{row['agreement']:.2f}%")
-                    table.add_row(row["stage"], *cells, f"{row['seconds']:.1f}")
-            console.stdout.print(table)
+            cells = [
+                (
+                    row["stage"],
+                    f"{row['macs_share']:.3f}",
+                    f"{row['kl']:.5f}",
+                    f"{row['agreement']:.2f}%",
+                    f"{row['seconds']:.1f}",
+                )
+                for row in [*result.baselines, *result.stages]
+                if "kl" in row
+            ]
+            columns = ("stage", "MACs", "held-out KL", "agreement", "seconds")
+            table(f"search, {result.plan.method}", columns, cells)
             dense = self.description.prefix_tokens + self.description.patches
             show.tokens([(row.attention, row.mlp) for row in result.plan.tokens()], dense)
             for text in result.warnings:

@@ -78,12 +78,17 @@ def triton(
                     "name": served.name,
                     "version": served.version,
                     "backend": served.backend,
+                    "max_batch": served.max_batch,
                     "folders": list(map(str, served.folders)),
                 }
             )
             return 0
         for folder in served.folders:
             console.stdout.print(str(folder / str(served.version)), soft_wrap=True, markup=False)
+        console.stdout.print(
+            f"max_batch_size {served.max_batch}: {served.max_batch_reason} (--max-batch N changes it)",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
         console.stdout.print(
             f"serve it: tritonserver --model-repository {out}   (model {served.name}, version {served.version}, "
             f"engine under {served.backend})",

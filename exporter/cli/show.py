@@ -8,8 +8,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from vp_engines.manifest import Manifest
+from vp_engines.manifest import Manifest, TensorInfo
 from vp_exporter.cli.console import stderr, stdout
+from vp_exporter.cli.tables import facts, table
 from vp_exporter.profile.groups import GROUPS
 from vp_exporter.profile.measure import Profile, Profiled
 from vp_exporter.validate.latency import LatencyRow
@@ -24,16 +25,6 @@ def macs(value: float) -> str:
     return f"{value:.0f}"
 
 
-def facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """A two-column table."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
-    for key, value in rows:
-        table.add_row(f"[dim]{escape(key)}[/]", escape(str(value)))
-    stdout.print(table)
-
-
 def tokens(rows: Sequence[Sequence[int]], dense: int) -> None:
     """A bar per block: its tokens against the dense model's.
 
@@ -41,21 +32,21 @@ def tokens(rows: Sequence[Sequence[int]], dense: int) -> None:
         rows: (tokens in attention, tokens in MLP) of each block.
         dense: tokens of the dense model.
     """
-    table = Table(title="tokens per block", title_justify="left", title_style="bold", box=None, show_header=False)
-    for block, (attention, mlp) in enumerate(rows):
-        width = round(40 * attention / dense)
-        label = str(attention) if attention == mlp else f"{attention} > {mlp}"
-        table.add_row(f"[dim]{block:3d}[/]", label, f"[cyan]{'█' * width}[/][dim]{'░' * (40 - width)}[/]")
-    stdout.print(table)
+    labels = [str(attention) if attention == mlp else f"{attention} > {mlp}" for attention, mlp in rows]
+    beside = 10 + max(map(len, labels))
+    whole = max(1, min(40, stdout.width - beside))
+    drawn = Table(title="tokens per block", title_justify="left", title_style="bold", box=None, show_header=False)
+    for block, ((attention, _), label) in enumerate(zip(rows, labels, strict=True)):
+        width = round(whole * attention / dense)
+        drawn.add_row(f"[dim]{block:3d}[/]", label, f"[cyan]{'█' * width}[/][dim]{'░' * (whole - width)}[/]")
+    stdout.print(drawn)
 
 
 def latency(rows: Sequence[LatencyRow]) -> None:
     """Dense against reduced, a row per batch size."""
-    table = Table(title="latency, median ms", title_justify="left", title_style="bold", box=None)
-    for column in ("batch", "dense", "reduced", "speed-up", "95% interval", "MAC ratio", "efficiency", "claim"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
+    columns = ("batch", "dense", "reduced", "speed-up", "95% interval", "MAC ratio", "efficiency", "claim")
+    cells = [
+        (
             str(row.batch),
             f"{row.dense.median_ms:.2f}",
             f"{row.reduced.median_ms:.2f}",
@@ -65,7 +56,9 @@ def latency(rows: Sequence[LatencyRow]) -> None:
             f"{row.efficiency:.3f}" if row.efficiency else "-",
             row.outcome,
         )
-    stdout.print(table)
+        for row in rows
+    ]
+    table("latency, median ms", columns, cells)
 
 
 def report(data: ReportData, *, brief: bool = False) -> None:
@@ -116,9 +109,9 @@ def manifest(info: Manifest, digest: str) -> None:
                 f"{engine.name} {engine.version}, {engine.precision}, {engine.device}"
                 + (f", batch {batch.min}-{batch.max}" if batch else ""),
             ),
-            ("needs", ", ".join(f"{key} {value}" for key, value in info.variants["reduced"].requirements.items())),
-            ("input", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.inputs)),
-            ("output", ", ".join(f"{t.name} {t.dtype} {list(t.shape)}" for t in info.outputs)),
+            ("needs", info.variants["reduced"].requirements),
+            ("input", ", ".join(map(_tensor, info.inputs))),
+            ("output", ", ".join(map(_tensor, info.outputs))),
             ("plan", f"{plan.method}, {plan.fingerprint[:12]}"),
             (
                 "MACs",
@@ -138,22 +131,22 @@ def manifest(info: Manifest, digest: str) -> None:
     )
 
 
+def _tensor(tensor: TensorInfo) -> str:
+    return f"{tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
+
+
 def profiles(found: Profiled, top: int) -> None:
     """A table a batch size: parts of the model by engine; `top` of the slowest operations of each."""
     for batch in dict.fromkeys(profile.batch for profile in found.profiles):
         side = [profile for profile in found.profiles if profile.batch == batch]
-        table = Table(title=f"batch {batch}, milliseconds", title_justify="left", title_style="bold", box=None)
-        table.add_column("")
-        for profile in side:
-            table.add_column(escape(profile.label), justify="right")
-        if len(side) > 1:
-            table.add_column("saved", justify="right")
+        saved = ["saved"] if len(side) > 1 else []
+        columns = ["", *(profile.label for profile in side), *saved]
+        cells: list[list[str]] = []
         for name, values in _profile_rows(side):
-            saved = [f"{values[0] - values[-1]:.3f}"] if len(values) > 1 else []
-            table.add_row(name, *(f"{value:.3f}" for value in values), *saved)
-        for name, texts in _profile_summary(side, found):
-            table.add_row(f"[dim]{name}[/]", *(f"[dim]{escape(text)}[/]" for text in texts))
-        stdout.print(table)
+            difference = [f"{values[0] - values[-1]:.3f}"] if saved else []
+            cells.append([name, *(f"{value:.3f}" for value in values), *difference])
+        summary = [[name, *texts, *([""] if saved else [])] for name, texts in _profile_summary(side, found)]
+        table(f"batch {batch}, milliseconds", columns, cells + summary, dim=len(summary))
         for profile in side:
             for operation in sorted(profile.operations, key=lambda each: -each.milliseconds)[:top]:
                 stdout.print(

@@ -119,10 +119,20 @@ def test_force_does_not_remove_what_is_no_bundle(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+def test_missing_folders_above_are_made(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "down" / "a.vpe"
+    check_target(out)
+    assert os.listdir(tmp_path) == []
+    write_sample(out)
+    assert verify_bundle(out).path == out
+
+
 def test_target_can_be_checked_beforehand(tmp_path: Path) -> None:
     check_target(tmp_path / "a.vpe")
-    with pytest.raises(BundleError, match="not there"):
-        check_target(tmp_path / "missing" / "a.vpe")
+    (tmp_path / "file").write_text("")
+    for below in ("a.vpe", "missing/a.vpe"):
+        with pytest.raises(BundleError, match=r"file is not a folder; expected a folder for a.vpe"):
+            check_target(tmp_path / "file" / below)
     write_sample(tmp_path / "a.vpe")
     with pytest.raises(BundleError, match="--force"):
         check_target(tmp_path / "a.vpe")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from PIL import Image
 
 import vp_engines
 from tests.engines.bundle_samples import FILES, document, fields, forge, linear_model, write_sample
+from tests.engines.serving.triton.samples import write_linear
 from vp_engines import engine as engine_module
 from vp_engines.backends.base import Availability, Runner, RunOptions, TensorSpec
 from vp_engines.bundle import write_bundle
@@ -140,6 +144,39 @@ def test_an_engine_of_the_future_says_to_upgrade(out: Path) -> None:
     forge(out, changed)
     with pytest.raises(BundleIncompatibleError, match=r"'warp'.*expected one of ort.*upgrade"):
         vp_engines.load(out)
+
+
+def test_pickled_it_is_opened_again(out: Path, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(out.parent)
+    with vp_engines.load(out.name, variant="dense", threads=2, device="cpu") as engine:
+        pickled = pickle.dumps(engine)
+    monkeypatch.chdir(out)  # the other process may stand elsewhere
+    with pickle.loads(pickled) as again:
+        assert (again.variant, again.manifest) == ("dense", engine.manifest)
+        assert backend.opened[1] == backend.opened[0]
+        np.testing.assert_array_equal(again.run(ONES)["logits"], [[48, -48], [48, -48]])
+
+
+def test_pickled_it_runs_in_another_process(tmp_path: Path) -> None:
+    bundle = write_linear(tmp_path / "linear.vpe")
+    images = np.ones((2, 3, 4, 4), np.float32)
+    with vp_engines.load(bundle) as engine:
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        with pool:
+            answer = pool.submit(engine.run, images).result()
+        np.testing.assert_array_equal(answer["logits"], engine.run(images)["logits"])
+
+
+def test_pickled_it_is_held_to_its_bundle(out: Path, backend: FakeBackend) -> None:
+    with vp_engines.load(out) as engine:
+        pickled = pickle.dumps(engine)
+        write_sample(out, force=True, name="another")
+        with pytest.raises(BundleError, match=r"has changed since .*; expected digest [0-9a-f]{64}; load the bundle"):
+            pickle.loads(pickled)
+        assert backend.runner is not None
+        assert backend.runner.closes == 1
+    with pytest.raises(InputError, match="a closed engine cannot be pickled"):
+        pickle.dumps(engine)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,13 @@ def throughput(report: bytes | None, variant: str) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
-def largest(measured: Mapping[int, float], built_for: int | None) -> int:
-    """The largest batch to form: what the engine was built for, else what was measured."""
-    return built_for if built_for is not None else max(measured, default=UNMEASURED)
+def largest(measured: Mapping[int, float], built_for: int | None) -> tuple[int, str]:
+    """The largest batch to form, and why: what the engine was built for, else what was measured."""
+    if built_for is not None:
+        return built_for, "what the engine was built for"
+    if measured:
+        return max(measured), "the largest that the bundle's report timed; the engine takes any"
+    return UNMEASURED, "nothing was timed; the engine takes any"
 
 
 def preferred(measured: Mapping[int, float], most: int) -> list[int]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vp_engines.atomic import building, put_in_place
+from vp_engines.atomic import building, check_parent, put_in_place
 from vp_engines.backends.base import TensorSpec
 from vp_engines.bundle import Bundle, read_bundle, verify_bundle
 from vp_engines.errors import BundleError, BundleIncompatibleError, InputError
@@ -138,12 +138,16 @@ class Served:
         version: its number.
         folders: of the models, that one last.
         backend: which runs the engine.
+        max_batch: largest batch that the server forms, `max_batch_size` in its configuration.
+        max_batch_reason: why that one.
     """
 
     name: str
     version: int
     folders: tuple[Path, ...]
     backend: str
+    max_batch: int
+    max_batch_reason: str
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
     """Verify a bundle and put it into a model repository, as a new model or as the next version of one.
 
     Args:
-        repository: the folder of models; made where its parent is there.
+        repository: the folder of models; made where it is missing.
 
     Raises:
         BundleError: no sound bundle, another signature than the model's versions have, a version that is there
@@ -172,10 +176,11 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
     found, repository = read_bundle(bundle), Path(os.path.abspath(repository))
     if options.variant not in found.manifest.variants:
         raise BundleIncompatibleError(f"{bundle} holds no {options.variant} model", expected="variant='reduced'")
-    models, backend = _models(found, options)
-    if not repository.parent.is_dir():
-        raise BundleError(f"the folder {repository.parent} is not there", fix="create it first")
-    repository.mkdir(exist_ok=True)
+    batch = _max_batch(found, options)
+    models, backend = _models(found, options, batch[0])
+    if not repository.is_dir():
+        check_parent(repository)
+    repository.mkdir(parents=True, exist_ok=True)
     places = [repository / model.config.name for model in models]
     for model, place in zip(models, places, strict=True):
         _check_place(model, place)
@@ -189,10 +194,25 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
         for folder in done:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Served(models[-1].config.name, version, tuple(places), backend)
+    return Served(models[-1].config.name, version, tuple(places), backend, *batch)
 
 
-def _models(bundle: Bundle, options: ServeOptions) -> tuple[list[_Model], str]:
+def _max_batch(bundle: Bundle, options: ServeOptions) -> tuple[int, str]:
+    """The largest batch that the server forms, and why."""
+    sizes = bundle.manifest.engine.batch
+    if sizes is not None and sizes.min > 1:
+        raise BundleIncompatibleError(
+            f"the engine takes {sizes.min} images at least", expected="1", fix="export with batches from 1 on"
+        )
+    if options.max_batch is None:
+        measured = batching.throughput(bundle.contents.get("report.json"), options.variant)
+        return batching.largest(measured, sizes.max if sizes else None)
+    if sizes is not None and options.max_batch > sizes.max:
+        raise InputError(f"max_batch is {options.max_batch}", expected=f"at most {sizes.max}, as the engine has it")
+    return options.max_batch, "as asked"
+
+
+def _models(bundle: Bundle, options: ServeOptions, max_batch: int) -> tuple[list[_Model], str]:
     """The models to write, the one that clients ask last; and the backend of the engine."""
     manifest = bundle.manifest
     name = manifest.name if options.name is None else options.name
@@ -209,25 +229,15 @@ def _models(bundle: Bundle, options: ServeOptions) -> tuple[list[_Model], str]:
             f"the backend {backend} does not run engines of {manifest.engine.name!r}",
             expected=f"{native.backend} or python" if native else "python",
         )
-    sizes = manifest.engine.batch
-    if sizes is not None and sizes.min > 1:
-        raise BundleIncompatibleError(
-            f"the engine takes {sizes.min} images at least", expected="1", fix="export with batches from 1 on"
-        )
     measured = batching.throughput(bundle.contents.get("report.json"), options.variant)
-    most = batching.largest(measured, sizes.max if sizes else None)
-    if options.max_batch is not None:
-        if sizes is not None and options.max_batch > sizes.max:
-            raise InputError(f"max_batch is {options.max_batch}", expected=f"at most {sizes.max}, as the engine has it")
-        most = options.max_batch
-    preferred = tuple(batching.preferred(measured, most))
+    preferred = tuple(batching.preferred(measured, max_batch))
     inputs = tuple(tensor.spec() for tensor in manifest.inputs)
     outputs = tuple(tensor.spec() for tensor in manifest.outputs)
     engine = ModelSpec(
         name=f"{name}_engine" if options.preprocess == "ensemble" else name,
-        inputs=inputs, outputs=outputs, max_batch=most, preferred=preferred, delay=options.delay,
+        inputs=inputs, outputs=outputs, max_batch=max_batch, preferred=preferred, delay=options.delay,
         instances=options.instances, gpu=manifest.engine.device == "cuda", labels=manifest.classes is not None,
-        warmup=tuple(sorted({1, *preferred, most})) if options.warmup else (),
+        warmup=tuple(sorted({1, *preferred, max_batch})) if options.warmup else (),
     )  # fmt: skip
     chosen = _python(engine, bundle, options) if backend == "python" else _native(engine, bundle, options)
     models = [chosen]

@@ -260,7 +260,8 @@ EXPORT = [
     # the target
     Case("out-exists", {"out": lambda w: w.bundle}, 2,
          r"old.vpe is already there; choose another name, or pass --force to replace it"),
-    Case("out-parent-missing", {"out": lambda w: w.root / "no" / "new.vpe"}, 2, r"folder .*no is not there; create it"),
+    Case("out-under-a-file", {"out": lambda w: w.inputs.weights / "no" / "new.vpe"}, 2,
+         r"weights.safetensors is not a folder; expected a folder for new.vpe"),
     Case("force-on-a-folder", {"out": lambda w: w.folder("precious.txt"), "force": True}, 2,
          r"folder is not a bundle; remove it yourself or choose another name"),
     Case("force-with-bad-mask", {"out": lambda w: w.bundle, "force": True,

@@ -30,9 +30,11 @@ def test_a_repository_and_its_versions(bundle: Path, tmp_path: Path) -> None:
     assert first.exit_code == 0, first.output
     assert str(out / "linear" / "1") in first.output
     assert f"tritonserver --model-repository {out}" in first.output
+    assert "max_batch_size 64: what the engine was built for (--max-batch N changes it)" in first.output
     second = call(app, "triton", str(bundle), "--out", str(out), "--json", "--max-batch", "4", "--no-warmup")
     assert json.loads(second.output) == {
-        "name": "linear", "version": 2, "backend": "onnxruntime", "folders": [str(out / "linear")],
+        "name": "linear", "version": 2, "backend": "onnxruntime", "max_batch": 4,
+        "folders": [str(out / "linear")],
     }  # fmt: skip
     config = (out / "linear" / "config.pbtxt").read_text()
     assert "max_batch_size: 4" in config

@@ -234,9 +234,16 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path, out: Path) -> None:
     assert not out.exists()
 
 
+def test_missing_folders_above_are_made(bundle: Path, out: Path) -> None:
+    write_repository(bundle, out / "deep" / "models")
+    assert (out / "deep" / "models" / "linear" / "config.pbtxt").is_file()
+
+
 def test_places_that_will_not_do(bundle: Path, out: Path) -> None:
-    with pytest.raises(BundleError, match="is not there; create it first"):
-        write_repository(bundle, out / "deep" / "models")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (out.parent / "file").write_text("")
+    with pytest.raises(BundleError, match="file is not a folder; expected a folder for models"):
+        write_repository(bundle, out.parent / "file" / "models")
     (out / "linear").mkdir(parents=True)
     with pytest.raises(BundleError, match="is not a model of a repository"):
         write_repository(bundle, out)
@@ -290,6 +297,7 @@ def test_a_server_that_polls_never_sees_a_model_being_built(
         seen.update(os.listdir(out))
         store(path, content)
 
+    out.mkdir(parents=True)
     monkeypatch.setattr(repository, "_store", look)
     monkeypatch.setattr(os, "access", lambda path, mode: (parent_is_ours or path != out.parent) and access(path, mode))
     write_repository(bundle, out)
@@ -327,9 +335,13 @@ def test_preferred_batch_sizes_are_those_that_pay(rates: dict[int, float], most:
 
 
 def test_the_largest_batch() -> None:
-    assert batching.largest({}, 32) == 32
-    assert batching.largest({1: 1.0, 16: 2.0}, None) == 16
-    assert batching.largest({}, None) == batching.UNMEASURED
+    assert batching.largest({}, 32) == (32, "what the engine was built for")
+    most, why = batching.largest({1: 1.0, 16: 2.0}, None)
+    assert most == 16
+    assert "report timed; the engine takes any" in why
+    most, why = batching.largest({}, None)
+    assert most == batching.UNMEASURED
+    assert "nothing was timed" in why
     assert batching.throughput(None, "reduced") == batching.throughput(b'{"latency": null}', "reduced") == {}
 
 
