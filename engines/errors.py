@@ -39,6 +39,12 @@ class EngineUnavailableError(VpError):
     exit_code = EXIT_ENGINE_UNAVAILABLE
 
 
+class PackageMissingError(VpError):
+    """A package that an extra installs is missing or broken."""
+
+    exit_code = EXIT_ENGINE_UNAVAILABLE
+
+
 class BuildError(VpError):
     """An engine refused to build what it was given."""
 

@@ -9,7 +9,7 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
-from vp_exporter.errors import PictureError
+from vp_engines.extras import require_packages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,12 +23,9 @@ def require_matplotlib() -> None:
     """Ask this before long work whose end is a picture.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise PictureError("matplotlib is not installed", fix="pip install 'vp-export[search]'") from error
+    require_packages("a picture", "profile", ["matplotlib"])
 
 
 def plain_text(name: str) -> str:

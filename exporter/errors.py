@@ -23,7 +23,3 @@ class DataError(VpError):
 
 class SearchError(VpError):
     """A search cannot start or go on: its images, its budget, its losses or its checkpoint."""
-
-
-class PictureError(VpError):
-    """A picture cannot be drawn here."""

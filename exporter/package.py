@@ -24,7 +24,7 @@ from vp_exporter.plan import ReductionPlan
 from vp_exporter.progress import SILENT, Progress
 from vp_exporter.reduced import Kernels, ReducedViT
 from vp_exporter.validate.check import CheckRequest, check_bundle, open_data
-from vp_exporter.validate.report import Report, ReportData
+from vp_exporter.validate.report import ReportData, report_files, validation_fields
 
 NOT_VALIDATED = {
     "status": "unvalidated",
@@ -171,23 +171,6 @@ def export_bundle(
         with progress.stage("writing the bundle"):
             manifest = write_bundle(request.out, files=files, force=request.force, **fields)
     return ExportResult(manifest, report)
-
-
-def report_files(report: ReportData) -> dict[str, bytes]:
-    """The report as files of a bundle."""
-    page = Report(report)
-    return {"report.json": page.to_json().encode(), "report.html": page.to_html().encode()}
-
-
-def validation_fields(report: ReportData) -> dict[str, str]:
-    """The manifest's `validation` for a report."""
-    status = report.verdict.status
-    return {
-        "status": status,
-        "accuracy": "measured" if report.accuracy is not None else "unmeasured",
-        "latency": "measured" if report.latency else "unmeasured",
-        "summary": report.verdict.headline,
-    }
 
 
 def _batches(request: ExportRequest) -> tuple[int, ...]:

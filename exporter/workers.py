@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vp_engines.extras import require_packages
 from vp_exporter.errors import VpError
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def from_environment() -> Workers:
     """
     if not announced():
         return single()
+    require_packages("work shared by several processes", "export", ["torch"])
     import torch
     import torch.distributed as dist
 
@@ -189,6 +191,7 @@ def own_gpu() -> None:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
+        require_packages("work shared by several processes", "export", ["torch"])
         import torch
 
         # Asks the management library, so CUDA itself is not initialised by it.

@@ -25,13 +25,12 @@ from vp_engines.backends.base import (
     RunOptions,
     TensorSpec,
     first_line,
-    install_hint,
-    installed,
     require,
     version_tuple,
 )
 from vp_engines.backends.recording import Operation, RecordedRun, RecordingRunner
 from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
+from vp_engines.extras import install_hint, installed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +49,7 @@ class AotInductorBackend(Backend):
     source = "program"
     opset = None
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
-    extra = "export"
+    extra = "aoti"
 
     def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
         if not installed("torch"):
@@ -73,7 +72,7 @@ class AotInductorBackend(Backend):
         if options.device != "cuda":
             return Availability(False, "the vp kernels need a CUDA device")
         if not installed("triton"):
-            return Availability(False, f"triton is not installed: {install_hint(self.extra)}")
+            return Availability(False, f"triton is not installed: {install_hint('export')}")
         return Availability(True, "AOTInductor compiles the vp kernels into the package")
 
     def version(self) -> str:

@@ -7,18 +7,17 @@ neither a GPU nor an optional package.
 from __future__ import annotations
 
 import re
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from vp_engines.errors import BuildError, EngineUnavailableError, InputError
+from vp_engines.extras import EXTRAS, install_hint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,7 +197,7 @@ class Backend(ABC):
         source: which form of the lowered model `build` reads.
         opset: newest ONNX opset that the engine takes (None for `source == "program"`).
         precisions: what `build` accepts, the default first.
-        extra: the pip extra that installs the runtime.
+        extra: the pip extra that installs the runtime (vp_engines.extras).
         attention_form: how the lowered model should write attention (vp_exporter.attention says what each one is).
         devices: what it runs on, the default first.
         fixed_batch_range: whether an engine runs only the batch sizes that it was built for (BuildOptions).
@@ -259,6 +258,11 @@ class Backend(ABC):
         if (source.onnx if self.source == "onnx" else source.program) is None:
             raise BuildError(f"engine '{self.name}' builds from the {self.source} form, which was not lowered")
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The modules that the engine runs with, as they are imported."""
+        return EXTRAS[self.extra]
+
     @abstractmethod
     def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
         """Whether this backend can build or run on this machine."""
@@ -300,13 +304,6 @@ class Backend(ABC):
         """
 
 
-def installed(module: str) -> bool:
-    """Whether `module` can be found, without importing it (torch takes seconds)."""
-    if module in sys.modules:
-        return sys.modules[module] is not None
-    return find_spec(module) is not None
-
-
 def require(module: str, engine: str, extra: str) -> ModuleType:
     """Import the package that an engine needs.
 
@@ -319,11 +316,6 @@ def require(module: str, engine: str, extra: str) -> ModuleType:
         raise EngineUnavailableError(
             f"engine '{engine}' needs {module}, which does not import ({error})", fix=install_hint(extra)
         ) from error
-
-
-def install_hint(extra: str) -> str:
-    """The pip command that installs a runtime."""
-    return f"pip install 'vp-export[{extra}]'"
 
 
 def version_tuple(version: str) -> tuple[int, ...]:

@@ -24,13 +24,12 @@ from vp_engines.backends.base import (
     RunOptions,
     TensorSpec,
     first_line,
-    install_hint,
-    installed,
     require,
     version_tuple,
 )
 from vp_engines.backends.recording import RecordedRun, RecordingRunner
 from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
+from vp_engines.extras import install_hint, installed
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,8 +29,6 @@ from vp_engines.backends.base import (
     RunOptions,
     TensorSpec,
     first_line,
-    install_hint,
-    installed,
     require,
     version_tuple,
 )
@@ -43,6 +41,7 @@ from vp_engines.errors import (
     EngineUnavailableError,
     InputError,
 )
+from vp_engines.extras import install_hint, installed
 
 if TYPE_CHECKING:
     import numpy as np

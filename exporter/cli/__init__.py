@@ -1,22 +1,36 @@
-"""The commands. The console scripts start here, so that a server-only install says what it lacks in one line."""
+"""The commands. The console scripts start here, so that an incomplete install says what it lacks in one line."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from vp_engines.errors import VpError
 
 
 def _start(command: str) -> None:
-    try:
-        module = import_module(f"vp_exporter.cli.{command}")
-    except ModuleNotFoundError as error:
-        from vp_engines.errors import EXIT_ENGINE_UNAVAILABLE
+    from vp_engines.errors import VpError
+    from vp_engines.extras import EXTRAS, missing_package, require_packages
 
-        sys.stderr.write(
-            f"error: {error.name} is not installed; expected the export tools; pip install 'vp-export[export,cpu]'\n"
-        )
-        sys.exit(EXIT_ENGINE_UNAVAILABLE)
+    try:
+        # Every install brings these; one that was made without dependencies may not.
+        require_packages(f"vp-{command}", "", EXTRAS[""], load=False)
+        module = import_module(f"vp_exporter.cli.{command}")
+    except VpError as error:
+        _fail(error)
+    except ImportError as error:
+        found = missing_package(error)
+        if found is None:
+            raise
+        _fail(found)
     module.main()
+
+
+def _fail(error: VpError) -> NoReturn:
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(error.exit_code)
 
 
 def vp_export() -> None:

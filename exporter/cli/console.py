@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as RichProgress
 
 from vp_engines.errors import VpError
+from vp_engines.extras import missing_package
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BUG = 70  # EX_SOFTWARE
@@ -146,6 +147,9 @@ def run(command: Callable[[], int], *, debug: bool = False) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ImportError) and (missing := missing_package(error)) is not None:
+            _fail(str(missing))
+            return missing.exit_code
         first = (str(error).splitlines() or [""])[0]
         _fail(f"unexpected {type(error).__name__}: {first}; this is a bug: run again with --debug and report it")
         return EXIT_BUG

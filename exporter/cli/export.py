@@ -88,6 +88,7 @@ def export(
         from vp_engines.backends.base import BuildOptions, Precision
         from vp_engines.bundle import check_target
         from vp_engines.errors import EngineUnavailableError, VpError
+        from vp_engines.extras import installed, require_packages
 
         if precision not in (None, "fp32", "fp16", "bf16"):
             raise VpError(f"--precision is {precision!r}", expected="fp32, fp16 or bf16")
@@ -119,9 +120,14 @@ def export(
         from vp_engines.backends import get_backend
 
         backend = get_backend(engine)
-        ready = backend.available("build")  # before the seconds that torch takes to import
+        # Before the seconds that torch takes to import; one pip line for all that is missing.
+        needs = ["torch", "timm", "safetensors", "onnx", *(["onnxscript"] if backend.source == "onnx" else [])]
+        lacking = [] if all(map(installed, backend.packages)) else [backend.extra]
+        require_packages("vp-export", "export", needs, also=lacking, load=False)
+        ready = backend.available("build")
         if not ready.ok:
             raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
+        require_packages("vp-export", "export", needs)
         from vp_exporter.package import ExportRequest, export_bundle
         from vp_exporter.validate.check import CheckRequest
 

@@ -110,6 +110,9 @@ def _plan(
 
     description = None
     if model is not None:
+        from vp_engines.extras import require_packages
+
+        require_packages("--model", "export", ["torch", "timm", "safetensors"])
         from vp_exporter.loading import describe_by_name
 
         description = describe_by_name(model, args, num_classes)

@@ -47,12 +47,12 @@ def profile(
 
     def body() -> int:
         from vp_engines.errors import VpError
+        from vp_engines.extras import require_packages
         from vp_exporter.cli import show
-        from vp_exporter.drawing import require_matplotlib
         from vp_exporter.profile.measure import profile as measure
 
         if out is not None:
-            require_matplotlib()
+            require_packages("vp-profile --out", "profile", ["matplotlib"])
             options.check_folder(out, "--out")
         if alone and against is not None:
             raise VpError("--alone and --against are both given", expected="one of them")

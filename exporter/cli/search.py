@@ -93,6 +93,9 @@ def search(
 
     def body() -> int:
         from vp_engines.errors import VpError
+
+        measured = target_latency is not None and not (latency_table is not None and latency_table.exists())
+        _require((engine or "ort") if measured else None, drawn=page is not None)
         from vp_exporter.search.settings import SearchSettings, usual_images
 
         shares = _shares(sweep)
@@ -156,6 +159,24 @@ def search(
         return 0
 
     raise typer.Exit(console.run(body, debug=debug))
+
+
+def _require(engine: str | None, *, drawn: bool) -> None:
+    """What the search runs with and the engine that it is to measure, before any work."""
+    from vp_engines.backends import get_backend
+    from vp_engines.errors import EngineUnavailableError
+    from vp_engines.extras import require_packages
+
+    needs, also = ["torch", "timm", "safetensors", "scipy", *(["matplotlib"] if drawn else [])], []
+    if engine is not None:
+        backend = get_backend(engine)
+        needs += [*(["onnx", "onnxscript"] if backend.source == "onnx" else []), *backend.packages]
+        also.append(backend.extra)
+    require_packages("vp-search", "search", needs, also=also, load=False)
+    for ready in () if engine is None else (backend.available("build"), backend.available("run")):
+        if not ready.ok:
+            raise EngineUnavailableError(f"engine '{engine}' cannot be measured here: {ready.reason}")
+    require_packages("vp-search", "search", needs, also=also)
 
 
 def _check_outs(out: Path, outs: list[Path], *, force: bool, sweep: bool) -> None:

@@ -52,9 +52,8 @@ def validate(
         from vp_engines.bundle import update_bundle
         from vp_engines.errors import EngineUnavailableError
         from vp_exporter.cli import show
-        from vp_exporter.package import report_files, validation_fields
         from vp_exporter.validate.check import CheckRequest, check_bundle
-        from vp_exporter.validate.report import Report
+        from vp_exporter.validate.report import Report, report_files, validation_fields
 
         def prepare() -> CheckRequest:
             request = CheckRequest(

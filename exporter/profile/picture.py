@@ -19,7 +19,7 @@ def stacked_bars(profiles: Sequence[Profile]) -> bytes:
     """A PNG: a panel a batch size, a bar an engine, a colour a part of the model; a tick is the run without profiler.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

@@ -59,7 +59,7 @@ def write_page(folder: str | Path, result: Mapping[str, Any]) -> list[Path]:
         The files written.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
         SearchError: the folder cannot be written.
     """
     folder, drawn = Path(folder), _pictures(result)

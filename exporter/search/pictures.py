@@ -35,7 +35,7 @@ def importance_maps(importance: np.ndarray, grid: tuple[int, int]) -> bytes:
         grid: rows and columns of patches.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import LogNorm, Normalize
@@ -61,7 +61,7 @@ def key_bias_map(scales: np.ndarray, grid: tuple[int, int]) -> bytes:
         grid: rows and columns of patches.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import Normalize
@@ -85,7 +85,7 @@ def kept_sets(kept: np.ndarray, grid: tuple[int, int], depth: int | None = None)
         depth: blocks, for lifetimes; their maximum where it is not given.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import ListedColormap, to_hex
@@ -124,7 +124,7 @@ def tokens_per_block(counts: Mapping[str, Sequence[int]], dense: int) -> bytes:
         dense: tokens of the model that is not reduced.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
     require_matplotlib()
     depth = max((len(row) for row in counts.values()), default=1)
@@ -152,7 +152,7 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
         rows: of `vp_exporter.search.allowance.Trace`.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.ticker import MaxNLocator
@@ -189,7 +189,7 @@ def front(points: Sequence[Mapping[str, Any]]) -> bytes:
             true for what is shown only to compare with. A figure that is None or missing is not drawn.
 
     Raises:
-        PictureError: matplotlib is not installed.
+        PackageMissingError: matplotlib is not installed.
     """
     require_matplotlib()
     figure, (left, right) = _axes(3.8, columns=2)

@@ -157,6 +157,23 @@ class Report:
         return Path(folder, "report.json"), Path(folder, "report.html")
 
 
+def report_files(report: ReportData) -> dict[str, bytes]:
+    """The report as files of a bundle."""
+    page = Report(report)
+    return {"report.json": page.to_json().encode(), "report.html": page.to_html().encode()}
+
+
+def validation_fields(report: ReportData) -> dict[str, str]:
+    """The manifest's `validation` for a report."""
+    status = report.verdict.status
+    return {
+        "status": status,
+        "accuracy": "measured" if report.accuracy is not None else "unmeasured",
+        "latency": "measured" if report.latency else "unmeasured",
+        "summary": report.verdict.headline,
+    }
+
+
 def _status(verdict: Verdict) -> str:
     if verdict.status == "passed" and not verdict.budget_given:
         return "Measured"  # nothing was asked that could have failed

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from vp_engines.errors import EngineUnavailableError, InputError, VpError
+from vp_engines.extras import install_hint
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest
 
 _WORDS = ("name", "variant", "device")  # options that are text
@@ -224,7 +225,7 @@ def require_ray() -> Any:
     except ImportError as error:
         missing = error.name or "ray"
         raise EngineUnavailableError(
-            f"Ray Serve is not installed ({missing} is missing)", fix="install it with pip install 'vp-export[ray]'"
+            f"Ray Serve is not installed ({missing} is missing)", fix=install_hint("ray")
         ) from None
     return ray
 

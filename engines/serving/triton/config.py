@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vp_engines.backends.base import TensorSpec, first_line
 from vp_engines.errors import BundleError, EngineUnavailableError
+from vp_engines.extras import install_hint
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -74,7 +75,7 @@ def definitions() -> ModuleType:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise EngineUnavailableError(
-            f"a model repository needs tritonclient: {first_line(error)}", fix="install 'vp-export[serve]'"
+            f"a model repository needs tritonclient: {first_line(error)}", fix=install_hint("serve")
         ) from None
     return model_config_pb2
 

@@ -18,11 +18,11 @@ from vp_engines.backends.base import (
     TensorSpec,
     check_input,
     first_line,
-    installed,
     require,
     version_tuple,
 )
 from vp_engines.errors import EXIT_ENGINE_UNAVAILABLE, BuildError, EngineUnavailableError, InputError, VpError
+from vp_engines.extras import installed
 
 SPEC = TensorSpec("images", "float32", ("batch", 3, 4, 4))
 MODULES = {

@@ -112,4 +112,4 @@ def test_ray_refuses_in_one_line(bundle: Path, tmp_path: Path, monkeypatch: pyte
         found = call(app, "ray", *arguments)
         assert (found.exit_code, found.stderr.count("\n"), found.stdout) == (code, 1, "")
         assert found.stderr.startswith(line)
-    assert "install it with pip install 'vp-export[ray]'" in found.stderr
+    assert "; pip install 'vp-export[ray]'" in found.stderr

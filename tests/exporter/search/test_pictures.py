@@ -15,8 +15,9 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
+from vp_engines.errors import PackageMissingError
 from vp_exporter import drawing
-from vp_exporter.errors import PictureError, SearchError
+from vp_exporter.errors import SearchError
 from vp_exporter.search import pictures
 from vp_exporter.search.page import write_page
 
@@ -154,7 +155,9 @@ def test_lines_of_odd_numbers_and_names() -> None:
 )
 def test_without_matplotlib(draw: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PictureError, match=r"^matplotlib is not installed; pip install 'vp-export\[search\]'$"):
+    with pytest.raises(
+        PackageMissingError, match=r"matplotlib, which is not installed; pip install 'vp-export\[profile\]'$"
+    ):
         draw()
 
 

@@ -1,0 +1,93 @@
+"""Which pip extra brings which packages, and one way to say that some are missing: before any work, in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+from vp_engines.errors import PackageMissingError
+
+# extra -> the modules that it brings, beside those of the extras that it includes. "" is what every install brings.
+# A test holds this to pyproject.toml.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "": ("numpy", "pydantic", "PIL", "typer", "rich", "jinja2"),
+    "export": ("torch", "timm", "onnx", "onnxscript", "safetensors"),
+    "search": ("scipy", "matplotlib"),
+    "profile": ("matplotlib",),
+    "cpu": ("onnxruntime",),
+    "gpu": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "aoti": ("torch",),
+    "trt": ("tensorrt", "polygraphy"),
+    "trt-rtx": ("tensorrt_rtx", "polygraphy"),
+    "serve": ("tritonclient.grpc",),
+    "ray": ("ray.serve",),
+    "demo": ("mlxtend",),
+}
+
+
+def installed(module: str) -> bool:
+    """Whether `module` can be found, without importing it (torch takes seconds)."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    parent = module.rpartition(".")[0]
+    try:
+        return (not parent or installed(parent)) and find_spec(module) is not None
+    except (ImportError, ValueError):  # a package around it that is broken
+        return False
+
+
+def install_hint(*extras: str) -> str:
+    """The pip command that installs extras."""
+    wanted = ",".join(dict.fromkeys(extra for extra in extras if extra))
+    return f"pip install 'vp-export[{wanted}]'" if wanted else "pip install vp-export"
+
+
+def require_packages(
+    what: str, extra: str, modules: Sequence[str], *, also: Sequence[str] = (), load: bool = True
+) -> None:
+    """Ask this before work that needs optional packages.
+
+    Args:
+        what: needs them, such as "vp-search".
+        extra: the pip extra that brings all of them.
+        modules: as they are imported.
+        also: further extras that the work will need and that are not here, for one pip line instead of two.
+        load: import them, so that a broken one is found too; off where they may not be needed.
+
+    Raises:
+        PackageMissingError: some are missing or broken; the message names them and the pip line.
+    """
+    missing = [module for module in modules if not installed(module)]
+    if missing:
+        which = "which is not installed" if len(missing) == 1 else "which are not installed"
+        raise PackageMissingError(f"{what} needs {', '.join(missing)}, {which}", fix=install_hint(extra, *also))
+    for module in modules if load else ():
+        try:
+            import_module(module)
+        except Exception as error:  # a broken package raises anything: ImportError, OSError, AttributeError
+            raise _broken(what, module, error) from error
+
+
+def missing_package(error: ImportError) -> PackageMissingError | None:
+    """What a user can do about an import that failed; None where a module of our own is at fault."""
+    module = (error.name or "").split(".")[0]
+    if not module or module.startswith("vp_"):
+        return None
+    if not isinstance(error, ModuleNotFoundError):
+        return _broken("this command", module, error)
+    if module in sys.stdlib_module_names:
+        return PackageMissingError(f"this Python has no module {module}", fix="use a Python that is built with it")
+    extra = next((name for name, modules in EXTRAS.items() if module in {each.split(".")[0] for each in modules}), None)
+    fix = f"pip install {module.replace('_', '-')}" if extra is None else install_hint(extra)
+    return PackageMissingError(f"{module} is not installed", fix=fix)
+
+
+def _broken(what: str, module: str, error: Exception) -> PackageMissingError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return PackageMissingError(
+        f"{what} needs {module}, which is installed but does not import ({reason})",
+        fix="install it again, with pip install --force-reinstall",
+    )
