@@ -58,9 +58,9 @@ def _remove(links: Path, owner: int) -> None:
 
 
 @cache
-def support() -> ModuleType:
-    """tests/kernels/support.py: its criterion of accuracy is ours. By its file: `tests` may be another package."""
-    spec = importlib.util.spec_from_file_location("vp_kernel_test_support", ROOT / "tests" / "kernels" / "support.py")
+def of_the_tests(name: str) -> ModuleType:
+    """tests/kernels/NAME.py: the tests' criterion of accuracy is ours. By its file: `tests` may be another package."""
+    spec = importlib.util.spec_from_file_location(f"vp_kernel_test_{name}", ROOT / "tests" / "kernels" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

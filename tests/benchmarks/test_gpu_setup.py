@@ -48,9 +48,10 @@ def test_starts_without_pydantic_and_takes_no_other_trees_packages(environment: 
 
 
 def test_the_criterion_is_the_tests_own() -> None:
-    from tests.kernels import support
+    from tests.kernels import bounds, support
 
-    assert gpu_setup.support().__file__ == support.__file__
+    assert gpu_setup.of_the_tests("support").__file__ == support.__file__
+    assert gpu_setup.of_the_tests("bounds").__file__ == bounds.__file__
 
 
 def test_fingerprint_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

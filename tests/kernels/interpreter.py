@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def complete_interpreter() -> None:
-    """Two gaps of Triton 3.6's interpreter, closed in this process (a GPU has neither).
+    """Three gaps of Triton 3.6's interpreter, closed in this process (a GPU has none of them).
 
     Its scalars are arrays of one element, which NumPy 2.4 no longer takes as the bounds of a range; it keeps bf16 as
-    uint16, and multiplies those as whole numbers.
+    uint16, and multiplies those as whole numbers; and it cuts float32 off to bf16, where a GPU rounds to the nearest.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    patch_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+    create_dot, cast = builder.create_dot, builder.cast_impl
 
     def with_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -30,5 +32,11 @@ def complete_interpreter() -> None:
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return create_dot(self, widened(a), widened(b), *rest)
 
+    def rounded(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        nearest = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return interpreter.TensorHandle(nearest.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
     interpreter._patch_lang_tensor = with_index
-    interpreter.InterpreterBuilder.create_dot = dot
+    builder.create_dot, builder.cast_impl = dot, rounded

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.support import DTYPES, TOKENS, assert_as_good, seeded
+from tests.kernels import bounds
+from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
 from vp_kernels.attention.kernel import (
     attention_looped,
     attention_whole,
@@ -67,22 +68,12 @@ def covering() -> list[tuple[int, int, int, int, torch.dtype, str, str]]:
 
 
 def check(qkv: Tensor, bias: Tensor | None, importance: str) -> None:
-    """The kernel's answer, against the reference of its own dtype and of a higher one."""
+    """The kernel's answer, against the reference in fp64."""
     out, received = launch_attention(qkv, bias, importance)
     truth, truth_received = attention_reference(qkv.double(), bias, importance)
-    assert out.dtype == qkv.dtype
-    assert received.dtype == torch.float32
-    assert_as_good("out", out, _explicit(qkv, bias), truth)
-    assert_as_good("importance", received, attention_reference(qkv, bias, importance)[1], truth_received)
-
-
-def _explicit(qkv: Tensor, bias: Tensor | None) -> Tensor:
-    """Torch's own path in the dtype of qkv: MatMul, Softmax, MatMul."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    logits = (q @ k.transpose(2, 3)) * qkv.shape[4] ** -0.5
-    if bias is not None:
-        logits = logits + bias[:, None, None, :].to(qkv.dtype)
-    return (torch.softmax(logits, dim=3) @ v).transpose(1, 2).flatten(2)
+    bound, bound_received = bounds.attention(qkv, bias, importance)
+    assert_within("out", out, truth, bound, qkv.dtype)
+    assert_within("importance", received, truth_received, bound_received, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +167,7 @@ def test_neighbours_of_the_tensors_are_left_alone() -> None:
     out, received = launch_attention(qkv, None, "mean")
     assert bool(out.isfinite().all())
     assert bool(received.isfinite().all())
-    assert_as_good("out", out, _explicit(qkv, None), attention_reference(qkv.float())[0])
+    assert_within("out", out, attention_reference(qkv.double())[0], bounds.attention(qkv, None, "mean")[0], qkv.dtype)
 
 
 def test_which_kernel_runs() -> None:

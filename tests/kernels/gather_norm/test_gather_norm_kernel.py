@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.support import DTYPES, TOKENS, assert_as_good, seeded
+from tests.kernels import bounds
+from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
 from vp_kernels.gather_norm.kernel import config, launch_gather_norm, variants
 from vp_kernels.gather_norm.reference import gather_norm_reference
 
@@ -38,16 +39,6 @@ def case(  # K is 1 to 23: enough programs for whole and broken groups of rows
     )
 
 
-def torch_path(
-    x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, extra: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What a model without the kernel does, in its own dtype."""
-    where = index.expand(x.shape[0], -1)[:, :, None].expand(-1, -1, x.shape[2])
-    rows = (x if residual is None else x + residual).gather(1, where)
-    rows = rows if extra is None else torch.cat([rows, extra], dim=1)
-    return rows, F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
-
-
 def double(value: Tensor | float | None) -> Tensor | float | None:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
@@ -55,8 +46,8 @@ def double(value: Tensor | float | None) -> Tensor | float | None:
 def check(arguments: tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]) -> None:
     found = launch_gather_norm(*arguments)
     truth = gather_norm_reference(*[double(each) for each in arguments])  # type: ignore[arg-type]
-    for name, one, theirs, exact in zip(("kept", "normed"), found, torch_path(*arguments), truth, strict=True):
-        assert_as_good(name, one, theirs, exact)
+    for name, one, exact, bound in zip(("kept", "normed"), found, truth, bounds.gather_norm(*arguments), strict=True):
+        assert_within(name, one, exact, bound, arguments[0].dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,7 +99,8 @@ def test_variance_does_not_cancel() -> None:
     weight, bias = torch.ones(768), torch.zeros(768)
     _, normed = launch_gather_norm(x, torch.tensor([2, 0]), weight, bias, EPS)
     _, truth = gather_norm_reference(x.double(), torch.tensor([2, 0]), weight, bias, EPS)
-    assert (normed.double() - truth).abs().max() < 1e-2  # the mean of squares minus the squared mean would be off by 1
+    # The mean of squares less the squared mean would be off by 1; a mean summed in the worst order is off by 0.01.
+    assert (normed.double() - truth).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("per_image", [False, True])

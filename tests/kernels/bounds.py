@@ -1,0 +1,169 @@
+"""How far rounding alone can move an operator's answer, element by element: what the tests hold every form of it to.
+
+Forward error analysis in the standard model (Higham, Accuracy and Stability of Numerical Algorithms, chapters 2 to 4):
+every operation is off by at most one unit roundoff of its type, and a sum of n terms, in any order, by gamma(n) times
+the sum of their magnitudes. The bounds follow from the lengths of the sums, the magnitudes that enter and the dtype of
+each step, never from an error that was once measured: which order a sum is taken in, which instructions a BLAS has
+and how lucky torch's own path was differ from machine to machine, these do not. Rounding is taken at its worst, so
+bounds are some ten times what is seen; a fault (scores in bf16, a missed key, a wrong weight) is far beyond them.
+
+What is assumed of the arithmetic: sums and products in fp32 (tensor cores cut off instead of rounding: two units an
+addition), exp to `EXP`, division and square root to `APPROXIMATE`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vp_kernels.density_merge.reference import groups as density_groups
+
+UNIT = 2.0**-24  # of fp32
+# The coarsest in use, relative: torch's fused attention on a CPU has an exponential of 20 bits; a GPU's ex2 has 22.
+EXP = 2.0**-20
+APPROXIMATE = 4 * UNIT  # a GPU's division, reciprocal and inverse square root
+KEYS = 32  # the smallest tile of keys: how often an online softmax may rescale
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff: half of the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(n: float) -> float:
+    """Relative error of n roundings in fp32, one after the other; each counts twice (tensor cores)."""
+    return 2 * n * UNIT / (1 - 2 * n * UNIT)
+
+
+def stored(truth: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
+    """`error` and what the rounding to `dtype` adds to it, of numbers below its smallest normal one too."""
+    finfo = torch.finfo(dtype)
+    return error + unit(dtype) * (truth.abs() + error) + finfo.tiny * (1.0 if dtype == torch.float32 else finfo.eps)
+
+
+def attention(qkv: Tensor, key_bias: Tensor | None, importance: str) -> tuple[Tensor, Tensor]:
+    """Of vp::attention, [B, N, H * d] and [B, N] ([0] for "none"); arguments as the operator's.
+
+    A logit is a sum of d products, scaled, biased, less the row's maximum: off by e. A probability is then off by the
+    factor exp(e + the e of its denominator), by the exponentials' own error, once more for every time that an online
+    softmax rescales, and by the sum of N. Half precision rounds it once more before it meets v: a sum of N products.
+    """
+    dtype, (tokens, heads, width) = qkv.dtype, (qkv.shape[1], *qkv.shape[3:])
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
+    bias = qkv.new_zeros(1, tokens, dtype=torch.float64) if key_bias is None else key_bias.double()
+    bias = bias[:, None, None, :]
+    product = (q @ k.transpose(2, 3)) * width**-0.5
+    p = torch.softmax(product + bias, dim=3)  # [B, H, N, N]
+    magnitudes = (q.abs() @ k.abs().transpose(2, 3)) * width**-0.5
+    top = (product + bias).amax(dim=3, keepdim=True).abs()
+    logit = gamma(width + 1) * magnitudes + 6 * UNIT * (magnitudes + bias.abs() + top)
+    logit = torch.where(bias == -torch.inf, 0.0, logit)  # a removed key is exactly 0
+    rescaled = tokens // KEYS + 1
+    share = logit + logit.amax(dim=3, keepdim=True) + rescaled * (EXP + 2 * UNIT * top)
+    off = p * torch.expm1(share + 2 * EXP + gamma(tokens + rescaled) + APPROXIMATE)  # of the probabilities
+    rounded = 0.0 if dtype == torch.float32 else unit(dtype)
+    lost = 0.0 if dtype == torch.float32 else torch.finfo(dtype).tiny * torch.finfo(dtype).eps / 2
+    out = off @ v.abs() + (rounded + gamma(tokens + rescaled)) * (p @ v.abs()) + lost * v.abs().sum(2, keepdim=True)
+    out = stored(p @ v, out, dtype).transpose(1, 2).flatten(2)
+    if importance == "none":
+        return out, out.new_empty(0)
+    rows = slice(0, 1) if importance == "class" else slice(None)
+    summed = heads * p[:, :, rows].shape[2]
+    received = p[:, :, rows].mean(dim=(1, 2))
+    error = off[:, :, rows].mean(dim=(1, 2)) + gamma(summed + 2) * received
+    return out, stored(received, error, torch.float32)
+
+
+def gather_norm(
+    x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, extra: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of vp::gather_norm, both [B, K + E, D]; index within x.
+
+    A row is exact, or a sum of two that is rounded in fp32; the statistics are sums of D, of the values before they
+    are rounded to x's dtype.
+    """
+    batch, _, width = x.shape
+    where = index.expand(batch, -1)[:, :, None].expand(-1, -1, width)
+    rows = (x.double() if residual is None else x.double() + residual.double()).gather(1, where)
+    off = torch.zeros_like(rows) if residual is None else UNIT * rows.abs()
+    if extra is not None:
+        rows, off = torch.cat([rows, extra.double()], 1), torch.cat([off, torch.zeros_like(extra).double()], 1)
+    kept = off + unit(x.dtype) * rows.abs() * (off > 0)
+    mean = rows.mean(2, keepdim=True)
+    centred = rows - mean
+    off = off + off.mean(2, keepdim=True) + gamma(width + 1) * rows.abs().mean(2, keepdim=True) + UNIT * centred.abs()
+    variance = centred.square().mean(2, keepdim=True) + eps
+    change = (2 * centred.abs() * off + off.square()).mean(2, keepdim=True) + gamma(width + 3) * variance
+    scale = variance.rsqrt()
+    relative = (1 - change / variance).clamp_min(1e-3).rsqrt() - 1 + APPROXIMATE  # of the scale
+    wide, shift = weight.double(), bias.double()
+    scaled = centred * scale * wide
+    normed = off * scale * wide.abs() * (1 + relative) + scaled.abs() * (relative + 3 * UNIT)
+    normed = normed + UNIT * (scaled + shift).abs()
+    return kept, stored(scaled + shift, normed, x.dtype)
+
+
+def select_fuse(scores: Tensor, x: Tensor, k: int) -> Tensor:
+    """Of vp::select_fuse's fused row, [B, 1, D]: a sum of n - k products."""
+    count = scores.shape[1]
+    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    rest = torch.ones_like(scores, dtype=torch.bool).scatter(1, chosen, False)
+    weights = torch.where(rest, scores, 0.0).double()[:, None, :]
+    rows = torch.where(rest[:, :, None], x[:, x.shape[1] - count :].double(), 0.0)  # what stays may hold NaN
+    return stored(weights @ rows, gamma(count - k + 1) * (weights.abs() @ rows.abs()), x.dtype)
+
+
+def merge_rows(
+    x: Tensor,
+    keep: Tensor,
+    source: Tensor,
+    into: Tensor,
+    source_weight: Tensor | None = None,
+    keep_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of vp::merge_rows, [B, K, D] and [B, K]; weights of 0 and more.
+
+    A row that J sources join is a running mean of values up to M. Each of its J steps (a difference, a quotient, a
+    product, a sum) is off by a few units of M. The j-th divides by a mass t_j of j roundings, and the difference of up
+    to 2 M that it takes a part w_j / t_j of is off by as much: the parts add up to 1 + log(mass / least weight) at
+    most. A row that nothing joins is a copy.
+    """
+    wide = x.double()
+    own = wide.new_ones(keep.shape) if keep_weight is None else keep_weight.double()
+    weight = wide.new_ones(source.shape) if source_weight is None else source_weight.double()
+    part = (weight != 0).double()
+    joined = torch.zeros_like(own).scatter_add(1, into, part)[:, :, None]  # J, [B, K, 1]
+    mass = own.scatter_add(1, into, weight)
+    columns = (-1, -1, x.shape[2])
+    kept = wide.gather(1, keep[:, :, None].expand(columns))
+    entering = torch.where(part[:, :, None] > 0, wide.gather(1, source[:, :, None].expand(columns)), 0.0)
+    to = into[:, :, None].expand(columns)
+    largest = kept.abs().scatter_reduce(1, to, entering.abs(), "amax")  # M
+    least = torch.where(own > 0, own, torch.inf).scatter_reduce(
+        1, into, torch.where(part > 0, weight, torch.inf), "amin"
+    )
+    parts = 1 + torch.where(joined > 0, (mass / least)[:, :, None], 1.0).log()
+    step = min(UNIT, unit(x.dtype))  # fp64 stays fp64
+    error = step * joined * (10 + 2 * parts) * largest
+    total = (own[:, :, None] * kept).scatter_add(1, to, weight[:, :, None] * entering)
+    mean = torch.where(joined > 0, total / mass[:, :, None], kept)
+    merged = torch.where(joined > 0, stored(mean, error, x.dtype), 0.0)
+    return merged, 2 * step * (joined[:, :, 0] + 1) * mass
+
+
+def density_members(x: Tensor, scores: Tensor, counts: tuple[int, int, int, int]) -> int:
+    """The most rows that a mean of vp::density_merge is of."""
+    images = zip(x.double(), scores.double(), strict=True)
+    return max(len(group) for rows, c in images for group in density_groups(rows, c, *counts))
+
+
+def density_merge(x: Tensor, truth: Tensor, members: int) -> Tensor:
+    """Of vp::density_merge's rows, [B, tokens_out, D]: weighted means of `members` rows of x at most.
+
+    Weights are positive: each share is off by the roundings of its quotient and of the mass, and the mean by as much
+    of the largest value in its column, and by the sum. Half precision takes a share as two numbers of its own.
+    """
+    largest = x.double().abs().amax(dim=1, keepdim=True)
+    finfo = torch.finfo(x.dtype)
+    halves = 0.0 if x.dtype == torch.float32 else unit(x.dtype) ** 2 + members * finfo.tiny * finfo.eps
+    return stored(truth, (2 * gamma(members + 2) + halves) * largest.expand_as(truth), x.dtype)
