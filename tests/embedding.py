@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "embedding.md"
@@ -30,3 +31,13 @@ def replaced(text: str, names: dict[str, str]) -> str:
         assert old in text, f"{old!r} is not in:\n{text}"
         text = text.replace(old, new)
     return text
+
+
+def words(line: str, names: dict[str, str]) -> list[str]:
+    """A line of a shell as words, with other names in them, which may hold spaces; each must occur."""
+    for old in names:
+        assert old in line, f"{old!r} is not in:\n{line}"
+    found = shlex.split(line)
+    for old, new in names.items():
+        found = [word.replace(old, new) for word in found]
+    return found

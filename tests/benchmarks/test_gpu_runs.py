@@ -7,10 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from gpu_runs import FORMAT, RESTART, Child, PostponedError, Results, Row, run_rows, supervise
+
+from tests.waiting import LONG
 
 
 def row(key: str, run: Callable[[], dict[str, Any]] | None = None, *, sources: str = "s", seconds: float = 1.0) -> Row:
@@ -31,16 +34,16 @@ def test_rows_are_written_at_once_and_not_measured_again(tmp_path: Path) -> None
         return {}
 
     rows = [row("first"), row("second", second)]
-    assert run_rows(rows, Results(path, mirror), deadline=time.time() + 60, say=quiet) == 0
+    assert run_rows(rows, Results(path, mirror), deadline=time.time() + LONG, say=quiet) == 0
     assert json.loads(mirror.read_text()) == json.loads(path.read_text())
-    assert run_rows(rows, Results(path), deadline=time.time() + 60, say=quiet) == 0
+    assert run_rows(rows, Results(path), deadline=time.time() + LONG, say=quiet) == 0
     assert seen == ["second"]
 
 
 def test_other_sources_are_measured_again(tmp_path: Path) -> None:
     results = Results(tmp_path / "rows.json")
-    run_rows([row("a")], results, deadline=time.time() + 60, say=quiet)
-    run_rows([row("a", lambda: {"value": "new"}, sources="t")], results, deadline=time.time() + 60, say=quiet)
+    run_rows([row("a")], results, deadline=time.time() + LONG, say=quiet)
+    run_rows([row("a", lambda: {"value": "new"}, sources="t")], results, deadline=time.time() + LONG, say=quiet)
     assert results.rows["part: a"]["value"] == "new"
 
 
@@ -49,7 +52,7 @@ def test_a_failure_is_a_row_and_the_next_one_runs() -> None:
         raise ValueError("first line\nsecond line")
 
     results = Results(None)
-    assert run_rows([row("bad", fail), row("good")], results, deadline=time.time() + 60, say=quiet) == 0
+    assert run_rows([row("bad", fail), row("good")], results, deadline=time.time() + LONG, say=quiet) == 0
     assert results.rows["part: bad"]["error"] == "ValueError: first line"
     assert results.rows["part: good"]["value"] == "good"
     assert results.fresh(row("bad")) is not None
@@ -62,7 +65,7 @@ def test_a_sick_device_ends_the_process_and_keeps_the_row() -> None:
 
     results = Results(None)
     code = run_rows(
-        [row("bad", fail), row("good")], results, deadline=time.time() + 60, healthy=lambda: False, say=quiet
+        [row("bad", fail), row("good")], results, deadline=time.time() + LONG, healthy=lambda: False, say=quiet
     )
     assert code == RESTART
     assert list(results.rows) == ["part: bad"]
@@ -80,7 +83,7 @@ def test_a_row_that_waits_for_another_is_no_failure(tmp_path: Path) -> None:
         raise PostponedError("the dense model comes first")
 
     results, current = Results(None), tmp_path / "current"
-    run_rows([row("waits", wait), row("good")], results, deadline=time.time() + 60, current=current, say=quiet)
+    run_rows([row("waits", wait), row("good")], results, deadline=time.time() + LONG, current=current, say=quiet)
     assert list(results.rows) == ["part: good"]
     assert not current.exists()
 
@@ -97,13 +100,14 @@ import json, os, signal, sys, time
 sys.path.insert(0, {benchmarks!r})
 from gpu_runs import Results, Row, run_rows
 from pathlib import Path
+from types import SimpleNamespace
 into, known = Path({into!r}), Results(Path({known!r}))
 def die(): os.kill(os.getpid(), signal.SIGSEGV)
 def hang(): time.sleep(600)
 what = {{"good": lambda: {{"value": 1}}, "die": die, "hang": hang, "after": lambda: {{"value": 2}}}}
 rows = [Row("part", key, "s", 0.0, what[key]) for key in {keys!r}]
 rows = [row for row in rows if known.fresh(row) is None]
-sys.exit(run_rows(rows, Results(into), deadline=time.time() + 60,
+sys.exit(run_rows(rows, Results(into), deadline=time.time() + 900,
                   current=into.with_name(into.name + ".current"), say=lambda text: None))
 """
 
@@ -118,7 +122,7 @@ def child(tmp_path: Path, keys: list[str], name: str = "shard") -> Child:
 def test_a_process_that_dies_loses_one_row_only(tmp_path: Path) -> None:
     results = Results(tmp_path / "all.json")
     children = [child(tmp_path, ["good", "die", "after"]), child(tmp_path, ["other"][:0], "empty")]
-    supervise(children, results, deadline=time.time() + 60, poll=0.05)
+    supervise(children, results, deadline=time.time() + LONG, poll=0.05)
     assert results.rows["part: good"]["value"] == 1
     assert results.rows["part: die"]["error"] == "its process died (SIGSEGV)"
     assert results.rows["part: after"]["value"] == 2
@@ -130,12 +134,16 @@ def test_a_process_that_dies_loses_one_row_only(tmp_path: Path) -> None:
 def test_a_process_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_runs
 
-    monkeypatch.setattr(gpu_runs, "GRACE", 1.0)
+    results, stuck = Results(tmp_path / "all.json"), child(tmp_path, ["good", "hang", "after"])
+
+    def now() -> float:
+        """Time is up as soon as the child hangs, however long it took to come to that."""
+        hangs = stuck.current.exists() and "hang" in stuck.current.read_text()
+        return time.time() + (1e6 if hangs else 0.0)
+
     monkeypatch.setattr(gpu_runs, "STUCK", 0.0)
-    results = Results(tmp_path / "all.json")
-    start = time.time()
-    assert not supervise([child(tmp_path, ["good", "hang", "after"])], results, deadline=time.time() + 1, poll=0.05)
-    assert time.time() - start < 30
+    monkeypatch.setattr(gpu_runs, "time", SimpleNamespace(**{**vars(time), "time": now}))
+    assert not supervise([stuck], results, deadline=time.time() + LONG, poll=0.05)
     assert results.rows["part: good"]["value"] == 1
     assert "was stopped" in results.rows["part: hang"]["error"]
 

@@ -19,7 +19,7 @@ from vp_engines.bundle import read_bundle, read_manifest, verify_bundle
 from vp_engines.errors import BundleCorruptError, BundleError, BundleIncompatibleError
 from vp_engines.manifest import MAX_MANIFEST_BYTES, FileEntry
 
-pytestmark = pytest.mark.timeout(30)  # a FIFO that hangs the reader must fail the test, not stop the suite
+pytestmark = pytest.mark.timeout(600)  # a FIFO that hangs the reader must fail the test, not stop the suite
 
 ALL = [*FILES, "manifest.json"]
 NOT_EMPTY = [name for name in ALL if FILES.get(name) != b""]

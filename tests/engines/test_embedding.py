@@ -5,15 +5,15 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tests.embedding import blocks, replaced
+from tests.embedding import blocks, replaced, words
 from tests.engines.serving.triton.samples import write_linear
 from tests.ports import free_ports
+from tests.waiting import until
 
 
 def test_python_service(tmp_path: Path) -> None:
@@ -23,15 +23,12 @@ def test_python_service(tmp_path: Path) -> None:
     (program,) = blocks("Python service", "python")
     (tmp_path / "service.py").write_text(replaced(program, {"8080": str(port), "threads=4": "threads=1"}))
     start, ask = blocks("Python service", "bash")
-    command = shlex.split(replaced(start, {"python ": f"{sys.executable} "}))
+    command = words(start, {"python": sys.executable})
     ask = replaced(ask, {"8080": str(port)})
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as service:
         try:
-            until = time.monotonic() + 60
-            while (done := _curl(ask, tmp_path)).returncode == 7:  # no connection yet
-                assert service.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.1)
+            until(lambda: service.poll() is not None or _curl(ask, tmp_path).returncode != 7)  # 7: no connection yet
+            done = _curl(ask, tmp_path)
             assert done.stdout.split()[0] in ("0", "1")
             (tmp_path / "cat.jpg").write_bytes(b"no image")
             assert "400" in _curl(ask, tmp_path).stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 import vp_engines
 from tests.engines.bundle_samples import FILES, document, fields, forge, linear_model, write_sample
 from tests.engines.serving.triton.samples import write_linear
+from tests.waiting import LONG, until
 from vp_engines import engine as engine_module
 from vp_engines.backends.base import Availability, Runner, RunOptions, TensorSpec
 from vp_engines.bundle import write_bundle
@@ -38,15 +38,14 @@ class FakeRunner(Runner):
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         super().__init__(inputs, outputs)
         self.active = 0
-        self.peak = 0
         self.closed_while_running = False
         self.closes = 0
-        self.delay = 0.0
+        self.go = threading.Event()
+        self.go.set()
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         self.active += 1
-        self.peak = max(self.peak, self.active)
-        time.sleep(self.delay)
+        assert self.go.wait(LONG)
         self.active -= 1
         total = images.sum((1, 2, 3))
         return {"logits": np.stack([total, -total], 1)}
@@ -227,16 +226,19 @@ def test_threads_run_side_by_side_and_close_waits_for_them(out: Path, backend: F
     engine = vp_engines.load(out)
     runner = backend.runner
     assert runner is not None
-    runner.delay = 0.2
+    runner.go.clear()
     results: list[np.ndarray] = []
     threads = [threading.Thread(target=lambda: results.append(engine.run(ONES)["logits"])) for _ in range(4)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 10
-    while runner.active < 4 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    engine.close()
-    assert runner.peak == 4
+    until(lambda: runner.active == 4)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    closer.join(0.1)
+    assert closer.is_alive()  # it waits for those that run
+    runner.go.set()
+    closer.join(LONG)
+    assert runner.closes == 1
     assert not runner.closed_while_running
     for thread in threads:
         thread.join()
@@ -253,7 +255,7 @@ def test_a_failing_run_does_not_block_close(out: Path, backend: FakeBackend, mon
         engine.run(ONES)
     closer = threading.Thread(target=engine.close, daemon=True)
     closer.start()
-    closer.join(5)
+    closer.join(LONG)
     assert not closer.is_alive()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,17 +50,10 @@ def test_preprocessing_does_not_load_torch() -> None:
 
 
 def test_import_is_quick() -> None:
-    """Under 0.3 s: the best of five, less what a bare interpreter takes, so that a busy machine does not fail it."""
-
-    def best(code: str) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert best("import vp_engines") - best("pass") < 0.3
+    """Under 0.3 s of the processor, the best of five: time spent waiting for a busy machine does not count."""
+    code = "import time; start = time.process_time(); import vp_engines; print(time.process_time() - start)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
+    assert min(float(run.stdout) for run in runs) < 0.3
 
 
 def test_lazy_names_are_the_real_ones() -> None:

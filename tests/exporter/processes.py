@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tests.ports import free_ports
+from tests.waiting import LONG
 from vp_exporter.workers import Workers
 
 T = TypeVar("T")
 
 
-def together(arguments: list[str], world: int, timeout: float = 240) -> list[subprocess.CompletedProcess[str]]:
+def together(arguments: list[str], world: int, timeout: float = LONG) -> list[subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` as `world` processes of one group, as torchrun would start them."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports()[0]),
               "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # fmt: skip
@@ -63,7 +64,7 @@ class Threads(Workers):
 
 def in_threads(world: int, function: Callable[[Workers], T]) -> list[T | Exception]:
     """What `function` returns or raises on each of `world` processes."""
-    values, barrier = [None] * world, threading.Barrier(world, timeout=60)
+    values, barrier = [None] * world, threading.Barrier(world, timeout=LONG)
 
     def one(rank: int) -> T | Exception:
         try:

@@ -76,7 +76,9 @@ def test_oracle(kind: str, first: bool, scales: bool) -> None:
             torch.testing.assert_close(reduced.for_export("fp32", form)(images), output, atol=2e-5, rtol=2e-5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_oracle_on_any_mask(data: st.DataObject) -> None:
     vit, description = tiny_vit()

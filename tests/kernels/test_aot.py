@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import LONG
 from vp_kernels.aot import check_index
 from vp_kernels.aot_index import AotError, grid_size
 
@@ -128,7 +129,7 @@ def run(folder: Path, *commands: list[str], without: tuple[str, ...] = (), dies:
         (folder / name).write_text(text)
     given = json.dumps({"commands": commands, "without": without, "dies": dies})
     done = subprocess.run(
-        [sys.executable, "script.py", given], cwd=folder, capture_output=True, text=True, timeout=200,
+        [sys.executable, "script.py", given], cwd=folder, capture_output=True, text=True, timeout=LONG,
         env=environment(PYTHONPATH=str(folder), TRITON_CACHE_DIR=str(folder / "cache"), **env),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -363,7 +364,7 @@ def test_an_environment_that_changes_the_code_is_refused(tmp_path: Path, name: s
     value = "0" if name == "TRITON_DEFAULT_FP_FUSION" else "1"
     done = subprocess.run(
         [sys.executable, "-m", "vp_kernels.aot", "--sm", "80", "--out", str(tmp_path / "x")],
-        capture_output=True, text=True, timeout=60, env=environment(**{name: value}),
+        capture_output=True, text=True, timeout=LONG, env=environment(**{name: value}),
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.kernels.test_aot import assembled, declared, environment
+from tests.waiting import LONG
 from vp_kernels.aot import check_index
 
 # One compilation after another: a minute on two idle cores, several on busy ones.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 # Shared memory that one block may take, as NVIDIA's programming guide has it for 8.0, 9.0 and 12.0.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 # Of a thread. What is alive across a long loop may rest in local memory; a tile that does not fit spills hundreds.
@@ -50,7 +51,7 @@ print(json.dumps(chosen))
 def command(*words: str, folder: Path) -> str:
     """Run Python with kernels that compile; its stdout."""
     done = subprocess.run(
-        [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=580,
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=LONG,
         env=environment(TRITON_CACHE_DIR=str(folder / "cache")),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.waiting import LONG
 from vp_engines.backends import ENGINES, get_backend
 from vp_engines.backends.base import (
     BuildOptions,
@@ -48,7 +49,7 @@ class Slow(Runner):
         self.inside += 1
         self.most = max(self.most, self.inside)
         self.entered.set()
-        self.go.wait(10)
+        self.go.wait(LONG)
         self.inside -= 1
         return {"sum": images.sum((1, 2, 3))}
 
@@ -124,13 +125,13 @@ def test_runner_that_is_not_concurrent_runs_one_thread_at_a_time_and_closes_afte
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     threads[0].start()
-    assert runner.entered.wait(5)
+    assert runner.entered.wait(LONG)
     closer = threading.Thread(target=runner.close)
     for thread in (*threads[1:], closer):
         thread.start()
     runner.go.set()
     for thread in (*threads, closer):
-        thread.join(5)
+        thread.join(LONG)
         assert not thread.is_alive()
     assert runner.most == 1
     assert runner.closes == 1

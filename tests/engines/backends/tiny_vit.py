@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,12 +139,12 @@ def damaged(files: Mapping[str, bytes], name: str) -> list[dict[str, bytes]]:
 
 def check_recorded(plain: Runner, profiled: Runner) -> list[RecordedRun]:
     """Two runs of one engine opened with and without its profiler: same answers, and a record of each run."""
-    images = some_images(3)
+    images, start = some_images(3), time.perf_counter()
     for batch in (images[:1], images):
-        assert np.array_equal(profiled.run(batch)["logits"], plain.run(batch)["logits"])
+        np.testing.assert_allclose(profiled.run(batch)["logits"], plain.run(batch)["logits"], atol=1e-5, rtol=0)
     with pytest.raises(InputError, match=r"^nothing is recorded; load with profile=True, and ask once$"):
         plain.recorded()
-    runs = profiled.recorded()
+    runs, wall = profiled.recorded(), time.perf_counter() - start
     assert len(runs) == 2
     for run in runs:
         assert len(run.operations) > 10
@@ -152,7 +153,7 @@ def check_recorded(plain: Runner, profiled: Runner) -> list[RecordedRun]:
         assert starts[0] >= 0
         assert all(operation.duration >= 0 and operation.name for operation in run.operations)
         spent = sum(operation.duration for operation in run.operations)
-        assert 0 < spent < 10e6  # microseconds
+        assert 0 < spent < 4e6 * wall  # microseconds; several threads may be counted
         if run.duration is not None:
             assert spent <= run.duration
     with pytest.raises(InputError, match="nothing is recorded"):

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,10 +19,11 @@ import pytest
 import torch
 
 import vp_engines
-from tests.embedding import blocks, replaced
+from tests.embedding import blocks, replaced, words
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import CLASSES, INPUTS, OUTPUTS, SIZE
 from tests.engines.bundle_samples import document, fields, forge
+from tests.waiting import LONG
 from vp_engines.backends.aoti import AotInductorBackend
 from vp_engines.backends.base import BuildOptions, BuildSource
 from vp_engines.bundle import write_bundle
@@ -31,7 +31,8 @@ from vp_engines.errors import VpError
 
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "cpp"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+SAME = 1e-5  # of logits of about 1: the threads of a run may share out its sums otherwise
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -51,7 +52,7 @@ def tools() -> None:
         pytest.skip(f"no {lacking}: run 'make cpp-deps' to test the C++ loader")
 
 
-def call(*command: str | Path, timeout: float = 500) -> str:
+def call(*command: str | Path, timeout: float = LONG) -> str:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done.stdout
@@ -76,9 +77,12 @@ def sanitized(tools: None) -> Path:
 def installed(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An install prefix of the loader as a user builds it: by the commands of docs/embedding.md."""
     prefix = tmp_path_factory.mktemp("prefix")
-    places = {"-S .": f"-S {ROOT}", "build/loader": str(BUILD / "release"), "/opt/vp_engine": str(prefix)}
-    text = replaced(blocks("C and C++", "bash")[0], {**places, ".venv/bin/python": sys.executable})
-    configure, *others = (shlex.split(line) for line in text.splitlines())
+    places = {"build/loader": str(BUILD / "release"), "/opt/vp_engine": str(prefix), ".venv/bin/python": sys.executable}
+    text = blocks("C and C++", "bash")[0]
+    assert all(place in text for place in places)
+    lines = [words(line, {old: new for old, new in places.items() if old in line}) for line in text.splitlines()]
+    configure, *others = lines
+    configure[configure.index(".")] = str(ROOT)
     # Faster to build, with all that the tests look for.
     quick = ["-DCMAKE_UNITY_BUILD=ON", "-DBUILD_TESTING=OFF", "-DVP_ENGINE_AOTI=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
     for command in ([*configure, *quick], *others):
@@ -127,7 +131,7 @@ def vp_run(sanitized: Path) -> Run:
         program = sanitized / "engines" / "cpp" / "vp-run"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASAN_OPTIONS": "detect_leaks=1"}
         done = subprocess.run(
-            [program, *map(str, arguments)], capture_output=True, text=True, timeout=200, env=environment
+            [program, *map(str, arguments)], capture_output=True, text=True, timeout=LONG, env=environment
         )
         assert "Sanitizer" not in done.stderr, done.stderr[-6000:]
         assert "runtime error" not in done.stderr, done.stderr[-6000:]
@@ -183,15 +187,15 @@ def test_same_answers_as_python(vp_run: Run, installed: Path, sound: Path, tmp_p
         assert rows[0][3] == f"class {rows[0][1]}"
         return logits
 
-    np.testing.assert_allclose(answers("--threads", "1"), wanted, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(answers("--variant", "dense", "--shape", "8,3,32,32"), wanted, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(answers("--threads", "1"), wanted, atol=SAME, rtol=0)
+    np.testing.assert_allclose(answers("--variant", "dense", "--shape", "8,3,32,32"), wanted, atol=SAME, rtol=0)
     # Eight threads on one handle, served one after the other; and three at a time.
-    np.testing.assert_allclose(answers("--parallel", "8"), singly, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(answers("--parallel", "8", "--runners", "3"), singly, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(answers("--parallel", "8"), singly, atol=SAME, rtol=0)
+    np.testing.assert_allclose(answers("--parallel", "8", "--runners", "3"), singly, atol=SAME, rtol=0)
     # As users build it, without sanitizers.
     command = [installed / "bin" / "vp-run", sound, "--input", tmp_path / "in", "--output", tmp_path / "out"]
     call(*command)
-    np.testing.assert_allclose(np.fromfile(tmp_path / "out", np.float32), wanted.ravel(), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(np.fromfile(tmp_path / "out", np.float32), wanted.ravel(), atol=SAME, rtol=0)
 
 
 def test_first_runs_of_many_threads_come_to_an_end(vp_run: Run, sound: Path, tmp_path: Path) -> None:
@@ -358,12 +362,14 @@ def test_the_page_on_embedding(installed: Path, sound: Path, tmp_path: Path) -> 
     (tmp_path / "server" / "CMakeLists.txt").write_text(project)
     sizes = {"224": str(SIZE), "1000": str(CLASSES), "deit_s.vpe": str(sound)}
     (tmp_path / "server" / "main.c").write_text(replaced(program, sizes))
-    for line in replaced(server, {"/opt/vp_engine": str(installed)}).splitlines():
-        done = subprocess.run(shlex.split(line), cwd=tmp_path, capture_output=True, text=True)
+    assert "/opt/vp_engine" in server
+    for line in server.splitlines():
+        places = {"/opt/vp_engine": str(installed)} if "/opt/vp_engine" in line else {}
+        done = subprocess.run(words(line, places), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     with vp_engines.load(sound) as engine:
         wanted = engine.run(np.zeros((1, 3, SIZE, SIZE), np.float32))["logits"][0, 0]
-    assert abs(float(done.stdout) - wanted) < 2e-6
+    assert abs(float(done.stdout) - wanted) < 2 * SAME
 
 
 def test_without_libtorch_it_still_verifies(tools: None, sound: Path, images: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.exporter.cli.samples import Inputs, argv, call, export_options
+from tests.waiting import LONG
 from vp_engines.bundle import verify_bundle
 from vp_exporter.cli.export import app
 
@@ -131,7 +132,7 @@ def test_interrupted_while_building(inputs: Inputs, tmp_path: Path) -> None:
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(LONG) == 130
     assert rest.splitlines()[-1] == "error: interrupted; nothing was left half-written"
     assert "Traceback" not in rest
     check_nothing_left(tmp_path)

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from tests.exporter.cli.samples import NAME, Inputs, argv, call, create, export_options, model_args
 from tests.exporter.processes import together
+from tests.waiting import until
 from vp_exporter.cli.export import app as export
 from vp_exporter.cli.search import app, join_sweep
 from vp_exporter.models import describe
@@ -105,9 +105,8 @@ def test_a_killed_search_goes_on(searched: Path, inputs: Inputs, tmp_path: Path)
     out = tmp_path / "plan.json"
     words = options(inputs, out)
     started = subprocess.Popen([sys.executable, "-m", "vp_exporter.cli.search", *words], stderr=subprocess.PIPE)
-    folder, limit = tmp_path / "plan.json.search", time.monotonic() + 120
-    while time.monotonic() < limit and not list(folder.glob("*fisher*")) and started.poll() is None:
-        time.sleep(0.05)
+    folder = tmp_path / "plan.json.search"
+    until(lambda: list(folder.glob("*fisher*")) or started.poll() is not None)
     started.send_signal(signal.SIGKILL)
     started.wait()
     assert folder.is_dir(), "killed before it had begun, or after its end"

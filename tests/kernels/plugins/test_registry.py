@@ -11,6 +11,7 @@ import pytest
 from tests.exporter.reducers.test_export import EVERY_REDUCER
 from tests.exporter.test_fused_block import both
 from tests.kernels.plugins.isolation import LIBRARY, ROOT
+from tests.waiting import LONG
 from vp_exporter.lowering import lower_onnx
 from vp_kernels.onnx import function_names
 
@@ -36,7 +37,7 @@ print("parsed", parser.parse_from_file(model), network.num_layers > 0, flush=Tru
 
 def in_child(library: str, model: Path) -> list[str]:
     command = [sys.executable, "-c", CHILD, library, str(model)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT).stdout.splitlines()
+    return subprocess.run(command, capture_output=True, text=True, timeout=LONG, cwd=ROOT).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.waiting import LONG, until
 
 ROOT = Path(__file__).parents[4]
 PYTHON = Path(os.environ.get("VP_RAY_VENV", ROOT / "build" / "ray")) / "bin" / "python"
 MARK = "VP_RAY_TEST"  # in the environment of every process of one cluster: how the tests know theirs
 _SHORT = 40  # characters of a folder: Ray puts sockets some 65 below it, and their paths end at 107
-_STARTS_IN = 180.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def cluster(work: Path) -> Iterator[Cluster]:
             yield Cluster(address, found)
         finally:
             with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=60)
+                process.communicate(timeout=LONG)
             _reap(found[MARK])
             process.kill()
             process.wait()
@@ -129,21 +129,13 @@ def serving(bundle: Path, nodes: Cluster, work: Path, port: int, *arguments: str
         )  # fmt: skip
     found = Server(process, f"127.0.0.1:{port}{route.rstrip('/')}", log)
     try:
-        until(lambda: "serving " in found.said() or process.poll() is not None, _STARTS_IN, found.said)
+        until(lambda: "serving " in found.said() or process.poll() is not None, found.said)
         assert process.poll() is None, found.said()
         yield found
     finally:
         process.terminate()
         try:
-            process.wait(60)
+            process.wait(LONG)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def until(true: Callable[[], bool], seconds: float, why: Callable[[], str] = str) -> None:
-    """Wait for something that must come."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {why()[-4000:]}"
-        time.sleep(0.05)

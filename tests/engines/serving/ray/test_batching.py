@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from tests.waiting import LONG
 from vp_engines.serving.ray.batching import Batcher
 
 
@@ -24,7 +25,7 @@ class FakeEngine:
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         self.entered.set()
-        assert self.go.wait(30)
+        assert self.go.wait(LONG)
         self.sizes.append(len(images))
         if self.fails:
             raise ValueError("no")

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_ports
+from tests.waiting import LONG, until
 
 ROOT = Path(__file__).parents[4]
 VENV = ROOT / "build" / "tritonserver"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-_STARTS_IN = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,17 @@ def running(repository: Path, work: Path, *arguments: str) -> Iterator[Server]:
     finally:
         process.terminate()
         try:
-            process.wait(40)
+            process.wait(LONG)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
 def _wait(server: Server) -> None:
-    deadline = time.monotonic() + _STARTS_IN
-    while time.monotonic() < deadline and server.process.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(f"http://{server.http}/v2/health/ready", timeout=5):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"the server did not start:\n{server.said()[-4000:]}")
+    def ready() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"http://{server.http}/v2/health/ready", timeout=60):
+            return True
+        return server.process.poll() is not None
+
+    until(ready, server.said)
+    assert server.process.poll() is None, f"the server did not start:\n{server.said()[-4000:]}"

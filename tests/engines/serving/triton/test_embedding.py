@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.embedding import blocks, replaced
 from tests.engines.serving.triton.samples import write_linear
 from tests.engines.serving.triton.server import running
+from tests.waiting import LONG
 
 
 def test_triton(tmp_path: Path) -> None:
@@ -25,5 +26,5 @@ def test_triton(tmp_path: Path) -> None:
     (client,) = blocks("Triton Inference Server", "python")
     with running(tmp_path / repository, work) as server:
         client = replaced(client, {"127.0.0.1:8000": server.http, "224, 224": "4, 4"})
-        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, timeout=LONG)
     assert done.stdout == "(2, 2)\n", done.stderr[-2000:]
