@@ -311,10 +311,13 @@ def write_bundle(out: str | Path, *, files: Mapping[str, Path | bytes], force: b
     return manifest
 
 
-def update_bundle(path: str | Path, *, files: Mapping[str, Path | bytes | None], **changes: Any) -> Manifest:
+def update_bundle(
+    path: str | Path, *, files: Mapping[str, Path | bytes | None], out: str | Path | None = None, **changes: Any
+) -> Manifest:
     """Rewrite a bundle with some files and fields changed, all the others verified and copied.
 
     Args:
+        out: where a changed copy is written, the bundle itself staying as it is; None changes the bundle.
         files: path inside the bundle -> new content, or the file to copy it from; None removes the file.
         changes: fields of Manifest that get a new value.
 
@@ -324,14 +327,17 @@ def update_bundle(path: str | Path, *, files: Mapping[str, Path | bytes | None],
     Raises:
         BundleError: as `read_bundle` and `write_bundle`; the bundle is then as it was.
     """
-    out = Path(os.path.realpath(path))  # where the path is a link, the folder behind it changes, not the link
+    source = Path(os.path.realpath(path))  # where the path is a link, the folder behind it changes, not the link
+    if out is not None:
+        check_target(out)
+    out = source if out is None else _absolute(out)
     with building(out) as folder:
-        root = _open_root(out)
+        root = _open_root(source)
         try:
             old, _ = _read_manifest(root)
             if old.format_version != FORMAT_VERSION:
                 raise BundleIncompatibleError(
-                    f"{out} has format version {old.format_version}, which this version can run but not rewrite",
+                    f"{source} has format version {old.format_version}, which this version can run but not rewrite",
                     expected=FORMAT_VERSION,
                     fix="upgrade with 'pip install -U vp-export'",
                 )

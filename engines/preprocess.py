@@ -1,16 +1,19 @@
-"""Image files -> the float32 batch that an engine takes, with Pillow and numpy alone.
+"""Images -> the float32 batch that an engine takes, with Pillow and numpy alone.
 
 Gives the pixels that timm's eval transform (torchvision on PIL images) gives, rounding rules included, since half a
 pixel of shift already changes logits. As timm does, images are converted to RGB as they are stored: EXIF orientation is
-not applied, so a photograph that relies on it should be turned upright beforehand.
+not applied, so a photograph that relies on it should be turned upright beforehand; transparency is dropped, not laid
+on a background; of an animation the first frame counts. In one case timm's pixels are wrong and ours differ: grey
+images of 16 bits, which Pillow clips to white, are scaled to 8 bits.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,17 +24,55 @@ if TYPE_CHECKING:
 
     from vp_engines.manifest import Preprocessing
 
-    ImageLike = str | Path | bytes | Image.Image
+    ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | np.ndarray | Image.Image
 
 # Formats that Pillow hands to a program outside (Ghostscript, the Windows metafile renderer): not for untrusted files.
 _FOREIGN_FORMATS = frozenset({"EPS", "WMF"})
+# What photographs and pictures are kept in; `readable_suffixes` says which of them can be read here.
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
+        ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".tga", ".avif", ".avifs", ".heic", ".heics", ".heif", ".hif",
+    }
+)  # fmt: skip
+_KINDS = "a path, bytes, a PIL image or a uint8 array [height, width, 3]"
 
 
-def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> np.ndarray:
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """The image suffixes that Pillow reads here, with the plug-in pillow-heif where it is installed.
+
+    Raises:
+        EngineUnavailableError: Pillow is not installed.
+    """
+    Image = _pillow()
+    Image.init()
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix in IMAGE_SUFFIXES if known.get(suffix) in Image.OPEN)
+
+
+@functools.cache
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise EngineUnavailableError("Pillow is not installed", fix="install it with 'pip install pillow'") from None
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+    return Image
+
+
+def preprocess(images: Sequence[ImageLike] | np.ndarray, spec: Preprocessing) -> np.ndarray:
     """Prepare a batch.
 
     Args:
-        images: paths, encoded files as bytes, or PIL images (left as they are); at least one.
+        images: at least one of: a path, an encoded file as bytes or opened in binary mode, a PIL image (left as it
+            is), an array of pixels (uint8 or uint16, [height, width] or [height, width, 1, 3 or 4], RGB as Pillow
+            orders it, not BGR as OpenCV does); or one uint8 array [batch, height, width, 3].
         spec: what to do, from the manifest.
 
     Returns:
@@ -41,8 +82,15 @@ def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> np.ndarray:
         InputError: an image that cannot be read or is too large, named; or no images.
         EngineUnavailableError: Pillow is not installed.
     """
-    if isinstance(images, (str, bytes, Path)) or not isinstance(images, Sequence):
-        raise InputError(f"images is a {type(images).__name__}", expected="a list of paths, bytes or PIL images")
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    if isinstance(images, (str, bytes, bytearray, memoryview)) or not isinstance(images, Sequence):
+        kind = f"{_array(images)}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
+        raise InputError(
+            f"images is {kind}",
+            expected="a list of paths, bytes, PIL images or arrays",
+            fix="put a single image into a list: [image]",
+        )
     if not images:
         raise InputError("the list of images is empty", expected="at least one image")
     _, height, width = spec.input_size
@@ -56,31 +104,113 @@ def preprocess(images: Sequence[ImageLike], spec: Preprocessing) -> np.ndarray:
 
 
 def _name(image: ImageLike, index: int) -> str:
-    return repr(str(image)) if isinstance(image, (str, Path)) else f"number {index} of the batch"
+    return repr(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else f"number {index} of the batch"
 
 
 def _load(image: ImageLike, index: int) -> Image.Image:
     """Decode one image to RGB."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise EngineUnavailableError("Pillow is not installed", fix="install it with 'pip install pillow'") from None
-    if not isinstance(image, (str, Path, bytes, Image.Image)):
+    Image = _pillow()
+    name = _name(image, index)
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    source: Any = image
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(image)
+    elif not isinstance(image, (str, os.PathLike, Image.Image)) and not hasattr(image, "read"):
         kind = type(image).__name__
-        raise InputError(f"image {_name(image, index)} is a {kind}", expected="a path, bytes or a PIL image")
+        fix = "give image.permute(1, 2, 0).numpy(), as uint8" if kind == "Tensor" else ""
+        raise InputError(f"image {name} is a {kind}", expected=_KINDS, fix=fix)
     try:
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return _to_rgb(image, name)
+        with Image.open(source) as opened:
             if opened.format in _FOREIGN_FORMATS:
                 raise InputError(f"format {opened.format} is not read here", fix="convert it to PNG")
-            return opened.convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"image {_name(image, index)} cannot be read: no format that Pillow knows") from None
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and opened.width * opened.height > limit:  # Pillow itself refuses twice as many
+                raise InputError(
+                    f"{opened.width} x {opened.height} pixels, which could be a decompression bomb: at most {limit}"
+                )
+            return _to_rgb(opened, name)
+    except _Refused:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise InputError(f"image {name} cannot be read: {_reason(error, source)}") from None
+
+
+class _Refused(InputError):
+    """An image that was read and will not do; its message is whole."""
+
+
+def _reason(error: Exception, source: Any) -> str:
+    from PIL import UnidentifiedImageError
+
+    if not isinstance(error, UnidentifiedImageError):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        text = " ".join(reason.split())[:200]
-        raise InputError(f"image {_name(image, index)} cannot be read: {text or type(error).__name__}") from None
+        return " ".join(reason.split())[:200] or type(error).__name__
+    size = len(source.getbuffer()) if isinstance(source, io.BytesIO) else _size(source)
+    if size == 0:
+        return "it is empty (0 bytes)"
+    suffix = os.path.splitext(os.fspath(source))[1].lower() if isinstance(source, (str, os.PathLike)) else ""
+    if suffix in IMAGE_SUFFIXES - readable_suffixes():
+        package = "pip install pillow-heif" if suffix.startswith((".hei", ".hif")) else "pip install -U pillow"
+        return f"Pillow does not read {suffix} here; '{package}'"
+    return "no format that Pillow knows"
+
+
+def _size(source: Any) -> int | None:
+    try:
+        return os.stat(source).st_size
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    from PIL import Image
+
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    depth = pixels.dtype.itemsize if pixels.dtype.kind == "u" else 0
+    if depth not in (1, 2) or pixels.ndim not in (2, 3) or channels not in (1, 3, 4):
+        fix = ""
+        if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4) and channels not in (1, 3, 4):
+            fix = "give image.transpose(1, 2, 0)"
+        elif pixels.dtype.kind == "f":
+            fix = "scale it to 0 to 255 and give .astype(np.uint8); what is preprocessed already goes to run()"
+        raise InputError(f"image {name} is {_array(pixels)}", expected="uint8 [height, width, 3]", fix=fix)
+    if pixels.size == 0:
+        raise InputError(f"image {name} is {_array(pixels)}", expected="at least one pixel")
+    if depth == 2:
+        pixels = _to_8_bits(pixels)
+    flat = pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels
+    return Image.fromarray(np.ascontiguousarray(flat)).convert("RGB")
+
+
+def _array(pixels: np.ndarray) -> str:
+    return f"an array of {pixels.dtype} {list(pixels.shape)}"
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    from PIL import Image
+
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # older versions read them as I
+        values = np.asarray(image.convert("I") if mode != "I" else image)
+        return Image.fromarray(_to_8_bits(values)).convert("RGB")
+    if mode in ("I", "F"):
+        kind = "32-bit integers" if mode == "I" else "floating-point numbers"
+        raise _Refused(
+            f"image {name} has pixels of {kind}, whose range is not known",
+            expected="8 or 16 bits a channel",
+            fix="scale it to 8 bits and save it again",
+        )
+    if mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """0 to 65535 -> 0 to 255, rounded."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _fit(image: Image.Image, spec: Preprocessing, name: str) -> Image.Image:

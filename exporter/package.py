@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vp_engines.bundle import check_target, write_bundle
 from vp_engines.errors import EngineUnavailableError, VpError
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest, Preprocessing
 from vp_exporter.kernel_choice import KernelsOption, build_best, candidates
+from vp_exporter.labels import some
 from vp_exporter.loading import LoadedModel
 from vp_exporter.lowering import export_program, lower_onnx, plugin_nodes, signature
 from vp_exporter.macs import count_macs
@@ -44,7 +45,8 @@ class ExportRequest:
         build: batch profile, device, compute capability.
         dense: put the dense engine into the bundle, so that anyone can check the claim again.
         check: how to validate; None hands the bundle over unvalidated.
-        classes: class names, in the order of the logits.
+        classes: class names, in the order of the logits; None takes the model's own, or those of the folders of
+            `check.data` where these are all the classes.
         kernels: torch's own operations, the vp operators, or what is faster (vp_exporter.kernel_choice).
         force: replace what is at `out`.
     """
@@ -89,6 +91,8 @@ def export_bundle(
     ready = backend.available("build")
     if not ready.ok:
         raise EngineUnavailableError(f"engine '{request.engine}' cannot build here: {ready.reason}")
+    if request.classes is None and model.classes is not None:
+        request = replace(request, classes=model.classes)
     if request.classes is not None and len(request.classes) != model.description.num_classes:
         raise VpError(
             f"{len(request.classes)} class names are given", expected=f"{model.description.num_classes}, one per class"
@@ -108,6 +112,10 @@ def export_bundle(
         data = open_data(request.check, preprocessing, request.classes, model.description.num_classes, progress)
         if data is not None:
             next(data.batches(1))  # a folder without one sound image is found now, not after the build
+            if request.classes is None and data.class_names is not None:
+                names = data.class_names
+                request = replace(request, classes=names)
+                progress.note(f"class names are taken from {data.root}: {some(names)}; --classes FILE names others")
     if not plan.reduces:
         progress.warn("the plan removes no token: the reduced engine will be the dense one")
 

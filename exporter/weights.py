@@ -1,13 +1,16 @@
-"""Where weights come from, read without running anybody's code, and their fingerprint.
+"""Weights read from files without running anybody's code, copied into a model, and their fingerprint.
 
-safetensors is read as such; .pth/.pt/.bin through torch.load(weights_only=True), which refuses pickled code.
+safetensors is read as such; checkpoints through torch.load(weights_only=True), which refuses pickled code. One class
+is let through, as timm does: argparse.Namespace, in which trainers keep their arguments.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +20,44 @@ from torch import Tensor
 
 from vp_exporter.errors import WeightsError
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")
-# Where training scripts put the weights inside a checkpoint; averaged weights first, as timm does.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "model.")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pyth")
+# What trainers call the file inside a folder that they write, the best first.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model_best.pth.tar", "last.pth.tar", "pytorch_model.pth")
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a state dict and the file's metadata (safetensors only).
+    """Read every tensor of a file, and the file's metadata (safetensors only).
+
+    Returns:
+        Tensors by name; where a checkpoint nests mappings, their keys are joined with dots, as in
+        `state_dict.blocks.0.norm1.weight`. `vp_exporter.state_dicts` finds the model among them.
 
     Raises:
         WeightsError: no such file, another format, pickled code, or nothing that looks like weights.
     """
+    if path.is_dir():
+        raise _folder(path)
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}", expected="a .safetensors or .pth file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
+    if path.suffix in TORCH_SUFFIXES or _is_checkpoint(path):
         return _read_torch(path), {}
     raise WeightsError(
         f"the weights file {path} ends in {path.suffix!r}", expected=f".safetensors or {', '.join(TORCH_SUFFIXES)}"
+    )
+
+
+def _folder(path: Path) -> WeightsError:
+    fix = ""
+    inside = next((name for name in FOLDER_FILES if (path / name).is_file()), None)
+    if inside:
+        fix = f"name {path / inside}"
+    elif (path / ".metadata").is_file():
+        convert = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth"
+        fix = f"it is a distributed checkpoint; convert it: {convert}"
+    return WeightsError(
+        f"there is no weights file {path}: it is a folder", expected="a .safetensors or .pth file", fix=fix
     )
 
 
@@ -70,13 +91,16 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        data: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, EOF, runtime: torch raises many kinds
         if "weights_only" in str(error) or "Unsupported" in str(error):
+            name = _refused(path, str(error))
             raise WeightsError(
                 f"{path} holds pickled objects that could run code",
                 expected="tensors only",
-                fix="save the state dict alone, best as .safetensors; it is never loaded otherwise",
+                fix="save the state dict alone, best as .safetensors; it is never loaded otherwise"
+                + (f" (it names {name})" if name else ""),
             ) from error
         # Short, and never a bare number: torch raises KeyError(101) for the byte "e", and EOFError() for no bytes.
         first = (str(error).splitlines() or [""])[0].split(". ")[0]
@@ -84,13 +108,32 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"cannot read {path}: {reason}", expected="a file that torch.save wrote", fix="copy or download it again"
         ) from error
-    for key in _WRAPPERS:
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
-            break
-    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()) or not data:
+    tensors = dict(_tensors(data, "")) if isinstance(data, Mapping) else {}
+    if not tensors:
         raise WeightsError(f"{path} holds no state dict", expected="a mapping of parameter names to tensors")
-    return dict(data)
+    return tensors
+
+
+def _refused(path: Path, message: str) -> str:
+    """The global that the reader refused, from its message; else the first that it would refuse; else nothing."""
+    found = re.search(r"(?:GLOBAL|class|global:?)\s+[`'\"]?([A-Za-z_][\w.]*\.\w+)", message)
+    if found:
+        return found.group(1)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # files that are no zip archive
+        return ""
+    return names[0] if names else ""
+
+
+def _tensors(data: Mapping[Any, Any], prefix: str, depth: int = 8) -> Iterator[tuple[str, Tensor]]:
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping) and depth:
+            yield from _tensors(value, name + ".", depth - 1)
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -102,7 +145,6 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> N
     Raises:
         WeightsError: names the first missing, left-over or differently shaped parameter.
     """
-    weights = _without_prefix(weights, model)
     wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     for name, tensor in wanted.items():
@@ -110,14 +152,14 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> N
             raise WeightsError(
                 f"{name} in {source} has shape {list(weights[name].shape)}",
                 expected=f"{list(tensor.shape)}, as the model has",
-                fix="name the model that the weights belong to" + _hint(name),
+                fix="name the model that the weights belong to" + _shape_hint(name),
             )
     if missing or extra:
         what, names = ("lacks", missing) if missing else ("has left over", extra)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WeightsError(
             f"{source} {what} {names[0]}{more}", expected=f"the {len(wanted)} parameters of the model",
-            fix="name the model that the weights belong to",
+            fix="name the model that the weights belong to" + _name_hint(missing, extra),
         )  # fmt: skip
     whole = (name for name, tensor in weights.items() if not tensor.is_floating_point())
     quantised = next((name for name in whole if wanted[name].is_floating_point()), None)
@@ -149,15 +191,21 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _without_prefix(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    wanted = set(model.state_dict())
-    for prefix in _PREFIXES:
-        if weights and all(name.startswith(prefix) for name in weights) and not wanted & set(weights):
-            return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
-
-
-def _hint(name: str) -> str:
+def _shape_hint(name: str) -> str:
     if name.startswith("head"):
         return ", or its classes with --num-classes"
-    return ", or its image size with --model-arg img_size=..." if name == "pos_embed" else ""
+    return ", or its image size with --img-size" if name == "pos_embed" else ""
+
+
+def _name_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """What else may be meant where names differ in a way that has one usual cause."""
+    extra_text, missing_text = " ".join(extra), " ".join(missing)
+    if "lora_" in extra_text:
+        return "; these are LoRA adapters: merge them into the model first (peft: merge_and_unload)"
+    if "fc_norm." in extra_text and "fc_norm." not in missing_text:
+        return ", or give --model-arg global_pool=avg: these weights average the patches"
+    if "ls1.gamma" in extra_text and "ls1.gamma" not in missing_text:
+        return ", or give --model-arg init_values=1e-5: these weights have LayerScale"
+    if "reg_token" in extra_text:
+        return ", one with register tokens"
+    return ""

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -104,6 +105,8 @@ def print_json(data: Any) -> None:
 
 def main(app: typer.Typer) -> NoReturn:
     """Run a command line; a usage error is one line like every other."""
+    # Pillow's warning of a decompression bomb: such an image is an error of ours, in a line of its own.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     try:
         sys.exit(app(standalone_mode=False))
     except Exception as error:

@@ -70,8 +70,10 @@ def export(
     validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Compare with dense, then write.")] = True,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Put the dense engine into the bundle.")] = True,
     num_classes: options.NumClasses = None,
+    img_size: options.ImgSize = None,
+    use_ema: options.UseEma = None,
     model_arg: options.ModelArgs = None,
-    classes: Annotated[Path | None, typer.Option(metavar="FILE", help="Class names, one a line.")] = None,
+    classes: options.Classes = None,
     crop_pct: options.CropPct = None,
     interpolation: options.Interpolation = None,
     mean: options.Mean = None,
@@ -128,6 +130,7 @@ def export(
         if not ready.ok:
             raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
         require_packages("vp-export", "export", needs)
+        from vp_exporter.labels import read_names
         from vp_exporter.package import ExportRequest, export_bundle
         from vp_exporter.validate.check import CheckRequest
 
@@ -165,10 +168,10 @@ def export(
             )
             if validate
             else None,
-            classes=_lines(classes),
+            classes=None if classes is None else read_names(classes),
             kernels=cast(Literal["portable", "vp", "auto"], kernels),
         )
-        source = options.ModelSource(model, model_arg, weights, pretrained, random_init, num_classes)
+        source = options.ModelSource(model, model_arg, weights, pretrained, random_init, num_classes, img_size, use_ema)
         inputs = options.InputOverrides(crop_pct, interpolation, mean, std)
         loaded, preprocessing = options.load(source, inputs, progress)
         reduction = plans.read_plan(plan, masks, wanted, loaded.description)
@@ -184,19 +187,6 @@ def export(
         return result.report.verdict.exit_code if result.report is not None else 0
 
     raise typer.Exit(console.run(body, debug=debug))
-
-
-def _lines(path: Path | None) -> list[str] | None:
-    from vp_engines.errors import VpError
-
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise VpError(f"cannot read {path}: {why}", expected="a class name a line", fix="check --classes") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _summary(result: Any, out: Path) -> dict[str, Any]:

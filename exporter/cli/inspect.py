@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vp_exporter.cli import console, options, plans
+from vp_exporter.cli import console, naming, options, plans, strangers
 
 if TYPE_CHECKING:
     from vp_exporter.methods import MethodRequest
@@ -20,6 +20,7 @@ def inspect(
     path: Annotated[Path | None, typer.Argument(help="A bundle (NAME.vpe), a plan (.json) or a mask.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Check the plan against this timm model.")] = None,
     num_classes: options.NumClasses = None,
+    img_size: options.ImgSize = None,
     model_arg: options.ModelArgs = None,
     method: options.Method = None,
     preset: options.Preset = None,
@@ -32,11 +33,19 @@ def inspect(
     seed: options.Seed = None,
     proportional_attention: options.Proportional = None,
     method_arg: options.MethodArgs = None,
+    classes: options.Classes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="NEW.vpe", help="With --classes: a copy with these names.")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="With --classes: put the names into the bundle.")] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
     version: options.Version = False,
 ) -> None:
-    """Verify a bundle file by file, or check a plan or what --method would make of --model, and show what it says."""
+    """Verify a bundle file by file, or check a plan or what --method would make of --model, and show what it says.
+
+    With --classes FILE and --update (or --out NEW.vpe), give a finished bundle its class names.
+    """
 
     def body() -> int:
         from vp_engines.errors import VpError
@@ -60,19 +69,23 @@ def inspect(
                 expected="a bundle, a plan or a mask; or --method NAME with --model NAME",
             )
         args = options.parse_model_args(model_arg)
+        size = options.parse_size(img_size)
         if path is None:
+            naming.check_options(path, classes, out, update)
             if model is None:
                 raise VpError("--method is given without --model", expected="--model NAME, for which to make the plan")
-            return _plan(None, wanted, model, args, num_classes, as_json)
+            return _plan(None, wanted, model, args, num_classes, size, as_json)
+        naming.check_options(path, classes, out, update)
+        strangers.refuse(path)
         if path.is_dir():
+            if classes is not None:
+                return naming.name_classes(path, classes, out, as_json)
             return _bundle(path, as_json)
-        if not path.exists():
-            raise VpError(f"there is no {path}", expected="a bundle folder, a plan or a mask")
         from vp_exporter.masks import SUFFIXES
 
         if path.suffix in SUFFIXES and model is None:
             raise VpError(f"{path} is a bare mask", expected="--model NAME", fix="a mask does not say what it is for")
-        return _plan(path, None, model, args, num_classes, as_json)
+        return _plan(path, None, model, args, num_classes, size, as_json)
 
     raise typer.Exit(console.run(body, debug=debug))
 
@@ -101,6 +114,7 @@ def _plan(
     model: str | None,
     args: dict,
     num_classes: int | None,
+    img_size: tuple[int, int] | None,
     as_json: bool,
 ) -> int:
     from vp_exporter.cli import show
@@ -115,7 +129,7 @@ def _plan(
         require_packages("--model", "export", ["torch", "timm", "safetensors"])
         from vp_exporter.loading import describe_by_name
 
-        description = describe_by_name(model, args, num_classes)
+        description = describe_by_name(model, args, num_classes, img_size)
     if description is None:
         assert path is not None  # the command has asked for --model otherwise
         plan = ReductionPlan.load(path)

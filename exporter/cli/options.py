@@ -18,15 +18,34 @@ if TYPE_CHECKING:
     from vp_exporter.progress import Progress
     from vp_exporter.validate.verdict import Budget
 
-Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="timm model name.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", metavar="NAME", help="timm model name; or hf-hub:ORG/NAME, or local-dir:FOLDER, as timm's."
+    ),
+]
 ModelArgs = Annotated[
     list[str] | None,
-    typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument of timm.create_model, e.g. img_size=384."),
+    typer.Option("--model-arg", metavar="KEY=VALUE", help="Argument of timm.create_model, e.g. global_pool=avg."),
+]
+ImgSize = Annotated[
+    str | None,
+    typer.Option(metavar="PIXELS", help="Image size, 384 or height,width; positions are resampled; by default timm's."),
+]
+UseEma = Annotated[
+    bool | None,
+    typer.Option("--use-ema/--no-ema", help="Averaged weights of a checkpoint, or not; by default where it has them."),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Class names in the order of the logits: one a line, or JSON."),
 ]
 NumClasses = Annotated[
     int | None, typer.Option(min=0, help="Classes of the head; by default as in the weights. 0: features.")
 ]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE", help=".safetensors or .pth (tensors only).")]
+Weights = Annotated[
+    Path | None, typer.Option(metavar="FILE", help=".safetensors, or a trainer's checkpoint (.pth, .ckpt, ...).")
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Weights from timm's hub.")]
 RandomInit = Annotated[bool, typer.Option("--random-init", help="Random weights: for latency studies only.")]
 CropPct = Annotated[float | None, typer.Option(help="Input size over resized size; by default timm's.")]
@@ -98,6 +117,8 @@ class ModelSource:
     pretrained: bool = False
     random_init: bool = False
     num_classes: int | None = None
+    img_size: str | None = None
+    use_ema: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,7 @@ def load(source: ModelSource, inputs: InputOverrides, progress: Progress) -> tup
 
     request = ModelRequest(
         source.model, parse_model_args(source.model_arg), source.weights, source.pretrained, source.random_init,
-        source.num_classes,
+        source.num_classes, parse_size(source.img_size), source.use_ema,
     )  # fmt: skip
     overrides = PreprocessingOverrides(
         inputs.crop_pct,
@@ -131,6 +152,8 @@ def load(source: ModelSource, inputs: InputOverrides, progress: Progress) -> tup
     )
     with progress.stage(f"loading {source.model}"):
         loaded = load_model(request)
+        for note in loaded.notes:
+            progress.note(note)
         return loaded, preprocessing_of(loaded.vit, loaded.description, overrides)
 
 
@@ -161,6 +184,22 @@ def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str,
         except ValueError:
             args[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     return args
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`"384"` -> (384, 384); `"224,384"` and `"224x384"` -> height and width.
+
+    Raises:
+        VpError: anything else.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.replace("x", ",").split(",")]
+    whole = all(part.isascii() and part.isdigit() and 0 < len(part) < 6 for part in parts)
+    sides = tuple(int(part) for part in parts) if whole else ()
+    if len(sides) not in (1, 2) or 0 in sides:
+        raise VpError(f"--img-size is {text!r}", expected="pixels: 384, or height and width: 224,384")
+    return sides[0], sides[-1]
 
 
 def parse_channels(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,10 @@ def search(
     ] = "cutmix",
     strict: options.Strict = False,
     num_classes: options.NumClasses = None,
+    img_size: options.ImgSize = None,
+    use_ema: options.UseEma = None,
     model_arg: options.ModelArgs = None,
+    classes: options.Classes = None,
     crop_pct: options.CropPct = None,
     interpolation: options.Interpolation = None,
     mean: options.Mean = None,
@@ -96,6 +100,7 @@ def search(
 
         measured = target_latency is not None and not (latency_table is not None and latency_table.exists())
         _require((engine or "ort") if measured else None, drawn=page is not None)
+        from vp_exporter.labels import read_names
         from vp_exporter.search.settings import SearchSettings, usual_images
 
         shares = _shares(sweep)
@@ -133,9 +138,13 @@ def search(
         workers = processes.from_environment()
         try:
             progress = console.ConsoleProgress(quiet=quiet or not workers.leader)
-            source = options.ModelSource(model, model_arg, weights, pretrained, random_init, num_classes)
+            source = options.ModelSource(
+                model, model_arg, weights, pretrained, random_init, num_classes, img_size, use_ema
+            )
             inputs = options.InputOverrides(crop_pct, interpolation, mean, std)
             loaded, spec = options.load(source, inputs, progress)
+            if classes is not None:
+                loaded = replace(loaded, classes=tuple(read_names(classes)))
             table = search_run.latency_table(
                 loaded, requests[0], workers, engine, precision, batch, threads, latency_table, progress
             )

@@ -54,6 +54,7 @@ class SearchRun:
             lambda path: preprocess([path], self.spec)[0],
             self.loaded.vit,
             self.description,
+            classes=self.loaded.classes,
             limit=images,
             batch_size=batch,
             held_share=held,

@@ -32,6 +32,7 @@ def validate(
     seconds: options.Seconds = 4.0,
     limit: options.Limit = None,
     strict: options.Strict = False,
+    classes: options.Classes = None,
     threads: options.Threads = None,
     device: options.Device = None,
     against: Annotated[
@@ -52,6 +53,7 @@ def validate(
         from vp_engines.bundle import update_bundle
         from vp_engines.errors import EngineUnavailableError
         from vp_exporter.cli import show
+        from vp_exporter.labels import read_names
         from vp_exporter.validate.check import CheckRequest, check_bundle
         from vp_exporter.validate.report import Report, report_files, validation_fields
 
@@ -62,6 +64,7 @@ def validate(
                 batches=tuple(dict.fromkeys(batch or (1, 8))),
                 limit=limit,
                 strict=strict,
+                classes=None if classes is None else read_names(classes),
                 seconds=seconds,
                 against=against,
                 device=device,

@@ -166,6 +166,7 @@ def load_calibration(
         )
     folder = ImageFolder(
         root, prepare, classes=classes, num_classes=description.num_classes, strict=strict, limit=limit,
+        need_labels=need_labels,
         progress=progress if workers.leader else SILENT,
     )  # fmt: skip
     if need_labels and (folder.labels is None or len(np.unique(folder.labels)) < 2):

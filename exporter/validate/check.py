@@ -41,6 +41,7 @@ class CheckRequest:
         batch_size: of the accuracy pass.
         seconds: of timed work per batch size.
         limit, strict: of the images (vp_exporter.validate.data.ImageFolder).
+        classes: class names in the order of the logits, in place of the bundle's own.
         against: another bundle whose reduced engine is the baseline in place of the bundle's own dense one.
         device, threads: of both engines.
         samples: show sample images in the report; off where the images must not be copied.
@@ -53,6 +54,7 @@ class CheckRequest:
     seconds: float = 4.0
     limit: int | None = None
     strict: bool = False
+    classes: Sequence[str] | None = None
     against: Path | None = None
     device: str | None = None
     threads: int | None = None
@@ -76,7 +78,7 @@ def open_data(
     return ImageFolder(
         request.data,
         lambda path: preprocess([path], preprocessing)[0],
-        classes=classes,
+        classes=classes if request.classes is None else request.classes,
         num_classes=num_classes,
         strict=request.strict,
         limit=request.limit,

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vp_engines.errors import VpError
+from vp_engines.preprocess import IMAGE_SUFFIXES, readable_suffixes
 from vp_exporter.errors import DataError
+from vp_exporter.labels import label_folders, printable
 from vp_exporter.progress import SILENT, Progress
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 
 
 class Batch(NamedTuple):
@@ -32,9 +32,9 @@ class Batch(NamedTuple):
 class ImageFolder:
     """An ImageNet-style folder (one sub-folder per class, images below it at any depth), or a flat folder of images.
 
-    Labels come from the folder names when the model's class names are known and hold all of them; else from the
-    order of the folders, when there are as many as the model has classes. A flat folder has no labels: dense and
-    reduced model can still be compared with each other on it. Hidden files and folders are passed over.
+    Labels come from the folder names, by the rules of `vp_exporter.labels.label_folders`. A flat folder has no labels:
+    dense and reduced model can still be compared with each other on it. Hidden files and folders are passed over.
+    Images are files of the suffixes that Pillow reads here.
 
     A file that cannot be decoded is named, skipped and counted, so that one bad download does not cost an hour.
 
@@ -43,6 +43,7 @@ class ImageFolder:
         labels: int64 [len(paths)], or None for a flat folder.
         labelled: whether there are labels.
         num_classes: classes of the model.
+        class_names: all names in the order of the logits, where the folders give them; else None.
         notes: how the labels were found and what was left out, one line each.
         skipped: (file relative to `root`, reason) of each file that the latest pass could not decode.
 
@@ -52,6 +53,7 @@ class ImageFolder:
         classes: the model's class names in the order of its logits; None where they are unknown.
         num_classes: how many logits the model has.
         strict: raise on the first file that cannot be decoded.
+        need_labels: False takes class folders that fit no rule as images without labels.
         limit: take this many files, evenly spaced over the sorted list, so that every class is met.
         workers: decoding threads; None takes up to four.
 
@@ -68,12 +70,14 @@ class ImageFolder:
         classes: Sequence[str] | None,
         num_classes: int,
         strict: bool = False,
+        need_labels: bool = True,
         limit: int | None = None,
         workers: int | None = None,
         progress: Progress = SILENT,
     ) -> None:
         self.root = Path(root)
         self.num_classes = num_classes
+        self.class_names: tuple[str, ...] | None = None
         self.notes: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self._prepare, self._strict, self._progress = prepare, strict, progress
@@ -87,12 +91,15 @@ class ImageFolder:
         if limit is not None and limit < 1:
             raise DataError(f"an image limit of {limit}", expected="1 or more", fix="leave it out to use every image")
 
-        folders, loose = _list(self.root)
+        folders, loose, unread = _list(self.root)
         labels: list[int] | None = None
+        if unread:
+            self._note(_left_out(unread))
         if any(folders.values()):
-            label_of = self._label_folders(list(folders), classes)
+            label_of = self._label_folders(list(folders), classes, need_labels)
             paths = [path for images in folders.values() for path in images]
-            labels = [label_of[name] for name, images in folders.items() for _ in images]
+            if label_of is not None:
+                labels = [label_of[name] for name, images in folders.items() for _ in images]
             if loose:
                 self._note(f"{len(loose)} images directly in {self.root} have no class folder and are left out")
         else:
@@ -100,7 +107,8 @@ class ImageFolder:
             self._note(f"{self.root} has no class folders: without labels only agreement and KL are measured")
         if not paths:
             raise DataError(
-                f"no image in {self.root} or its folders", expected="files ending in " + ", ".join(sorted(SUFFIXES))
+                f"no image in {self.root} or its folders",
+                expected="files ending in " + ", ".join(sorted(readable_suffixes())),
             )
         if limit is not None and limit < len(paths):
             self._note(f"{limit} of the {len(paths)} images in {self.root}, evenly spaced")
@@ -231,7 +239,7 @@ class ImageFolder:
         )
 
     def _skip(self, path: Path, reason: str, cause: Exception | None) -> None:
-        name, reason = self._name(path), _printable(" ".join(reason.split()))
+        name, reason = self._name(path), printable(" ".join(reason.split()))
         if self._strict:
             raise DataError(
                 f"{name} in {self.root} cannot be decoded: {reason}",
@@ -243,45 +251,27 @@ class ImageFolder:
             self._progress.warn(f"skipped {name}: {reason}")
 
     def _name(self, path: Path) -> str:
-        return _printable(path.relative_to(self.root).as_posix())
+        return printable(path.relative_to(self.root).as_posix())
 
     def _note(self, text: str) -> None:
-        self.notes.append(_printable(text))
-        self._progress.note(_printable(text))
+        self.notes.append(printable(text))
+        self._progress.note(printable(text))
 
-    def _label_folders(self, names: list[str], classes: Sequence[str] | None) -> dict[str, int]:
-        """Label of each class folder; `names` is sorted."""
-        if classes is not None:
-            known = set(classes)
-            strangers = [name for name in names if name not in known]
-            if not strangers:
-                repeated = [name for name in names if list(classes).count(name) > 1]
-                if repeated:
-                    raise DataError(
-                        f"the model has more than one class named {repeated[0]!r}",
-                        fix="rename the folders so that their sorted order is the order of the classes",
-                    )
-                return {name: list(classes).index(name) for name in names}
-            if len(strangers) < len(names):
-                # Some names fit: going by order now would score a misspelt folder as if nothing were wrong.
-                raise DataError(
-                    f"folders that are no class of the model: {_some(strangers)}",
-                    expected=f"class names such as {_some(classes)}",
-                    fix="rename or remove those folders",
-                )
-        if len(names) != self.num_classes:
-            named = "" if classes is None else f"folders named like the model's classes ({_some(classes)}), or "
-            raise DataError(
-                f"{len(names)} class folders in {self.root} ({_some(names)})",
-                expected=f"{named}exactly {self.num_classes} folders, one per class",
-                fix="point to a folder laid out so, or to a flat folder of images to validate without labels",
-            )
-        numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
-        if sorted(numbers) == list(range(len(names))):
-            self._note("folder names are class numbers: folder 0 is class 0, and so on")
-            return {name: int(name) for name in names}
-        self._note(f"labels follow the sorted order of the folder names: {names[0]!r} is class 0")
-        return {name: i for i, name in enumerate(names)}
+    def _label_folders(
+        self, names: list[str], classes: Sequence[str] | None, need_labels: bool
+    ) -> dict[str, int] | None:
+        """Label of each class folder; None where they fit no rule and none are needed."""
+        try:
+            found = label_folders(names, classes, self.num_classes, self.root)
+        except DataError as error:
+            if need_labels:
+                raise
+            self._note(f"the images of {self.root} are taken without labels: {error.found}")
+            return None
+        if found.note:
+            self._note(found.note)
+        self.class_names = found.names
+        return found.label_of
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -289,8 +279,9 @@ def _check_batch_size(batch_size: int) -> None:
         raise DataError(f"a batch size of {batch_size}", expected="1 or more")
 
 
-def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Sorted images below each class folder of `root` (folders sorted, empty ones kept), and those directly in it."""
+def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path], list[Path]]:
+    """Sorted images below each class folder of `root` (folders sorted, empty ones kept), those directly in it, and
+    images that Pillow cannot read here."""
     if not root.exists():
         raise DataError(f"no folder {root}", fix="check the path")
     if not root.is_dir():
@@ -299,16 +290,17 @@ def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     above = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
     folders: dict[str, list[Path]] = {}
     loose: list[Path] = []
+    unread: list[Path] = []
     for entry in _scan(root):
         if _is_folder(entry):
             if _identity(Path(entry.path)) not in above:
-                folders[entry.name] = _images_below(Path(entry.path), set(above))
-        elif _is_image(entry):
+                folders[entry.name] = _images_below(Path(entry.path), set(above), unread)
+        elif _is_image(entry, unread):
             loose.append(Path(entry.path))
-    return dict(sorted(folders.items())), sorted(loose)
+    return dict(sorted(folders.items())), sorted(loose), unread
 
 
-def _images_below(top: Path, seen: set[tuple[int, int]]) -> list[Path]:
+def _images_below(top: Path, seen: set[tuple[int, int]], unread: list[Path]) -> list[Path]:
     found, todo = [], [top]
     while todo:
         folder = todo.pop()
@@ -319,7 +311,7 @@ def _images_below(top: Path, seen: set[tuple[int, int]]) -> list[Path]:
         for entry in _scan(folder):
             if _is_folder(entry):
                 todo.append(Path(entry.path))
-            elif _is_image(entry):
+            elif _is_image(entry, unread):
                 found.append(Path(entry.path))
     return sorted(found)
 
@@ -348,9 +340,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
+def _left_out(unread: Sequence[Path]) -> str:
+    kinds = sorted({path.suffix.lower() for path in unread})
+    heif = "; 'pip install pillow-heif' reads HEIC" if {".heic", ".heif"} & set(kinds) else ""
+    return f"{len(unread)} files ending in {', '.join(kinds)} are left out: Pillow does not read them here{heif}"
+
+
+def _is_image(entry: os.DirEntry[str], unread: list[Path]) -> bool:
     """A regular file, or a broken link (so that it is counted as skipped); never a pipe or device, which would hang."""
-    if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix not in readable_suffixes():
+        if suffix in IMAGE_SUFFIXES:
+            unread.append(Path(entry.path))
         return False
     try:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
@@ -361,12 +362,3 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 def _reason(error: Exception) -> str:
     """Why a file could not be decoded. Our own errors say it in a sentence; others need the name of their kind."""
     return error.found if isinstance(error, VpError) else f"{type(error).__name__}: {error}"
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    return _printable(", ".join(map(repr, names[:count])) + (", ..." if len(names) > count else ""))
-
-
-def _printable(text: str) -> str:
-    """File names may hold bytes that are no UTF-8: they must not break a terminal or a report."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -122,7 +122,7 @@ UNFIT: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "other-image-size": (
         lambda s: changed(s, "pos_embed", torch.zeros(1, 10, 16)),
-        r"pos_embed in w\.st has shape \[1, 10, 16\]; .*or its image size with --model-arg img_size",
+        r"pos_embed in w\.st has shape \[1, 10, 16\]; .*or its image size with --img-size",
     ),
     "other-classes": (
         lambda s: changed(s, "head.weight", torch.zeros(9, 16)),
