@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from vp_engines.extras import require_packages
+from vp_exporter.needs import PICTURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def require_matplotlib() -> None:
     Raises:
         PackageMissingError: matplotlib is not installed.
     """
-    require_packages("a picture", "profile", ["matplotlib"])
+    require_packages("a picture", "profile", PICTURES)
 
 
 def plain_text(name: str) -> str:

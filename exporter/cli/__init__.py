@@ -16,7 +16,8 @@ def _start(command: str) -> None:
 
     try:
         # Every install brings these; one that was made without dependencies may not.
-        require_packages(f"vp-{command}", "", EXTRAS[""], load=False)
+        if command != "doctor":  # which says so by itself
+            require_packages(f"vp-{command}", "", EXTRAS[""], load=False)
         module = import_module(f"vp_exporter.cli.{command}")
     except VpError as error:
         _fail(error)
@@ -61,3 +62,8 @@ def vp_profile() -> None:
 def vp_serve() -> None:
     """vp-serve"""
     _start("serve")
+
+
+def vp_doctor() -> None:
+    """vp-doctor"""
+    _start("doctor")

@@ -91,6 +91,7 @@ def export(
         from vp_engines.bundle import check_target
         from vp_engines.errors import EngineUnavailableError, VpError
         from vp_engines.extras import installed, require_packages
+        from vp_exporter.needs import EXPORT, ONNX_LOWERING
 
         if precision not in (None, "fp32", "fp16", "bf16"):
             raise VpError(f"--precision is {precision!r}", expected="fp32, fp16 or bf16")
@@ -123,7 +124,7 @@ def export(
 
         backend = get_backend(engine)
         # Before the seconds that torch takes to import; one pip line for all that is missing.
-        needs = ["torch", "timm", "safetensors", "onnx", *(["onnxscript"] if backend.source == "onnx" else [])]
+        needs = [*EXPORT, *(ONNX_LOWERING if backend.source == "onnx" else ())]
         lacking = [] if all(map(installed, backend.packages)) else [backend.extra]
         require_packages("vp-export", "export", needs, also=lacking, load=False)
         ready = backend.available("build")

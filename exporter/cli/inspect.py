@@ -125,8 +125,9 @@ def _plan(
     description = None
     if model is not None:
         from vp_engines.extras import require_packages
+        from vp_exporter.needs import MODEL
 
-        require_packages("--model", "export", ["torch", "timm", "safetensors"])
+        require_packages("--model", "export", MODEL)
         from vp_exporter.loading import describe_by_name
 
         description = describe_by_name(model, args, num_classes, img_size)

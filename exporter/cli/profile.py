@@ -49,10 +49,11 @@ def profile(
         from vp_engines.errors import VpError
         from vp_engines.extras import require_packages
         from vp_exporter.cli import show
+        from vp_exporter.needs import PICTURES
         from vp_exporter.profile.measure import profile as measure
 
         if out is not None:
-            require_packages("vp-profile --out", "profile", ["matplotlib"])
+            require_packages("vp-profile --out", "profile", PICTURES)
             options.check_folder(out, "--out")
         if alone and against is not None:
             raise VpError("--alone and --against are both given", expected="one of them")

@@ -175,11 +175,12 @@ def _require(engine: str | None, *, drawn: bool) -> None:
     from vp_engines.backends import get_backend
     from vp_engines.errors import EngineUnavailableError
     from vp_engines.extras import require_packages
+    from vp_exporter.needs import ONNX_LOWERING, PICTURES, SEARCH
 
-    needs, also = ["torch", "timm", "safetensors", "scipy", *(["matplotlib"] if drawn else [])], []
+    needs, also = [*SEARCH, *(PICTURES if drawn else ())], []
     if engine is not None:
         backend = get_backend(engine)
-        needs += [*(["onnx", "onnxscript"] if backend.source == "onnx" else []), *backend.packages]
+        needs += [*(("onnx", *ONNX_LOWERING) if backend.source == "onnx" else ()), *backend.packages]
         also.append(backend.extra)
     require_packages("vp-search", "search", needs, also=also, load=False)
     for ready in () if engine is None else (backend.available("build"), backend.available("run")):
