@@ -135,8 +135,13 @@ def _torchvision(state: State, beside: State) -> State:
     )
 
 
+def _timm(state: State, beside: State) -> State:
+    """timm, and all whose blocks have its names: DINO, MAE, DeiT, ...; DINOv2's trainer counts in chunks of blocks."""
+    return _renamed(state, ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),))
+
+
 DIALECTS = (
-    Dialect("timm", "patch_embed.proj.weight", lambda state, beside: state),
+    Dialect("timm", "patch_embed.proj.weight", _timm),
     Dialect("transformers", "embeddings.patch_embeddings.projection.weight", _transformers),
     Dialect("mmpretrain", "patch_embed.projection.weight", _mmpretrain),
     Dialect("torchvision", "conv_proj.weight", _torchvision),

@@ -18,7 +18,7 @@ from vp_exporter.errors import UnsupportedModelError, WeightsError
 from vp_exporter.hub import ModelName, folder_weights, hub_at_hand, parse_name
 from vp_exporter.labels import known_names
 from vp_exporter.models import ViTDescription, describe
-from vp_exporter.state_dicts import adapt, drop_head, find_weights
+from vp_exporter.state_dicts import adapt, drop_head, find_weights, projected
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _from_file(
         if dropped:
             notes.append(f"weights: the head of {dropped} classes is left out: features come out")
     elif classes is None:
-        classes = weight_files.classes_of(state)
+        classes = weight_files.classes_of(state) if found.named else projected(state)
         if classes is not None and classes != usual:
             what = f"{classes} classes" if classes else "no classes (features come out)"
             notes.append(f"weights: {file.name} has {what}, where {shape_name(shape)} has {usual}: taken from the file")

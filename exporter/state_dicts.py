@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn as nn
@@ -37,10 +37,12 @@ class FoundWeights:
     Attributes:
         state: tensors under timm's names, or as timm's own filters take them.
         notes: what was chosen and what was left out, a line each.
+        named: whether the names are timm's already.
     """
 
     state: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,7 @@ class _Place:
     dialect: Dialect
     prefix: str
     width: int
-
-    @property
-    def averaged(self) -> bool:
-        return bool(_AVERAGED.search(self.prefix))
+    averaged: bool
 
 
 def find_weights(
@@ -74,7 +73,7 @@ def find_weights(
     """
     places = _places(tensors)
     if not places:
-        return FoundWeights(_without_wrappers(_unwrapped(tensors)))
+        return FoundWeights(_without_wrappers(_unwrapped(tensors)), named=False)
     embed = getattr(getattr(model, "patch_embed", None), "proj", None)
     width = None if embed is None else embed.weight.shape[0]
     fitting = [place for place in places if place.width == width] or places
@@ -89,7 +88,7 @@ def find_weights(
         notes.append(f"weights: {place.prefix or 'the top level'!r} of {source} (also there: {rest}{choice})")
     translate = place.dialect.translate
     if translate is None:  # timm's filters find the rest themselves
-        return FoundWeights(below, tuple(notes))
+        return FoundWeights(below, tuple(notes), named=False)
     state = translate(below, beside)
     if place.dialect.name != "timm":
         notes.append(f"weights: {source} has the names of {place.dialect.name}, translated to timm's")
@@ -124,10 +123,14 @@ def _places(tensors: Mapping[str, Tensor]) -> list[_Place]:
         for name, tensor in tensors.items():
             match = pattern.fullmatch(name)
             if match and tensor.ndim >= 2:
-                found.append(_Place(dialect, match.group("prefix"), tensor.shape[0]))
+                prefix = match.group("prefix")
+                found.append(_Place(dialect, prefix, tensor.shape[0], bool(_AVERAGED.search(prefix))))
+    # Lightning's WeightAveraging keeps the average where the weights are otherwise, and these elsewhere.
+    if any(each.prefix.startswith("current_model_state.") for each in found):
+        found = [replace(each, averaged=each.prefix.startswith("state_dict.")) for each in found]
     # OpenCLIP's towers have timm's names below `visual.trunk.`: timm's filter takes the projection beside it too.
     return [
-        _Place(Dialect("OpenCLIP", ""), each.prefix.removesuffix("visual.trunk."), each.width)
+        replace(each, dialect=Dialect("OpenCLIP", ""), prefix=each.prefix.removesuffix("visual.trunk."))
         if each.prefix.endswith("visual.trunk.")
         else each
         for each in found
@@ -210,6 +213,13 @@ def drop_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     return {name: tensor for name, tensor in state.items() if not re.match(r"head(_dist)?\.", name)}, classes
 
 
+def projected(state: Mapping[str, Tensor]) -> int | None:
+    """The width of a CLIP tower's projection, which timm's filter makes its head of; None where there is none."""
+    if "visual.head.proj.weight" in state:  # OpenCLIP
+        return state["visual.head.proj.weight"].shape[0]
+    return state["visual.proj"].shape[1] if "visual.proj" in state else None  # OpenAI
+
+
 def adapt(state: Mapping[str, Tensor], model: nn.Module, source: str) -> FoundWeights:
     """Weights at the model's sizes, by the filter that timm applies to its own checkpoints: position embeddings
     resampled to the model's grid, patch embeddings to its patch size, other layouts converted.
@@ -260,11 +270,11 @@ def _filter_options(model: nn.Module) -> dict[str, Any]:
     if type(model).__module__.endswith(".eva"):
         return {}
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
-    options: dict[str, Any] = {"adapt_layer_scale": True}
+    options: dict[str, Any] = {"adapt_layer_scale": True}  # deit3; elsewhere no name has a gamma that it would change
     if "flexi" in name or "radio" in name:
         options |= {"interpolation": "bilinear", "antialias": False}
-    if "radio" in name:
-        aligned = getattr(sys.modules[type(model).__module__], "_RADIO_ALIGN_CORNERS", ())
+    aligned = getattr(sys.modules[type(model).__module__], "_RADIO_ALIGN_CORNERS", ())  # newer timm only
+    if "radio" in name and aligned:
         options["align_corners"] = any(part in name for part in aligned)
     return options
 

@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vp_exporter.errors import WeightsError
+from vp_exporter.strangers import kind_of
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pyth")
 # What trainers call the file inside a folder that they write, the best first.
@@ -38,13 +39,21 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.is_dir():
         raise _folder(path)
     if not path.is_file():
-        raise WeightsError(f"there is no weights file {path}", expected="a .safetensors or .pth file")
+        remote = path.parts[:1] in (("http:",), ("https:",), ("s3:",), ("gs:",))
+        raise WeightsError(
+            f"there is no weights file {path}",
+            expected="a .safetensors or .pth file",
+            fix="download it first, and name the file" if remote else "",
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES or _is_checkpoint(path):
         return _read_torch(path), {}
+    kind = kind_of(path)
     raise WeightsError(
-        f"the weights file {path} ends in {path.suffix!r}", expected=f".safetensors or {', '.join(TORCH_SUFFIXES)}"
+        f"the weights file {path} ends in {path.suffix!r}",
+        expected=f".safetensors or {', '.join(TORCH_SUFFIXES)}",
+        fix=f"it is {kind}" if kind else "",
     )
 
 
@@ -94,6 +103,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, EOF, runtime: torch raises many kinds
+        if "TorchScript" in str(error):
+            raise WeightsError(
+                f"{path} is a TorchScript model", expected="a state dict",
+                fix="save model.state_dict() of the timm model that it was made of",
+            ) from error  # fmt: skip
         if "weights_only" in str(error) or "Unsupported" in str(error):
             name = _refused(path, str(error))
             raise WeightsError(

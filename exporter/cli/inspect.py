@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vp_exporter.cli import console, naming, options, plans, strangers
+from vp_exporter import strangers
+from vp_exporter.cli import console, naming, options, plans
 
 if TYPE_CHECKING:
     from vp_exporter.methods import MethodRequest

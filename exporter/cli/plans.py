@@ -73,6 +73,22 @@ def read_method(
     )
 
 
+def _check_kind(path: Path) -> None:
+    """Raise where the file of --plan can be told to be something else."""
+    from vp_exporter.errors import PlanError
+    from vp_exporter.masks import SUFFIXES
+    from vp_exporter.strangers import kind_of
+
+    if (path / "plan.json").is_file():
+        raise PlanError(f"--plan {path} is a bundle", expected="a plan", fix=f"its plan is {path / 'plan.json'}")
+    if path.suffix in SUFFIXES:
+        found = f"--plan {path} ends in {path.suffix!r}"
+        raise PlanError(found, expected="a plan (.json)", fix="give masks to --masks")
+    kind = kind_of(path) if path.is_file() else ""
+    if kind.startswith(("a PyTorch", "a pickle", "an ONNX", "a .pt2", "a zip", "the manifest", "a report")):
+        raise PlanError(f"--plan {path} is {kind}", expected="a plan (.json)")
+
+
 def read_plan(
     plan: Path | None, masks: Path | None, request: MethodRequest | None, description: ViTDescription
 ) -> ReductionPlan:
@@ -86,6 +102,7 @@ def read_plan(
     from vp_exporter.plan import ReductionPlan
 
     if plan is not None:
+        _check_kind(plan)
         found = ReductionPlan.load(plan)
         found.check_model(description)
         return found

@@ -217,6 +217,41 @@ def test_i_jepa_takes_the_target_encoder(tmp_path: Path) -> None:
     assert same(load(saved(tmp_path / "jepa.pth.tar", content)), target)
 
 
+def test_lightnings_weight_averaging(tmp_path: Path, trained: tuple[nn.Module, nn.Module]) -> None:
+    """Its callback puts the average where the weights are otherwise, and these beside it."""
+    model, average = trained
+    content = {"state_dict": prefixed(average, "model."), "current_model_state": prefixed(model, "model.")}
+    path = saved(tmp_path / "last.ckpt", {**content, "pytorch-lightning_version": "2.5.5"})
+    assert same(load(path), average)
+    assert same(load(path, use_ema=False), model)
+
+
+def test_chunks_of_blocks(tmp_path: Path) -> None:
+    """DINOv2's trainer keeps blocks in chunks: blocks.CHUNK.BLOCK, the block's number counted through."""
+    model = make(num_classes=0, init_values=1e-5)
+    state = {
+        "backbone." + name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    state |= {"backbone.mask_token": torch.ones(1, 16), "dino_head.mlp.0.weight": torch.ones(4, 16)}
+    loaded = load(saved(tmp_path / "teacher_checkpoint.pth", {"teacher": state}), args={"init_values": 1e-5})
+    assert same(loaded, model)
+
+
+def test_open_clip(tmp_path: Path) -> None:
+    """timm's tower below visual.trunk, and its projection beside it: timm's filter makes one model of them."""
+    projection = torch.randn(512, 16)
+    name = "vit_base_patch16_clip_224"
+    tower = make(name=name, num_classes=0)
+    state = {**prefixed(tower, "visual.trunk."), "visual.head.proj.weight": projection, "logit_scale": torch.ones(())}
+    state["text.token_embedding.weight"] = torch.ones(5, 16)
+    for content in (state, {"state_dict": {"module." + key: tensor for key, tensor in state.items()}}):
+        loaded = load(saved(tmp_path / "open_clip.pt", content), name)
+        assert loaded.description.num_classes == 512
+        assert torch.equal(loaded.vit.head.weight, projection)  # type: ignore[union-attr]
+        assert torch.equal(loaded.vit.pos_embed, tower.pos_embed)
+
+
 def test_two_models_that_nothing_tells_apart(tmp_path: Path) -> None:
     first, second = make(0), make(1)
     state = {**prefixed(first, "left."), **prefixed(second, "right.")}
@@ -468,6 +503,18 @@ def test_a_folder_names_the_file_in_it(tmp_path: Path, inside: str | None) -> No
         (tmp_path / inside).touch()
     with pytest.raises(WeightsError, match=f"it is a folder; .*{inside}" if inside else "it is a folder"):
         load(tmp_path)
+
+
+def test_files_that_are_something_else(tmp_path: Path) -> None:
+    script = torch.jit.script(nn.Linear(2, 2))
+    torch.jit.save(script, tmp_path / "script.pt")
+    with pytest.raises(WeightsError, match=r"script\.pt is a TorchScript model; expected a state dict"):
+        load(tmp_path / "script.pt")
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x08\x12\x07pytorch" + bytes(9))
+    with pytest.raises(WeightsError, match=r"ends in '\.onnx'; .*it is an ONNX model"):
+        load(tmp_path / "m.onnx")
+    with pytest.raises(WeightsError, match=r"there is no weights file .*download it first"):
+        load(Path("https://example.org/w.pth"))
 
 
 def test_a_checkpoint_without_a_suffix(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tests.exporter.cli.samples import Inputs, call, check_error
-from vp_exporter.cli import strangers
+from vp_exporter import strangers
 from vp_exporter.cli.inspect import app
 from vp_exporter.plan import FORMAT
 

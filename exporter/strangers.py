@@ -38,15 +38,19 @@ def refuse(path: Path) -> None:
     Raises:
         VpError: says what it is.
     """
-    if path.is_dir():
-        found = _folder(path)
-    elif path.exists():
-        found = _file(path)
+    if path.exists():
+        found = _folder(path) if path.is_dir() else _file(path)
     else:
         raise VpError(f"there is no {path}", expected=EXPECTED)
     if found is not None:
         what, fix = found
         raise VpError(f"{path} is {what}", expected=EXPECTED, fix=fix)
+
+
+def kind_of(path: Path) -> str:
+    """What a file is, in a few words ("an ONNX model"); "" where that cannot be told, or it is a plan or a mask."""
+    found = _file(path)
+    return found[0] if found is not None else ""
 
 
 def _folder(path: Path) -> tuple[str, str] | None:
