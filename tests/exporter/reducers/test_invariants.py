@@ -27,6 +27,9 @@ from tests.exporter.reducers.cases import (
     rough_image,
     tau_between,
 )
+from tests.exporter.reducers.oracle_model import run
+from tests.exporter.reducers.oracles import ORACLES, Image
+from tests.exporter.reducers.test_parity import CLEAR, CLEAR_IN_MODEL
 from tests.exporter.test_reduced import images_for
 from tests.exporter.tiny import DEPTH, KINDS
 from vp_exporter.macs import count_macs
@@ -44,6 +47,11 @@ MEANS = (*PURE_MERGES, "diffrate", "ppt-prune", "ppt-mixed", "topk", "topk-ats",
 
 def drawn(variant: str, seed: int, *, sized: bool = True, **more: float) -> tuple[InnerStep, Stream, Seen]:
     """A step, and four images of noise for it."""
+    step, images = drawn_images(variant, seed, sized=sized, **more)
+    return step, as_stream(images, sized=sized), as_seen(images)
+
+
+def drawn_images(variant: str, seed: int, *, sized: bool = True, **more: float) -> tuple[InnerStep, list[Image]]:
     rng = np.random.default_rng(seed)
     prefix = int(rng.integers(1 if needs_class(variant) else 0, 6))
     grid = (int(rng.integers(1, 5)), int(rng.integers(3, 6)))
@@ -52,7 +60,7 @@ def drawn(variant: str, seed: int, *, sized: bool = True, **more: float) -> tupl
         more["tau"] = tau_between(images)
     tokens = Tokens(prefix, grid[0] * grid[1], None)
     step = make_step(variant, tokens, lambda low, high: int(rng.integers(low, high + 1)), **more)
-    return step, as_stream(images, sized=sized), as_seen(images)
+    return step, images
 
 
 def reduced(step: InnerStep, stream: Stream, seen: Seen) -> Stream:
@@ -109,8 +117,13 @@ def at(seen: Seen, index: torch.Tensor) -> Seen:
 @QUIET
 @given(seed=seeds)
 def test_images_do_not_see_each_other(variant: str, seed: int) -> None:
-    """A permuted batch gives permuted results to the bit, and an image alone makes the same choice."""
-    step, stream, seen = drawn(variant, seed)
+    """A permuted batch gives permuted results, and an image alone makes the same choice, unless that is a near-tie:
+    vector code may add up in another order, or round another way at the end of a tensor."""
+    step, images = drawn_images(variant, seed)
+    for image in images:
+        ORACLES[step.reducer](image, **step.fields())
+    clear = torch.tensor([image.margin >= CLEAR for image in images])
+    stream, seen = as_stream(images, sized=True), as_seen(images)
     out = reduced(step, stream, seen)
     assert out.positions is not None
     assert out.size is not None
@@ -121,13 +134,10 @@ def test_images_do_not_see_each_other(variant: str, seed: int) -> None:
         mine = reduced(step, part, at(seen, chosen))
         assert mine.positions is not None
         assert mine.size is not None
-        assert torch.equal(mine.positions, out.positions[chosen])
-        if len(chosen) == 4:
-            assert torch.equal(mine.x, out.x[chosen])
-            assert torch.equal(mine.size, out.size[chosen])
-        else:  # a product of another shape may add up in another order
-            torch.testing.assert_close(mine.x, out.x[chosen])
-            torch.testing.assert_close(mine.size, out.size[chosen])
+        sure, mine_sure = chosen[clear[chosen]], clear[chosen]
+        assert torch.equal(mine.positions[mine_sure], out.positions[sure])
+        torch.testing.assert_close(mine.x[mine_sure], out.x[sure])
+        torch.testing.assert_close(mine.size[mine_sure], out.size[sure])
 
 
 # Of 8 equal patch tokens behind a class token: fields, positions that leave, their sizes.
@@ -180,8 +190,15 @@ def test_tokens_are_as_many_as_the_plan_says(kind: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_again_is_the_same_and_the_batch_does_not_matter(variant: str) -> None:
     vit, description = model_of("class-token")
-    model = ReducedViT(vit, description, make_plan(description, {1: variant, 2: variant}, middle, proportional=True))
-    images = images_for(description, 5)
+    plan = make_plan(description, {1: variant, 2: variant}, middle, proportional=True)
+    model, clear = ReducedViT(vit, description, plan), []
+    for image in images_for(description, 8):
+        margins: list[float] = []
+        run(vit, description, plan, image, margins)
+        if min(margins, default=np.inf) >= CLEAR_IN_MODEL:  # or another batch may choose otherwise, and be as right
+            clear.append(image)
+    assert len(clear) >= 5
+    images = torch.stack(clear[:5])
     with torch.no_grad():
         logits = model(images)
         assert torch.equal(model(images), logits)
