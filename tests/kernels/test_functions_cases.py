@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.kernels.density_merge.cases import Plan, decided
 from tests.kernels.support import seeded
 from vp_kernels.attention.function import attention_node
 from vp_kernels.attention.op import attention
@@ -19,6 +20,7 @@ from vp_kernels.gather_norm.function import gather_norm_node
 from vp_kernels.gather_norm.op import gather_norm
 from vp_kernels.match_merge.function import match_merge_node
 from vp_kernels.match_merge.op import match_merge
+from vp_kernels.match_merge.reference import match_reference
 from vp_kernels.merge_rows.function import merge_rows_node
 from vp_kernels.merge_rows.op import merge_rows
 from vp_kernels.onnx import function_names
@@ -237,3 +239,25 @@ def test_every_operator_type_has_a_case() -> None:
 def test_names_of_cases_are_unique() -> None:
     names = [case.name for make in CASES.values() for case in make(torch.float32)]
     assert len(names) == len(set(names))
+
+
+def test_no_case_is_a_near_tie() -> None:
+    """An engine that adds up in another order decides alike: nothing turns where what is compared is off by 1e-5.
+
+    Exact ties stay ties, and are none of these.
+    """
+    for case in match_merge_cases():
+        if case.note != "ties":
+            metric, rest = case.tensors["metric"].double(), {**case.tensors, **case.settings}
+            rest = {name: rest.get(name) for name in ("size", "r", "prefix", "scores")} | {"tau": rest.get("tau", 0.0)}
+            chosen = match_reference(metric, **rest)  # type: ignore[arg-type]
+            for seed in (7, 8):
+                moved = metric * (1.0 + 1e-5 * seeded(*metric.shape, dtype=torch.float64, seed=seed))
+                for one, other in zip(chosen, match_reference(moved, **rest), strict=True):  # type: ignore[arg-type]
+                    assert torch.equal(one, other), case.name
+    for case in density_merge_cases():
+        if case.note != "ties":
+            counts = (case.settings[name] for name in ("tokens_out", "clusters", "pairs", "prefix"))
+            out, clusters, pairs, prefix = counts
+            x, scores = case.tensors["x"], case.tensors["scores"]
+            assert len(decided(x, scores, Plan(x.shape[1], prefix, out, clusters, pairs))) == len(x), case.name
