@@ -148,8 +148,11 @@ def export_bundle(
             )
             built_with[variant] = kernels
             notes = (*result.notes, *([why] if why else []))
-            for note in notes if variant == "reduced" else ():
-                progress.note(note)
+            for note in notes if variant == "reduced" else result.notes:
+                if variant == "reduced":
+                    progress.note(note)
+                elif note not in variants["reduced"]["notes"]:
+                    progress.note(f"the dense engine: {note}")
             prefix = VARIANT_FOLDERS[variant] + "/"
             files |= {prefix + name: folder / name for name in result.files}
             variants[variant] = {

@@ -10,7 +10,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -91,14 +92,30 @@ class AotInductorBackend(Backend):
         # by default the number of this machine would be compiled in.
         # Kernels tell torch's profiler their names; without a profiler that is one look at a flag each.
         on_cpu = {"freezing": True, "cpp.dynamic_threads": True, "cpp.enable_kernel_profile": True}
-        configs = on_cpu if options.device == "cpu" else {}
+        configs: dict[str, Any] = on_cpu if options.device == "cpu" else {}
         path = out / ARTEFACT
-        try:
-            with torch.no_grad():
-                inductor.aoti_compile_and_package(source.program, package_path=str(path), inductor_configs=configs)
-        except Exception as error:  # inductor raises whatever its passes and the compiler do
-            raise BuildError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
-        return BuildResult(ARTEFACT, (ARTEFACT,), _machine(torch, options.device))
+        if _has_space(tempfile.gettempdir()):  # torch's commands do not quote it; headers are compiled beforehand there
+            configs["cpp_cache_precompile_headers"] = False
+        widths = _vector_bits() if options.device == "cpu" else [None]
+        for place, bits in enumerate(widths):
+            # The first width is torch's own choice and is left to it; 1 stands for none at all.
+            narrower = {"cpp.simdlen": bits or 1} if place else {}
+            try:
+                with torch.no_grad(), _paths_without_space(), _scalars_stay_scalars():
+                    inductor.aoti_compile_and_package(
+                        source.program, package_path=str(path), inductor_configs={**configs, **narrower}
+                    )
+                break
+            except Exception as error:  # inductor raises whatever its passes and the compiler do
+                if place + 1 == len(widths) or not _refused_by_compiler(error):
+                    raise BuildError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
+        requirements = _machine(torch, options.device)
+        notes: tuple[str, ...] = ()
+        if bits is not None:
+            requirements["vector_bits"] = bits
+            if place:
+                notes = (f"compiled {_width(bits)}: the C++ compiler refuses torch's code {_width(widths[0])}",)
+        return BuildResult(ARTEFACT, (ARTEFACT,), requirements, notes)
 
     def open(
         self,
@@ -221,6 +238,108 @@ def _load(torch: Any, path: str) -> Callable[[Any], Any]:
     # model name, run_single_threaded, num_runners, device_index (-1: the current device)
     package = loader(path, "model", False, 1, -1)
     return lambda batch: package.boxed_run([batch])
+
+
+def _has_space(path: str) -> bool:
+    return any(character.isspace() for character in path)
+
+
+@contextmanager
+def _paths_without_space() -> Iterator[None]:
+    """Torch's commands for the C++ compiler do not quote the folders of its cache and of its own libraries: where their
+    path has a space, others stand in for the while.
+
+    Raises:
+        BuildError: there is no folder to put them in.
+    """
+    from torch.utils import cpp_extension
+
+    name, libraries = "TORCHINDUCTOR_CACHE_DIR", str(cpp_extension.TORCH_LIB_PATH)
+    cache = os.environ.get(name)
+    if not _has_space(cache or tempfile.gettempdir()) and not _has_space(libraries):
+        yield
+        return
+    places = [each for each in (tempfile.gettempdir(), "/tmp", "/var/tmp") if not _has_space(each)]
+    place = next((each for each in places if os.access(each, os.W_OK)), None)
+    if place is None:
+        raise BuildError(
+            f"torch cannot compile where the path of a folder has a space ('{tempfile.gettempdir()}')",
+            fix="set TMPDIR to a folder without",
+        )
+    folder = tempfile.mkdtemp(prefix="vp-inductor-", dir=place)
+    try:
+        os.symlink(libraries, os.path.join(folder, "lib"))
+        cpp_extension.TORCH_LIB_PATH = os.path.join(folder, "lib")
+        if _has_space(cache or tempfile.gettempdir()):
+            os.environ[name] = os.path.join(folder, "cache")
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = libraries
+        os.environ.pop(name, None)
+        if cache is not None:
+            os.environ[name] = cache
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _scalars_stay_scalars() -> Iterator[None]:
+    """Torch 2.11 takes a scalar that once stood under a mask for a vector from there on, and writes code that no
+    compiler takes ("no match for operator<(VectorizedN<long, 2>, long)"), most of all with AVX-512, where tokens fill
+    less than a vector. Here it is a scalar again once the masked part is written."""
+    try:
+        from torch._inductor.codegen.cpp import CppVecOverrides
+
+        written = CppVecOverrides.__dict__["masked"]
+        masked = written.__func__
+    except (ImportError, KeyError, AttributeError):  # another version of torch, with other faults
+        yield
+        return
+
+    def corrected(mask: Any, body: Callable[[], Any], other: Any) -> Any:
+        seen: list[tuple[Any, bool]] = []
+
+        def noted() -> Any:
+            result = body()
+            seen.append((result, bool(getattr(result, "is_vec", True))))
+            return result
+
+        found = masked(mask, noted, other)
+        for result, vector in seen:
+            if not vector and result is not found:
+                result.is_vec = False
+        return found
+
+    CppVecOverrides.masked = staticmethod(corrected)
+    try:
+        yield
+    finally:
+        CppVecOverrides.masked = written
+
+
+def _vector_bits() -> list[int | None]:
+    """Widths of vectors that torch can write code for here, in bits: its own choice, and the narrower ones behind it;
+    0 is code without vectors. [None] where this version of torch does not tell."""
+    try:
+        from torch._inductor.cpu_vec_isa import pick_vec_isa, valid_vec_isa_list
+
+        best = int(pick_vec_isa().bit_width())
+        narrower = {int(isa.bit_width()) for isa in valid_vec_isa_list()} | {0}
+    except (ImportError, AttributeError):
+        return [None]
+    return [best, *sorted((bits for bits in narrower if bits < best), reverse=True)]
+
+
+def _width(bits: int | None) -> str:
+    return f"with {bits}-bit vectors" if bits else "without vectors"
+
+
+def _refused_by_compiler(error: BaseException | None) -> bool:
+    """Whether the C++ compiler refused what torch wrote. Torch wraps that error, or does not, as versions go."""
+    while error is not None:
+        if type(error).__name__ == "CppCompileError":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _compiler() -> str | None:

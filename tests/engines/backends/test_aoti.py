@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 from torch import nn
+from torch._inductor.exc import CppCompileError
+from torch.utils import cpp_extension
 
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import INPUTS, OUTPUTS
@@ -154,6 +159,118 @@ def test_build_without_what_it_needs(source: BuildSource, tmp_path: Path, monkey
 def test_build_says_why_it_failed(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="AOTInductor cannot compile the model: "):
         BACKEND.build(BuildSource("fp32", INPUTS, OUTPUTS, program="not a program"), tmp_path, BuildOptions())
+
+
+class Compiler:
+    """Stands in for torch's compiler: refuses as often as it is told, then writes a file, or compiles really."""
+
+    def __init__(self, refusals: int, error: Exception, real: Callable[..., Any] | None = None) -> None:
+        self.refusals, self.error, self.real = refusals, error, real
+        self.widths: list[int | None] = []
+
+    def __call__(self, program: Any, *, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        self.widths.append(inductor_configs.get("cpp.simdlen"))
+        if len(self.widths) <= self.refusals:
+            raise self.error
+        if self.real is None:
+            Path(package_path).write_bytes(b"compiled")
+        else:
+            self.real(program, package_path=package_path, inductor_configs=inductor_configs)
+
+
+def refused(wrapped: bool = False) -> Exception:
+    error = CppCompileError(
+        ["g++"], "error: no match for 'operator<' (operand types are 'VectorizedN<long, 2>', 'long')"
+    )
+    if wrapped:
+        outer = RuntimeError("the backend failed")
+        outer.__cause__ = error
+        return outer
+    return error
+
+
+@pytest.mark.parametrize(
+    ("refusals", "widths", "bits", "note"),
+    [
+        (0, [None], 512, ()),
+        (1, [None, 256], 256, ("with 256-bit vectors",)),
+        (2, [None, 256, 1], 0, ("without vectors",)),
+    ],
+)
+def test_code_that_the_compiler_refuses_is_written_anew_with_narrower_vectors(
+    refusals: int, widths: list[int | None], bits: int, note: tuple[str, ...], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    compiler = Compiler(refusals, refused(wrapped=refusals == 2))
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
+    monkeypatch.setattr(aoti, "_vector_bits", lambda: [512, 256, 0])
+    built = BACKEND.build(BuildSource("fp32", INPUTS, OUTPUTS, program="a program"), tmp_path, BuildOptions())
+    assert compiler.widths == widths
+    assert built.requirements["vector_bits"] == bits
+    refusal = "the C++ compiler refuses torch's code with 512-bit vectors"
+    assert built.notes == tuple(f"compiled {width}: {refusal}" for width in note)
+
+
+def test_what_no_width_helps_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = BuildSource("fp32", INPUTS, OUTPUTS, program="a program")
+    monkeypatch.setattr(aoti, "_vector_bits", lambda: [512, 256, 0])
+    for error, tries in ((refused(), 3), (ValueError("no such operator"), 1)):
+        compiler = Compiler(9, error)
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
+        with pytest.raises(BuildError, match="AOTInductor cannot compile the model: "):
+            BACKEND.build(source, tmp_path, BuildOptions())
+        assert len(compiler.widths) == tries
+
+
+def test_the_widths_are_those_of_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    widths = aoti._vector_bits()
+    assert widths == sorted(set(widths), reverse=True)
+    assert widths[-1] == 0
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # torch heeds it when it compiles, too
+    assert aoti._vector_bits() == [0]
+
+
+def test_narrower_code_gives_the_same_answers(
+    source: BuildSource, vit: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real compiler, once it has refused the best width."""
+    best = aoti._vector_bits()
+    if len(best) < 2 or not BACKEND.available("build").ok:
+        pytest.skip("no vectors, or no C++ compiler")
+    compiler = Compiler(1, refused(), torch._inductor.aoti_compile_and_package)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
+    result = BACKEND.build(source, tmp_path, BuildOptions())
+    assert result.requirements["vector_bits"] == best[1]
+    assert len(result.notes) == 1
+    with open_((result, tiny_vit.contents(result, tmp_path))) as runner:
+        tiny_vit.check_outputs(runner, vit)
+
+
+class Doubled(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(2 * images, dim=-1)
+
+
+def test_a_space_in_the_paths_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the temporary folder and of torch itself: its commands for the C++ compiler do not quote them."""
+    if not BACKEND.available("build").ok:
+        pytest.skip("no C++ compiler")
+    spaced = tmp_path / "a b"
+    spaced.mkdir()
+    libraries = spaced / "lib"
+    libraries.symlink_to(cpp_extension.TORCH_LIB_PATH)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(libraries))
+    monkeypatch.setattr(tempfile, "tempdir", str(spaced))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    before = set(Path("/tmp").glob("vp-inductor-*"))
+    program = torch.export.export(Doubled(), (torch.zeros(2, 3, 32, 32),))
+    result = BACKEND.build(BuildSource("fp32", INPUTS, OUTPUTS, program=program), spaced, BuildOptions())
+    assert result.notes == ()  # nothing was tried again
+    assert (spaced / result.artefact).stat().st_size > 1000
+    assert str(libraries) == cpp_extension.TORCH_LIB_PATH
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert set(Path("/tmp").glob("vp-inductor-*")) <= before
 
 
 def test_its_profiler(built: Built) -> None:
