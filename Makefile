@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
+.PHONY: help setup test test-portable tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
     bench-cpp support-table clean
 
 help:  ## list the targets
@@ -22,6 +22,18 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 WORKERS ?= 2
 test: setup tritonserver ray plugins cpp-deps  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The tests that compute numbers, as other processors would: other vector code in torch, oneDNN and OpenBLAS, MKL's own
+# choice of code for every machine, another number of threads. Each line is one run. Widths that this processor lacks do
+# nothing; those that it has beyond AVX2 are what `make test` uses.
+NUMERIC := tests/kernels tests/exporter/reducers tests/exporter/lowering tests/exporter/search tests/exporter/test_reduced.py \
+    tests/exporter/test_fused_block.py tests/engines/backends tests/engines/test_preprocess.py tests/examples
+test-portable: setup  ## the tests that compute numbers, under other vector code and BLAS (long)
+	@set -e; for settings in \
+	    'ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1' \
+	    'ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_CBWR=AVX2 OMP_NUM_THREADS=2'; do \
+	    echo "$$settings"; env $$settings $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow' $(NUMERIC); \
+	done
 
 # A real Triton Inference Server for the tests, with what a server has beside it. Its Python backend needs numpy below 2.
 SERVER := build/tritonserver
@@ -60,8 +72,8 @@ build/plugin-kernels/index.json: $(STAMP) Makefile $(wildcard kernels/*.py kerne
 plugins: cpp-deps build/plugin-kernels/index.json build/nvinfer/.installed  ## the TensorRT plugins, for the tests
 	@command -v cmake >/dev/null && command -v c++ >/dev/null || \
 	    { echo "the TensorRT plugins are not built or tested: they need cmake and a C++ compiler" >&2; test -z "$${VP_REQUIRE_CPP:-}"; exit; }; \
-	cmake -S . -B $(PLUGINS) -DVP_BUILD_ENGINE=OFF -DVP_PLUGIN_HARNESS=ON -DVP_KERNELS_DIR=$(CURDIR)/build/plugin-kernels \
-	    -DTENSORRT_INCLUDE_DIR=$(CURDIR)/build/nvinfer/kernel_lens/include/tensorrt >/dev/null && \
+	cmake -S . -B $(PLUGINS) -DVP_BUILD_ENGINE=OFF -DVP_PLUGIN_HARNESS=ON -DVP_KERNELS_DIR="$(CURDIR)/build/plugin-kernels" \
+	    -DTENSORRT_INCLUDE_DIR="$(CURDIR)/build/nvinfer/kernel_lens/include/tensorrt" >/dev/null && \
 	cmake --build $(PLUGINS) --parallel 2 -- -s
 
 cpp-deps:  ## Debian packages that the C++ loader is built with, where they are missing
