@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test test-portable tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
+.PHONY: help setup test test-fast test-exhaustive test-portable tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
     bench-cpp support-table clean
 
 help:  ## list the targets
@@ -20,8 +20,22 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
 # so that what its fixtures build is built once.
 WORKERS ?= 2
-test: setup tritonserver ray plugins cpp-deps  ## run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+test: setup tritonserver ray plugins cpp-deps  ## run the whole test suite (docs/testing.md)
+	$(PYTEST)
+
+test-fast: setup  ## what a developer runs before a commit: a few minutes, nothing to build
+	$(PYTEST) -m "not (slow or built or exhaustive)"
+
+test-exhaustive: setup tritonserver ray plugins cpp-deps  ## every combination, and other random examples each time
+	$(PYTEST) -m "" --hypothesis-profile=default
+
+# $(call beside,WHAT,VARIABLE,PACKAGES): the venv of a target, with what some tests need beside ours. Where that cannot be
+# had (no network, another machine), one line says why, and they are skipped; it is an error where VARIABLE is set.
+beside = @echo "installing $(1) for the tests into $(@D)"; mkdir -p $(dir $(@D)); rm -rf $(@D); \
+    { $(PYTHON) -m venv $(@D) && $(@D)/bin/python -m pip install -q --disable-pip-version-check $(3); } >$(@D).log 2>&1 && \
+    touch $@ || { rm -rf $(@D); \
+    echo "the tests of $(1) are skipped, it cannot be installed: $$(tail -n 1 $(@D).log)" >&2; test -z "$${$(2):-}"; }
 
 # The tests that compute numbers, as other processors would: other vector code in torch, oneDNN and OpenBLAS, MKL's own
 # choice of code for every machine, another number of threads. Each line is one run. Widths that this processor lacks do
@@ -32,25 +46,21 @@ test-portable: setup  ## the tests that compute numbers, under other vector code
 	@set -e; for settings in \
 	    'ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1' \
 	    'ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_CBWR=AVX2 OMP_NUM_THREADS=2'; do \
-	    echo "$$settings"; env $$settings $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow' $(NUMERIC); \
+	    echo "$$settings"; env $$settings $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not (built or exhaustive)' $(NUMERIC); \
 	done
 
 # A real Triton Inference Server for the tests, with what a server has beside it. Its Python backend needs numpy below 2.
 SERVER := build/tritonserver
 $(SERVER)/.installed: constraints.txt
-	$(PYTHON) -m venv $(SERVER)
-	$(SERVER)/bin/python -m pip install -q --disable-pip-version-check \
-	    nvidia-pytriton==0.7.0 'numpy<2' onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0
-	touch $@
+	$(call beside,Triton Inference Server,VP_REQUIRE_TRITON,\
+	    nvidia-pytriton==0.7.0 'numpy<2' onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0)
 
 # Ray for the tests, with what a node of a cluster has beside it. Not held to constraints.txt: pip looks for a set of
 # versions that fits Ray and them for longer than ten minutes.
 RAY := build/ray
 $(RAY)/.installed: constraints.txt
-	$(PYTHON) -m venv $(RAY)
-	$(RAY)/bin/python -m pip install -q --disable-pip-version-check \
-	    'ray[serve]==2.60.0' numpy==2.4.6 onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0
-	touch $@
+	$(call beside,Ray Serve,VP_REQUIRE_RAY,\
+	    'ray[serve]==2.60.0' numpy==2.4.6 onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0)
 
 ray: $(RAY)/.installed  ## Ray Serve, for the tests
 
@@ -61,17 +71,18 @@ PLUGINS := build/plugins
 TEST_KERNELS := attention_fp32_d32* attention_fp16_d64_n17_32* attention_bf16_d64_n193_208 sum_* gather_norm/fp32_192* select/64 select/64_by_score \
     select/fuse_fp32_64 merge_rows/fp32_192_r16* match_merge/fp32_d64_32* density_merge/fp32*
 build/nvinfer/.installed:
-	$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps -d build/nvinfer kernel-lens==2.0.1
-	cd build/nvinfer && $(PYTHON) -m zipfile -e kernel_lens-*.whl .
-	touch $@
+	@mkdir -p $(@D); { $(PYTHON) -m pip download -q --disable-pip-version-check --no-deps -d $(@D) kernel-lens==2.0.1 && \
+	cd $(@D) && $(PYTHON) -m zipfile -e kernel_lens-*.whl .; } >$(@D).log 2>&1 && touch $@ || { tail -n 1 $(@D).log >&2; test -z "$${VP_REQUIRE_CPP:-}"; }
 
 build/plugin-kernels/index.json: $(STAMP) Makefile $(wildcard kernels/*.py kernels/*/*.py)
 	env -u TRITON_INTERPRET $(BIN)/python -m vp_kernels.aot --sm 90 --all --force --out build/plugin-kernels \
-	    $(foreach kernel,$(TEST_KERNELS),--match '$(kernel)') 2>build/plugin-kernels.log || { cat build/plugin-kernels.log; exit 1; }
+	    $(foreach kernel,$(TEST_KERNELS),--match '$(kernel)') 2>build/plugin-kernels.log || { rm -f $@; test -z "$${VP_REQUIRE_CPP:-}"; }
 
 plugins: cpp-deps build/plugin-kernels/index.json build/nvinfer/.installed  ## the TensorRT plugins, for the tests
-	@command -v cmake >/dev/null && command -v c++ >/dev/null || \
-	    { echo "the TensorRT plugins are not built or tested: they need cmake and a C++ compiler" >&2; test -z "$${VP_REQUIRE_CPP:-}"; exit; }; \
+	@lacks=""; test -e build/plugin-kernels/index.json || lacks="their kernels do not compile: $$(tail -n 1 build/plugin-kernels.log)"; \
+	test -e build/nvinfer/.installed || lacks="there is no NvInfer.h: $$(tail -n 1 build/nvinfer.log)"; \
+	command -v cmake >/dev/null && command -v c++ >/dev/null || lacks="they need cmake and a C++ compiler"; \
+	test -z "$$lacks" || { echo "the TensorRT plugins are not built or tested: $$lacks" >&2; test -z "$${VP_REQUIRE_CPP:-}"; exit; }; \
 	cmake -S . -B $(PLUGINS) -DVP_BUILD_ENGINE=OFF -DVP_PLUGIN_HARNESS=ON -DVP_KERNELS_DIR="$(CURDIR)/build/plugin-kernels" \
 	    -DTENSORRT_INCLUDE_DIR="$(CURDIR)/build/nvinfer/kernel_lens/include/tensorrt" >/dev/null && \
 	cmake --build $(PLUGINS) --parallel 2 -- -s

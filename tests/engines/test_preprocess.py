@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from tests.pairwise import pairwise
 from vp_engines.errors import InputError
 from vp_engines.manifest import Preprocessing
 from vp_engines.preprocess import IMAGE_SUFFIXES, preprocess, readable_suffixes
@@ -86,11 +87,13 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-@pytest.mark.parametrize(("width", "height"), SIZES)
-@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
-def test_equal_to_timm_on_awkward_sizes(width: int, height: int, crop_mode: str, crop_pct: float) -> None:
-    check(picture(width, height), (64, 64), crop_pct, crop_mode, "bicubic")
+@pytest.mark.parametrize(
+    ("crop_pct", "size", "crop_mode"),
+    pairwise([0.875, 0.9, 1.0], SIZES, ["center", "squash", "border"]),
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_equal_to_timm_on_awkward_sizes(crop_pct: float, size: tuple[int, int], crop_mode: str) -> None:
+    check(picture(*size), (64, 64), crop_pct, crop_mode, "bicubic")
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos"])

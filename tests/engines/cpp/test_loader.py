@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import vp_engines
+from tests import optional
 from tests.embedding import blocks, replaced, words
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import CLASSES, INPUTS, OUTPUTS, SIZE
@@ -32,7 +33,7 @@ from vp_engines.errors import VpError
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "cpp"
 SAME = 1e-5  # of logits of about 1: the threads of a run may share out its sums otherwise
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.built]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -47,9 +48,7 @@ def missing() -> str:
 @pytest.fixture(scope="module", autouse=True)
 def tools() -> None:
     if lacking := missing():
-        if os.environ.get("VP_REQUIRE_CPP"):
-            pytest.fail(f"the C++ loader cannot be built without {lacking}: run 'make cpp-deps'")
-        pytest.skip(f"no {lacking}: run 'make cpp-deps' to test the C++ loader")
+        optional.missing(f"the C++ loader cannot be built without {lacking}: make cpp-deps", "VP_REQUIRE_CPP")
 
 
 def call(*command: str | Path, timeout: float = LONG) -> str:

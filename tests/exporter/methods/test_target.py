@@ -8,17 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pairwise import pairwise
 from vp_exporter.errors import PlanError
 from vp_exporter.macs import count_macs
 from vp_exporter.methods import METHODS, MethodRequest, build_plan
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
 
-SHAPED = [
-    (name, shape)
-    for name, method in METHODS.items()
-    for shape in (("constant", "decreasing", "increasing") if "schedule" in method.options else (None,))
-]
+SHAPES = ("constant", "decreasing", "increasing", None)
 
 
 def target(method: str, share: float, model: ViTDescription, **changes: Any) -> ReductionPlan:
@@ -30,8 +27,15 @@ def share_of(plan: ReductionPlan, model: ViTDescription) -> float:
     return count_macs(model, plan).total / count_macs(model).total
 
 
-@pytest.mark.parametrize(("method", "shape"), SHAPED)
-@pytest.mark.parametrize("share", [0.5, 0.65, 0.8, 0.97])
+@pytest.mark.parametrize(
+    ("share", "method", "shape"),
+    pairwise(
+        [0.5, 0.65, 0.8, 0.97],
+        METHODS,
+        SHAPES,
+        allowed=lambda share, method, shape: ("schedule" in METHODS[method].options) == (shape is not None),
+    ),
+)
 def test_hits_the_target(method: str, shape: str | None, share: float, deit_s: ViTDescription) -> None:
     plan = target(method, share, deit_s, schedule=shape)
     found = share_of(plan, deit_s)

@@ -135,9 +135,10 @@ def tome(image: Image, r: int) -> Result:
 
 def ppt(image: Image, r: int, tau: float) -> Result:
     score = {j: image.class_attention(j) * image.value_norm(j) for j in image.patches}
-    total = sum(score.values())
+    total, n = sum(score.values()), len(score)
+    if not total:  # 0 / 0 is not below any tau, and all tie
+        return output(image, [image.row(j) for j in image.patches[: n - r]])
     score = {j: value / total for j, value in score.items()}
-    n = len(score)
     mean = sum(score.values()) / n
     variance = sum((value - mean) ** 2 for value in score.values()) / (n - 1) if n > 1 else 0.0
     note(image, variance, tau)

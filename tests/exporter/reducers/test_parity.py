@@ -32,6 +32,7 @@ from tests.exporter.reducers.oracle_model import run
 from tests.exporter.reducers.oracles import ORACLES, Image
 from tests.exporter.test_reduced import images_for
 from tests.exporter.tiny import DEPTH, KINDS
+from tests.pairwise import thinned
 from vp_exporter.attention import AttentionForm
 from vp_exporter.errors import PlanError
 from vp_exporter.plan import ReductionPlan
@@ -88,6 +89,15 @@ def test_ties_and_order_exactly(variant: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("variant", ["ppt-prune", "ppt-mixed", "ppt-pool"])
+def test_values_without_any_length(variant: str) -> None:
+    """Scores of 0 have no shares, and so no variance that lies below a tau."""
+    images = [exact_image(1, (2, 4), lambda count, high: [high] * count, sized=False) for _ in range(2)]
+    assert not images[0].values.any()
+    step = make_step(variant, Tokens(1, 8, None), middle, exact=True)
+    check_step(step, images, sized=False, shared=False)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_noise(variant: str) -> None:
     count: Counter[str] = Counter()
@@ -135,10 +145,16 @@ def check_model(kind: str, plan: ReductionPlan, images: torch.Tensor, forms: tup
 
 @pytest.mark.parametrize(
     ("kind", "variant"),
-    [(k, v) for k in KINDS for v in VARIANTS if k not in WITHOUT_CLASS_TOKEN or not needs_class(v)],
+    thinned(
+        [(k, v) for k in KINDS for v in VARIANTS if k not in WITHOUT_CLASS_TOKEN or not needs_class(v)],
+        lambda kind, variant: {variant, (kind, VARIANTS[variant][0])},
+    ),
 )
 def test_whole_model(kind: str, variant: str) -> None:
-    """At blocks 1 and 2, without and with proportional attention; every form in which attention is lowered."""
+    """At blocks 1 and 2, without and with proportional attention; every form in which attention is lowered.
+
+    By default every kind with every reducer, and every variant once.
+    """
     _, description = model_of(kind)
     for proportional in (False, True):
         plan = make_plan(description, {1: variant, 2: variant}, middle, proportional=proportional)

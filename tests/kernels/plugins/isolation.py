@@ -10,10 +10,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.kernels.interpreter import complete_interpreter
 from tests.kernels.plugins.driver import Driver
+from tests.optional import missing
 from vp_kernels.plugins.harness import Plugins
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,13 +21,17 @@ LIBRARY = FOLDER / "libvp_plugins.so"
 KERNELS = ROOT / "build" / "plugin-kernels"
 
 
+def need_plugins() -> None:
+    if not LIBRARY.is_file():
+        missing("there are no TensorRT plugins: make plugins", "VP_REQUIRE_CPP")
+
+
 def isolated(test: Callable[..., None]) -> Callable[..., None]:
     """Run a test function of a module in the other process, where `driver` and `plugins` are."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        if not LIBRARY.is_file():
-            pytest.skip("there are no plugins: make plugins")
+        need_plugins()
         _pool().submit(_call, test.__module__, test.__name__, args, kwargs).result()
 
     return run

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.kernels.plugins.calls import calls, launched, node_of
-from tests.kernels.plugins.isolation import FOLDER, LIBRARY, driver, isolated, plugins
+from tests.kernels.plugins.isolation import FOLDER, driver, isolated, need_plugins, plugins
 from vp_kernels.attention.kernel import launch_attention
 from vp_kernels.onnx import function_names
 from vp_kernels.plugins.harness import FLOAT32, INT32, Node, PluginError
 
+pytestmark = pytest.mark.built
 CALLS = calls()
 
 
@@ -220,8 +221,7 @@ with plugins.create("Select", {"k": 3}) as node:
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a driver")
 def test_nothing_is_loaded_until_used() -> None:
     """A machine without a driver lists the plugins and makes nodes; a run says what is missing."""
-    if not LIBRARY.is_file():
-        pytest.skip("there are no plugins: make plugins")
+    need_plugins()
     done = subprocess.run(
         [sys.executable, "-c", NO_DRIVER, str(FOLDER)],
         capture_output=True, text=True, check=True, env={**os.environ, "LD_LIBRARY_PATH": ""},

@@ -10,12 +10,13 @@ import pytest
 
 from tests.exporter.reducers.test_export import EVERY_REDUCER
 from tests.exporter.test_fused_block import both
-from tests.kernels.plugins.isolation import LIBRARY, ROOT
+from tests.kernels.plugins.isolation import LIBRARY, ROOT, need_plugins
 from tests.waiting import LONG
 from vp_exporter.lowering import lower_onnx
 from vp_kernels.onnx import function_names
 
 pytest.importorskip("tensorrt_rtx")
+pytestmark = pytest.mark.built
 CHILD = """
 import sys
 import tensorrt_rtx as trt
@@ -42,8 +43,7 @@ def in_child(library: str, model: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not LIBRARY.is_file():
-        pytest.skip("there are no plugins: make plugins")
+    need_plugins()
     _, fused = both(EVERY_REDUCER[:1])
     return lower_onnx(fused.for_export(), tmp_path_factory.mktemp("plugins") / "model.onnx", plugins=True)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.optional import missing
 from tests.waiting import LONG, until
 
 ROOT = Path(__file__).parents[4]
@@ -55,7 +56,8 @@ class Server:
 
 def environment(work: Path, scratch: Path) -> dict[str, str]:
     """What a node has: Ray, the engine and vp_engines; a word to nobody outside, nothing outside `scratch`."""
-    assert PYTHON.is_file(), f"{PYTHON} is not there: run 'make ray'"
+    if not PYTHON.is_file():
+        missing("there is no Ray: make ray", "VP_REQUIRE_RAY")
     names = work / "packages"
     names.mkdir(exist_ok=True)
     if not (names / "vp_engines").exists():

@@ -32,7 +32,7 @@ from tests.engines.serving.triton.samples import answers, write_linear
 from tests.ports import free_ports
 from tests.waiting import LONG, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.built]
 CLIENTS = 32
 ENGINES = "linear--engines"
 

@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
+from tests.optional import missing
 from tests.ports import free_ports
 from tests.waiting import LONG, until
 
@@ -37,10 +36,10 @@ class Server:
 
 
 def packages() -> Path:
-    """Where the server's packages are; the test is skipped where it was not installed."""
+    """Where the server's packages are; the test is skipped where they were not installed."""
     found = VENV / "lib" / f"python{PYTHON}" / "site-packages"
     if not (found / "pytriton").is_dir():
-        pytest.skip("there is no Triton Inference Server: make tritonserver")
+        missing("there is no Triton Inference Server: make tritonserver", "VP_REQUIRE_TRITON")
     return found
 
 

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.embedding import blocks, replaced
 from tests.engines.serving.triton.samples import write_linear
 from tests.engines.serving.triton.server import running
 from tests.waiting import LONG
 
 
+@pytest.mark.built
 def test_triton(tmp_path: Path) -> None:
     write_linear(tmp_path / "deit_s.vpe", name="deit_s")
     write, serve = blocks("Triton Inference Server", "bash")

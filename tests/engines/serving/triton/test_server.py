@@ -28,7 +28,7 @@ from tests.engines.serving.triton.server import Server, packages, running
 from tests.waiting import LONG, until
 from vp_engines.serving.triton.repository import BUNDLE_FOLDER, ServeOptions, write_repository
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.built]
 CLIENTS = 32
 
 

@@ -1,0 +1,61 @@
+"""Cross products of parameters, thinned: by default every pair of values is tested, and every combination on request.
+
+What is left out is marked `exhaustive`, which pyproject.toml deselects (`make test-exhaustive` runs everything).
+
+allpairspy does not serve here: under constraints its search stops before every pair that is allowed has been found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import pytest
+from _pytest.mark.structures import ParameterSet
+
+Row = Sequence[Any]
+
+
+def pairwise(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *_: True) -> list[ParameterSet]:
+    """The product of `axes` for `pytest.mark.parametrize`, in its usual order.
+
+    Any two values of two axes that stand together in an allowed row do so in a row that is not `exhaustive`. Of two
+    axes that is the whole product; see `thinned` for those.
+
+    Args:
+        axes: the values of each argument.
+        allowed: takes a row as its arguments; the others are left out altogether.
+    """
+    values = [list(axis) for axis in axes]
+    places = list(itertools.product(*(range(len(axis)) for axis in values)))
+    rows = [tuple(axis[at] for axis, at in zip(values, row, strict=True)) for row in places]
+    kept = [number for number, row in enumerate(rows) if allowed(*row)]
+    pairs = [set(itertools.combinations(enumerate(places[number]), 2)) for number in kept]
+    return _marked([rows[number] for number in kept], pairs)
+
+
+def thinned(rows: Iterable[Row], goals: Callable[..., Iterable[Hashable]]) -> list[ParameterSet]:
+    """Rows for `pytest.mark.parametrize`, as few of them not `exhaustive` as reach every goal that any row reaches.
+
+    Args:
+        goals: takes a row as its arguments and says what it is a test of.
+    """
+    listed = list(rows)
+    return _marked(listed, [set(goals(*row)) for row in listed])
+
+
+def covering(goals: Sequence[set[Any]]) -> list[int]:
+    """Numbers of the sets that together hold what all of them hold, in order: of those that add most the first."""
+    left = set().union(*goals)
+    chosen = []
+    while left:
+        best = max(range(len(goals)), key=lambda number: len(goals[number] & left))  # max keeps the first
+        chosen.append(best)
+        left -= goals[best]
+    return sorted(chosen)
+
+
+def _marked(rows: list[Row], goals: Sequence[set[Any]]) -> list[ParameterSet]:
+    usual = set(covering(goals))
+    return [pytest.param(*row, marks=[] if at in usual else pytest.mark.exhaustive) for at, row in enumerate(rows)]
