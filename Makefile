@@ -20,7 +20,7 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # One process a core, one thread each: tiny models spend their time waiting for a second thread. A file stays in one process,
 # so that what its fixtures build is built once.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: setup tritonserver ray plugins cpp-deps  ## run the whole test suite (docs/testing.md)
 	$(PYTEST)
 
@@ -28,7 +28,7 @@ test-fast: setup  ## what a developer runs before a commit: a few minutes, nothi
 	$(PYTEST) -m "not (slow or built or exhaustive)"
 
 test-exhaustive: setup tritonserver ray plugins cpp-deps  ## every combination, and other random examples each time
-	$(PYTEST) -m "" --hypothesis-profile=default
+	$(PYTEST) -m "" --hypothesis-profile=random
 
 # $(call beside,WHAT,VARIABLE,PACKAGES): the venv of a target, with what some tests need beside ours. Where that cannot be
 # had (no network, another machine), one line says why, and they are skipped; it is an error where VARIABLE is set.

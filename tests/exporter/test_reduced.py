@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.exporter.tiny import DEPTH, KINDS, random_mask, random_plan, tiny_vit
+from tests.pairwise import pairwise
 from vp_exporter.errors import PlanError
 from vp_exporter.masks import plan_from_mask
 from vp_exporter.models import describe
@@ -56,13 +57,13 @@ def test_dense_twin_equals_timm(kind: str) -> None:
         torch.testing.assert_close(ReducedViT(vit, description)(images), vit(images), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scales", [False, True], ids=["mask", "tuned-mask"])
-@pytest.mark.parametrize("first", [True, False], ids=["drop-before-embedding", "embed-all"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_oracle(kind: str, first: bool, scales: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "where", "values"), pairwise(KINDS, ["drop-before-embedding", "embed-all"], ["mask", "tuned-mask"])
+)
+def test_oracle(kind: str, where: str, values: str) -> None:
     vit, description = tiny_vit(kind)
     model = description.plan_model()
-    mask = random_mask(model, scales=scales, first=first)
+    mask = random_mask(model, scales=values == "tuned-mask", first=where == "drop-before-embedding")
     reduced = ReducedViT(vit, description, plan_from_mask(mask, model))
     images = images_for(description)
     layers, output = masked_dense(vit, mask, images)

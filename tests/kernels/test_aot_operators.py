@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.test_aot import assembled, declared, environment
+from tests.pairwise import covering
 from tests.waiting import LONG
 from vp_kernels.aot import check_index
 
@@ -42,8 +44,10 @@ for operator, module in rooms().items():
         usual = all(fits(each.shapes.get(name, size), size) for name, size in SIZES.items())
         key = (each.config.kernel.fn.__name__, each.dtype == "fp32")
         groups.setdefault(key, {True: [], False: []})[usual].append(each.name)
-    chosen[operator] = [(found[True] or found[False]) for found in groups.values()]
-    chosen[operator] = [names[len(names) // 2] for names in chosen[operator]]
+    chosen[operator] = []
+    for (kernel, _), found in groups.items():
+        names = found[True] or found[False]
+        chosen[operator].append([kernel, names[len(names) // 2]])
 print(json.dumps(chosen))
 """
 
@@ -58,42 +62,73 @@ def command(*words: str, folder: Path) -> str:
     return done.stdout
 
 
+# As a user would build them, for one generation after another.
+BUILD = """
+import json, sys
+from vp_kernels.aot import main
+
+if __name__ == "__main__":
+    for sm, names in json.loads(sys.argv[1]).items():
+        words = [f"--match={name}" for name in names]
+        assert main(["--out", sm, "--jobs", "2", f"--sm={sm}", *words]) == 0
+"""
+
+
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The variants of each operator that are built here."""
-    found: dict[str, list[str]] = json.loads(command("-c", CHOOSE, folder=tmp_path_factory.mktemp("choose")))
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
+    """Kernels and variants of each operator that are built here."""
+    found: dict[str, list[tuple[str, str]]] = json.loads(
+        command("-c", CHOOSE, folder=tmp_path_factory.mktemp("choose"))
+    )
     return found
 
 
+@pytest.fixture(scope="module", params=["pairs", pytest.param("all", marks=pytest.mark.exhaustive)])
+def wanted(chosen: dict[str, list[tuple[str, str]]], request: pytest.FixtureRequest) -> list[tuple[str, str, int]]:
+    """(operator, variant, sm): all of them for all three, or every variant once and every kernel for all three."""
+    names = [(operator, *each) for operator, names in chosen.items() for each in names]
+    rows = [(*each, sm) for each in names for sm in SHARED_BYTES]
+    some = covering([{(operator, name), (operator, kernel, sm)} for operator, kernel, name, sm in rows])
+    kept = some if request.param == "pairs" else range(len(rows))
+    return [(rows[at][0], rows[at][2], rows[at][3]) for at in kept]
+
+
 @pytest.fixture(scope="module")
-def built(chosen: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of them for all three, as a user would build them."""
+def built(wanted: list[tuple[str, str, int]], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folder of each generation."""
     folder = tmp_path_factory.mktemp("operators")
-    words = [f"--match={operator}/{name}" for operator, names in chosen.items() for name in names]
-    words += [f"--sm={sm}" for sm in SHARED_BYTES]
-    command("-m", "vp_kernels.aot", "--out", "built", "--jobs", "2", *words, folder=folder)
-    return folder / "built"
+    jobs = {sm: [f"{operator}/{name}" for operator, name, each in wanted if each == sm] for sm in SHARED_BYTES}
+    (folder / "build.py").write_text(BUILD)  # a file: it starts processes, which import it
+    command("build.py", json.dumps(jobs), folder=folder)
+    return [folder / str(sm) for sm in SHARED_BYTES]
 
 
-def test_every_operator_is_there(chosen: dict[str, list[str]], built: Path) -> None:
+def entries(built: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Everything that was built, with its folder."""
+    return [(folder, entry) for folder in built for entry in check_index(folder)["entries"]]
+
+
+def test_every_operator_is_there(
+    chosen: dict[str, list[tuple[str, str]]], wanted: list[tuple[str, str, int]], built: list[Path]
+) -> None:
     package = Path(__file__).parents[2] / "kernels"
     operators = {each.parent.name for each in package.glob("*/kernel.py")}
     assert set(chosen) == operators
     assert not [operator for operator, names in chosen.items() if not names], "a kernel.py without variants()"
-    index = check_index(built)
-    built_names = {(each["operator"], each["variant"], each["sm"]) for each in index["entries"]}
-    wanted = {(operator, name) for operator, names in chosen.items() for name in names}
-    assert built_names == {(*each, sm) for each in wanted for sm in SHARED_BYTES}
+    found = [entry for _, entry in entries(built)]
+    assert {(each["operator"], each["variant"], each["sm"]) for each in found} == set(wanted)
+    assert {(each["operator"], each["sm"]) for each in found} == set(itertools.product(operators, SHARED_BYTES))
     for operator in operators:
-        dtypes = {each["dtype"] for each in index["entries"] if each["operator"] == operator}
+        dtypes = {each["dtype"] for each in found if each["operator"] == operator}
         assert "fp32" in dtypes, operator
         assert dtypes & {"fp16", "bf16"}, operator
-        assert f"{operator}/kernel.py" in index["sources"]
+        for folder in built:
+            assert f"{operator}/kernel.py" in check_index(folder)["sources"]
 
 
-def test_each_fits_its_gpu(built: Path) -> None:
+def test_each_fits_its_gpu(built: list[Path]) -> None:
     wrong: list[str] = []
-    for entry in check_index(built)["entries"]:
+    for _, entry in entries(built):
         name = f"{entry['operator']}/{entry['variant']} for sm_{entry['sm']}"
         shared = entry["shared"]["static"] + entry["shared"]["dynamic"]
         if entry["spill_bytes"] > SPILL_BYTES:
@@ -105,11 +140,11 @@ def test_each_fits_its_gpu(built: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_each_is_what_its_entry_says(built: Path) -> None:
+def test_each_is_what_its_entry_says(built: list[Path]) -> None:
     """By readers that share nothing with the builder's."""
-    for entry in check_index(built)["entries"]:
-        ptx = declared((built / entry["ptx"]["path"]).read_text())
-        cubin = assembled((built / entry["cubin"]["path"]).read_bytes(), entry["entry"])
+    for folder, entry in entries(built):
+        ptx = declared((folder / entry["ptx"]["path"]).read_text())
+        cubin = assembled((folder / entry["cubin"]["path"]).read_bytes(), entry["entry"])
         sizes: list[Any] = [cubin["sizes"][i] for i in range(len(cubin["sizes"]))]
         assert ptx["types"] == [each["type"] for each in entry["parameters"]]
         assert sizes == [each["bytes"] for each in entry["parameters"]]

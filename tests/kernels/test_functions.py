@@ -115,6 +115,7 @@ def answers(operator: str, form: str) -> list[tuple[Tensor, ...]]:
     return run(model, cases, optimised="without" not in form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", CASES)
 def test_one_node_of_the_right_type_for_each_case(operator: str) -> None:
     cases, model = exported(operator)
@@ -130,6 +131,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "index", "op_type", "name", "form"),
     thinned(EVERY, lambda operator, index, op_type, name, form: {name, (op_type, form)}),

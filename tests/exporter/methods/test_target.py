@@ -45,6 +45,7 @@ def test_hits_the_target(method: str, shape: str | None, share: float, deit_s: V
     assert ReductionPlan.loads(plan.dumps()) == plan
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(share=st.floats(0.05, 0.99), method=st.sampled_from(["tome", "gtp", "evit", "bat", "diffrate", "grid"]),
        first=st.integers(0, 20))  # fmt: skip

@@ -67,6 +67,7 @@ def check_step(step: InnerStep, images: list[Image], *, sized: bool, shared: boo
     return skipped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ties_and_order_exactly(variant: str) -> None:
     """Equal scores, equal and parallel and zero keys: no rounding, so no image is left out."""
@@ -98,6 +99,7 @@ def test_values_without_any_length(variant: str) -> None:
     check_step(step, images, sized=False, shared=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_noise(variant: str) -> None:
     count: Counter[str] = Counter()
@@ -143,6 +145,7 @@ def check_model(kind: str, plan: ReductionPlan, images: torch.Tensor, forms: tup
     return len(images) - len(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "variant"),
     thinned(
@@ -185,6 +188,7 @@ def test_ppt_decides_for_each_image(kind: str) -> None:
     assert len(set(merges)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class-token", "registers-swiglu", "average-pool-fc-norm-class-token", "distilled"])
 def test_any_plan(kind: str) -> None:
     """A reducer of any kind at any block, after static steps and under key biases: what each hands to the next."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels import bounds
+from tests.kernels.counts import edge
 from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
+from tests.pairwise import pairwise, thinned
 from vp_kernels.attention.kernel import (
     attention_looped,
     attention_whole,
@@ -67,6 +70,12 @@ def covering() -> list[tuple[int, int, int, int, torch.dtype, str, str]]:
     return cases
 
 
+def goals(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype, bias: str, importance: str) -> set[Any]:
+    """By default every count, every dtype around each edge of a tile, and every pair of the other choices."""
+    pairs = itertools.combinations(enumerate((width, dtype, bias, importance)), 2)
+    return {tokens, (edge(tokens), dtype), *pairs}
+
+
 def check(qkv: Tensor, bias: Tensor | None, importance: str) -> None:
     """The kernel's answer, against the reference in fp64."""
     out, received = launch_attention(qkv, bias, importance)
@@ -76,9 +85,10 @@ def check(qkv: Tensor, bias: Tensor | None, importance: str) -> None:
     assert_within("importance", received, truth_received, bound_received, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "width", "dtype", "bias", "importance"),
-    covering(),
+    thinned(covering(), goals),
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_against_the_reference(
@@ -88,6 +98,7 @@ def test_against_the_reference(
     check(qkv, bias_of(bias, batch, tokens), importance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize(("tokens", "dtype"), [(70, torch.float16), (260, torch.float16), (49, torch.float32)])
 def test_twice_the_same_bits(tokens: int, dtype: torch.dtype, importance: str) -> None:
@@ -97,6 +108,7 @@ def test_twice_the_same_bits(tokens: int, dtype: torch.dtype, importance: str) -
     assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", ["class", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_an_image_does_not_depend_on_its_batch(importance: str, dtype: torch.dtype) -> None:
@@ -108,6 +120,7 @@ def test_an_image_does_not_depend_on_its_batch(importance: str, dtype: torch.dty
     assert torch.equal(received[1:2], received_alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize(("tokens", "dtype"), [(50, torch.float16), (270, torch.float16), (50, torch.float32)])
 def test_all_keys_removed(tokens: int, dtype: torch.dtype, importance: str) -> None:
@@ -128,20 +141,17 @@ def test_all_keys_removed(tokens: int, dtype: torch.dtype, importance: str) -> N
         torch.testing.assert_close(received.sum(dim=1)[0], torch.tensor(1.0))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "dtype", "importance"),
-    [
-        (70, torch.float16, "class"),
-        (70, torch.float16, "mean"),
-        (270, torch.float16, "mean"),
-        (70, torch.float32, "class"),
-    ],
-)
-@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
-@pytest.mark.parametrize("where", ["q", "k", "v"])
-def test_nan_and_infinity_stay_where_torch_has_them(
-    where: str, value: float, tokens: int, dtype: torch.dtype, importance: str
-) -> None:
+CALLS = {
+    "70-float16-class": (70, torch.float16, "class"),
+    "70-float16-mean": (70, torch.float16, "mean"),
+    "270-float16-mean": (270, torch.float16, "mean"),
+    "70-float32-class": (70, torch.float32, "class"),
+}
+
+
+@pytest.mark.parametrize(("where", "value", "call"), pairwise("qkv", [float("nan"), INF, -INF], CALLS))
+def test_nan_and_infinity_stay_where_torch_has_them(where: str, value: float, call: str) -> None:
+    tokens, dtype, importance = CALLS[call]
     qkv = seeded(1, tokens, 3, 1, 32, dtype=dtype)
     qkv[0, tokens - 2, "qkv".index(where), 0, 3] = value
     out, received = launch_attention(qkv, None, importance)

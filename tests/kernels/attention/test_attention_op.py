@@ -116,6 +116,7 @@ def test_every_head_dim_is_taken(width: int) -> None:
     assert attention(seeded(1, 4, 3, 2, width))[0].shape == (1, 4, 2 * width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCE)
 def test_opcheck(importance: str) -> None:
     operator = torch.ops.vp.attention.default
@@ -190,6 +191,7 @@ def test_export_keeps_one_node(strict: bool) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_compile_with_gradients() -> None:
     torch.compiler.reset()
     compiled = torch.compile(Layer("mean"), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -204,6 +206,7 @@ def test_compile_with_gradients() -> None:
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_inductor_on_a_cpu() -> None:
     torch.compiler.reset()
     qkv, bias = seeded(2, 9, 3, 2, 32), seeded(1, 9)
@@ -255,6 +258,7 @@ with FakeTensorMode(shape_env=env):
 """
 
 
+@pytest.mark.slow
 def test_tracing_for_a_gpu_shows_the_kernels() -> None:
     lines = without_interpreter(TRACE)
     assert [eval(line) for line in lines[:5]] == [
@@ -279,6 +283,7 @@ for tokens in (197, 300):
 """
 
 
+@pytest.mark.slow
 def test_inductor_takes_the_kernels_as_they_are() -> None:
     """Two launches for a batch of any size, and no copy of what they read or write."""
     assert without_interpreter(INDUCTOR) == ["attention_whole sum_partials", "attention_looped sum_partials"]
@@ -310,6 +315,7 @@ for each in variants():
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper() -> None:
     """Also for sizes of 1; half-precision products on wgmma, loads of 16 bytes, shared memory that every GPU has."""
     lines = dict(line.split(" ", 1) for line in without_interpreter(COMPILE))

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.kernels import bounds
 from tests.kernels.density_merge.cases import Plan, decided, inputs, usual
 from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
+from tests.pairwise import pairwise
 from vp_exporter.reducers.base import Tokens
 from vp_exporter.reducers.bat import BatStep
 from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
@@ -75,24 +76,30 @@ def check(plan: Plan, batch: int, width: int, dtype: torch.dtype, sizes: bool) -
     assert_within(f"{plan}, the reducer", twin.x[images], truth[images], bound[images], torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "batch"), EVERY_N, ids=str)
 def test_every_token_count(plan: Plan, batch: int) -> None:
     check(plan, batch, 24, torch.float32, sizes=plan.tokens % 2 == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", EDGES, ids=str)
 def test_every_split(plan: Plan) -> None:
     check(plan, 2 if plan.tokens < 100 else 1, 17, torch.float32, sizes=False)
     check(dataclasses.replace(plan, weights="size"), 1, 16, torch.float32, sizes=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
-@pytest.mark.parametrize("sizes", [False, True])
-@pytest.mark.parametrize("weights", ["attention", "size"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "sizes", "dtype"),
+    pairwise(["attention", "size"], [False, True], DTYPES),
+    ids=lambda value: triton_type(value) if isinstance(value, torch.dtype) else None,
+)
 def test_every_variant(dtype: torch.dtype, sizes: bool, weights: str) -> None:
     check(usual(50, 1, 0.5, weights), 3, 72, dtype, sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
 def test_two_tiles_of_tokens_and_channels(dtype: torch.dtype) -> None:
     check(usual(198, 2, 0.5), 1, 150, dtype, sizes=True)
@@ -105,6 +112,7 @@ def test_few_images_were_skipped() -> None:
     assert COUNT["skipped"] <= 0.1 * COUNT["images"], COUNT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
 def test_outlier_channels(dtype: torch.dtype) -> None:
     """Channels 50 times larger than what tokens differ by do not swamp distances: compared as a plain sum of squares
@@ -133,6 +141,7 @@ def _centred(rows: Tensor, noise: float) -> Tensor:
 
 # Few distinct tokens of +-4 in 16 channels, 16 of them to cluster: lengths, cosines, means and distances are exact in
 # any dtype and order of summation, and ties are ties.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_ties_go_to_the_lowest_index(dtype: torch.dtype, kinds: int) -> None:
@@ -161,6 +170,7 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(tokens, prefix, prefix + attentive - pairs + clusters, clusters, pairs, "size")
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(plan=plans(), seed=st.integers(0, 99), levels=st.integers(1, 6))
 def test_what_enters_leaves(plan: Plan, seed: int, levels: int) -> None:
@@ -179,6 +189,7 @@ def test_what_enters_leaves(plan: Plan, seed: int, levels: int) -> None:
     assert torch.equal(found[:, : plan.prefix], x[:, : plan.prefix])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_nothing_is_read_or_written_outside_whatever_the_content(dtype: torch.dtype, bad: float) -> None:

@@ -49,6 +49,7 @@ def test_by_hand() -> None:
     assert size.tolist() == [[1, 1, 2, 1, 2, 2]]
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     x, scores, size = inputs(PLAN, 2, 8, torch.bfloat16, True)
     torch.library.opcheck(torch.ops.vp.density_merge.default, (x, scores, size, *PLAN.arguments))
@@ -68,6 +69,7 @@ def some(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, scores, size
 
 
+@pytest.mark.slow
 def test_export_keeps_one_node_and_a_dynamic_batch() -> None:
     dynamic = {0: torch.export.Dim("batch", min=1)}
     program = torch.export.export(Reduced(), some(3), dynamic_shapes=(dynamic,) * 3).run_decompositions({})
@@ -128,5 +130,6 @@ for each in written(Reduced(), (3, 50, 8), (3, 50), (3, 50)):
 """
 
 
+@pytest.mark.slow
 def test_kernels_are_traced_for_cuda_and_known_to_write_their_outputs_only() -> None:
     assert without_interpreter(TRACE) == ["merged_ptr,merged_size_ptr,scratch_ptr"] * 2

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels import bounds
-from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
+from tests.kernels.counts import counts_and_types, widths_and_types
+from tests.kernels.support import DTYPES, assert_within, seeded
+from tests.pairwise import pairwise
 from vp_kernels.gather_norm.kernel import config, launch_gather_norm, variants
 from vp_kernels.gather_norm.reference import gather_norm_reference
 
@@ -50,24 +52,27 @@ def check(arguments: tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None,
         assert_within(name, one, exact, bound, arguments[0].dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "dtype"), counts_and_types(), ids=str)
 def test_every_token_count(tokens: int, dtype: torch.dtype) -> None:
     odd = tokens % 2 == 1
     check(case(3 if odd else 1, tokens, 33, dtype, per_image=odd, residual=tokens % 3 == 0, extras=tokens % 4))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 7, 33, 192, 384, 576, 768, 769, 1024, 1280, 1408, 2048, 2560])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    widths_and_types([1, 7, 33, 192, 384, 576, 768, 769, 1024, 1280, 1408, 2048, 2560]),
+    ids=str,
+)
 def test_every_width(width: int, dtype: torch.dtype) -> None:
     check(case(1, 5, width, dtype, per_image=False, residual=False, extras=0))
     check(case(3, 4, width, dtype, per_image=True, residual=True, extras=2))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("per_image", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("extras", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("extras", "residual", "per_image", "batch"), pairwise([0, 1, 2], [False, True], [False, True], [1, 3])
+)
 def test_every_option(batch: int, per_image: bool, residual: bool, extras: int) -> None:
     check(case(batch, 17, 192, torch.bfloat16, per_image=per_image, residual=residual, extras=extras))
 

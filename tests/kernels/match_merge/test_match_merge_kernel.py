@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels import bounds
+from tests.kernels.counts import counts_and_types
 from tests.kernels.match_merge.cases import MARGIN, few_directions, keys, margins, peaked, sizes
 from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
 from vp_exporter.reducers.ppt import PptStep
@@ -66,8 +67,8 @@ def exporters(
     return reduce_tokens(stream, step.choose(stream, seen), carry_size=True)
 
 
-@pytest.mark.parametrize("tokens", [n for n in TOKENS if n > 1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "dtype"), counts_and_types(n for n in TOKENS if n > 1), ids=str)
 def test_like_the_reference(tokens: int, dtype: torch.dtype) -> None:
     number = tokens + DTYPES.index(dtype)
     for i, prefix in enumerate((0, 1, 2) if tokens < 60 else (number % 3,)):
@@ -83,6 +84,7 @@ def test_like_the_reference(tokens: int, dtype: torch.dtype) -> None:
         check(seeded(batch, tokens, 24, dtype=dtype), metric, size, r, prefix, scores, tau)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", [1, 2, 13, 14])
 @pytest.mark.parametrize("prefix", [0, 1, 2, 3])
 def test_every_amount_and_prefix(prefix: int, r: int) -> None:
@@ -109,6 +111,7 @@ def test_more_tokens_than_one_tile_holds(tokens: int, heads: int, flags: tuple[b
     check(seeded(2, tokens, 8), metric, sizes(2, tokens) if flags[0] else None, tokens // 3, 1, scores, tau)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
     [(3, torch.float16), (18, torch.bfloat16), (33, torch.float32), (197, torch.bfloat16), (270, torch.float32)],
@@ -157,6 +160,7 @@ def test_zeros_of_both_signs_tie() -> None:
     assert match_reference(metric, None, 3, 1, scores, 0.0)[0].tolist() == [[0, 1, 2, 3]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Inf - Inf
 @pytest.mark.parametrize(("tokens", "value"), [(30, torch.nan), (30, torch.inf), (30, -torch.inf), (270, torch.nan)])
 def test_wild_values_are_decided_too(tokens: int, value: float) -> None:
@@ -214,6 +218,7 @@ def test_pruned_images_copy_rows_and_sizes() -> None:
     assert torch.equal(new, size.gather(1, kept))
 
 
+@pytest.mark.slow
 def test_same_bits_every_time_and_in_every_batch() -> None:
     for tokens in (60, 262):
         x, metric, size = seeded(3, tokens, 8, dtype=torch.float16), keys(3, tokens, 2, 8), sizes(3, tokens)
@@ -241,6 +246,7 @@ def test_strides_are_followed() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(2, 50), prefix=st.integers(0, 3), part=st.floats(0, 1), heads=st.integers(0, 4),

@@ -79,6 +79,7 @@ def test_gradients_go_through_the_map() -> None:
     assert not match_merge(x.detach(), metric, None, 6, 1)[0].requires_grad
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     scores, tau = peaked(2, 11)
     x, metric, size = seeded(2, 12, 4), keys(2, 12, 2, 8), sizes(2, 12)
@@ -159,6 +160,7 @@ for flags, tokens in (((False, False), 197), ((True, True), 400)):
 """
 
 
+@pytest.mark.slow
 def test_inductor_takes_the_kernels_as_they_are() -> None:
     """Two launches between its own, no copy before them, and nothing is believed to be written that is not."""
     lines = without_interpreter(INDUCTOR)

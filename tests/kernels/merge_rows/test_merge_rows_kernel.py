@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels import bounds
+from tests.kernels.counts import counts_and_types
 from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
 from vp_kernels.merge_rows.kernel import MAX_SOURCES, config, launch_merge_rows, variants
 from vp_kernels.merge_rows.op import merge_rows_torch
@@ -50,8 +51,7 @@ def check(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return merged, mass
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [n for n in TOKENS if n > 1])
+@pytest.mark.parametrize(("tokens", "dtype"), counts_and_types(n for n in TOKENS if n > 1), ids=str)
 def test_like_the_reference(tokens: int, dtype: torch.dtype) -> None:
     # The interpreter takes its time: where one row takes all of many sources, that is rounds, and one test is enough.
     amounts = {1, (tokens + 1) // 2, tokens - 1} if tokens < 20 else {tokens * 2 // 3}

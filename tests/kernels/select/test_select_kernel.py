@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels import bounds
-from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
+from tests.kernels.counts import counts_and_types, widths_and_types
+from tests.kernels.support import TOKENS, assert_within, seeded
 from vp_kernels.select.kernel import launch_select, launch_select_fuse, variants
 from vp_kernels.select.reference import select_fuse_reference, select_reference
 
@@ -127,16 +128,14 @@ def check_fuse(scores: Tensor, x: Tensor, k: int) -> None:
     assert_within("fused", fused, truth, bounds.select_fuse(scores, x, k), x.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", TOKENS)
+@pytest.mark.parametrize(("n", "dtype"), counts_and_types(), ids=str)
 def test_fuse_of_every_count(n: int, dtype: torch.dtype) -> None:
     batch, prefix = (3, 1) if n % 2 else (1, n % 3)
     scores = seeded(batch, n).softmax(1)
     check_fuse(scores, seeded(batch, prefix + n, 33, dtype=dtype), 1 + n // 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 7, 64, 65, 192, 384, 576, 769])
+@pytest.mark.parametrize(("width", "dtype"), widths_and_types([1, 7, 64, 65, 192, 384, 576, 769]), ids=str)
 def test_fuse_of_every_width(width: int, dtype: torch.dtype) -> None:
     check_fuse(seeded(2, 9).softmax(1), seeded(2, 11, width, dtype=dtype), 4)
 

@@ -99,5 +99,6 @@ for each in written(Reduced(), (3, 7), (3, 7, 8), (8,), (8,)):
 """
 
 
+@pytest.mark.slow
 def test_kernels_are_traced_for_cuda_and_known_to_write_their_outputs_only() -> None:
     assert without_interpreter(TRACE) == ["fused_ptr,index_ptr", "index_ptr", "kept_ptr,normed_ptr"]
