@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,19 @@ def test_what_adds_nothing_is_left_out() -> None:
 def test_the_marker_is_deselected_by_default(pytestconfig: pytest.Config) -> None:
     words = pytestconfig.getini("addopts")
     assert words[words.index("-m") + 1] == "not exhaustive"
+
+
+def test_what_is_left_out_is_written_down() -> None:
+    """docs/testing.md names every file that thins its cases."""
+    root = Path(__file__).parent
+    words = ("pairwise(", "thinned(", "covering(", "counts_and_types(", "widths_and_types(")
+    helpers = {Path("pairwise.py"), Path("test_pairwise.py"), Path("kernels/counts.py")}
+    thinned_files = {
+        path.relative_to(root)
+        for path in root.rglob("test_*.py")
+        if "tests.pairwise import" in (text := path.read_text()) or "tests.kernels.counts import" in text
+        if any(word in text for word in words)
+    } - helpers
+    table = (root.parent / "docs" / "testing.md").read_text()
+    assert thinned_files
+    assert sorted(str(path) for path in thinned_files if f"`{path.as_posix()}" not in table) == []
