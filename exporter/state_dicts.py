@@ -101,7 +101,7 @@ def find_weights(
     dropped += [name for name in beside if name.endswith("weight") and not name.startswith(("optim", *used))]
     if dropped:
         more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
-        notes.append(f"weights: left out {dropped[0]}{more} of {source}, which are no part of the model")
+        notes.append(f"weights: left out {dropped[0]}{more} of {source}: no part of the model")
     return FoundWeights(state, tuple(notes))
 
 
@@ -286,7 +286,10 @@ def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor], model:
         wanted = model.get_parameter("pos_embed").shape[1]
         grid = tuple(model.patch_embed.grid_size)
         prefix = wanted - grid[0] * grid[1]
+        prefix += "register_tokens" in before  # DINOv2 keeps a position for its class token, timm's model adds it in
         patches = old.shape[1] - prefix
+        if patches == grid[0] * grid[1]:
+            return notes
         side = round(patches**0.5)
         was = f"{side} x {side}" if side * side == patches else str(patches)
         size = side * model.patch_embed.patch_size[0]

@@ -28,7 +28,8 @@ def write(path: Path, *, safe: bool) -> Path:
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=3, **ARGS)
     model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.75}
-    save_for_hf(model, path, model_config={"label_names": ["ant", "bee", "cat"]}, safe_serialization=safe)
+    config = {"label_names": ["ant", "bee", "cat"]}
+    save_for_hf(model, path, model_config=config, model_args=ARGS, safe_serialization=safe)
     return path
 
 

@@ -238,6 +238,20 @@ def test_chunks_of_blocks(tmp_path: Path) -> None:
     assert same(loaded, model)
 
 
+def test_registers_as_dinov2_keeps_them(tmp_path: Path) -> None:
+    """Its class token has a position of its own, which timm's filter adds to the token: nothing is resampled."""
+    name = "vit_small_patch14_reg4_dinov2"
+    model = make(name=name, num_classes=0, img_size=28)
+    state = dict(model.state_dict())
+    position = torch.full((1, 1, 16), 0.5)
+    state |= {"register_tokens": state.pop("reg_token"), "mask_token": torch.ones(1, 16)}
+    state |= {"cls_token": state["cls_token"] - position, "pos_embed": torch.cat([position, state["pos_embed"]], 1)}
+    loaded = load(saved(tmp_path / "dinov2.pth", state), name, {"img_size": 28})
+    for key, tensor in model.state_dict().items():
+        assert torch.allclose(loaded.vit.state_dict()[key], tensor, atol=1e-6)
+    assert not any("resampled" in note for note in loaded.notes)
+
+
 def test_open_clip(tmp_path: Path) -> None:
     """timm's tower below visual.trunk, and its projection beside it: timm's filter makes one model of them."""
     projection = torch.randn(512, 16)
