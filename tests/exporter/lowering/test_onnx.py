@@ -101,16 +101,19 @@ def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return path, model
 
 
+@pytest.mark.slow
 def test_equals_torch_at_every_batch(lowered: tuple[Path, ReducedViT]) -> None:
     agrees_at_every_batch(*lowered)
 
 
+@pytest.mark.slow
 def test_one_attention_node_a_block_and_nothing_useless(lowered: tuple[Path, ReducedViT]) -> None:
     found = operators(lowered[0])
     assert found["Attention"] == DEPTH
     assert not USELESS & set(found)
 
 
+@pytest.mark.slow
 def test_names_nothing_of_this_machine(lowered: tuple[Path, ReducedViT]) -> None:
     path = lowered[0]
     assert free_text(path) == []
@@ -120,6 +123,7 @@ def test_names_nothing_of_this_machine(lowered: tuple[Path, ReducedViT]) -> None
     assert onnx.load(str(path)).producer_name == "vp-export"
 
 
+@pytest.mark.slow
 def test_one_file_with_its_weights(lowered: tuple[Path, ReducedViT]) -> None:
     path, model = lowered
     assert os.listdir(path.parent) == ["model.onnx"]
@@ -128,6 +132,7 @@ def test_one_file_with_its_weights(lowered: tuple[Path, ReducedViT]) -> None:
     assert path.stat().st_size > sum(p.numel() for block in model.blocks for p in block.block[0].parameters()) * 4
 
 
+@pytest.mark.slow
 def test_signature(lowered: tuple[Path, ReducedViT]) -> None:
     path, model = lowered
     graph = onnx.load(str(path)).graph
@@ -212,6 +217,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReducedViT]:
     return lower_onnx(model.for_export("fp32", "packed"), tmp_path_factory.mktemp("plain") / "model.onnx"), model
 
 
+@pytest.mark.slow
 def test_check_accepts_what_was_lowered(plain: tuple[Path, ReducedViT]) -> None:
     lowering.check_onnx(*plain)
 

@@ -54,6 +54,7 @@ def test_one_answer(lowered: tuple[Model, Path, Path]) -> None:
                 assert near_ties(model, images, answer(path, images, level), expected, SAME) <= 1
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_files(lowered: tuple[Model, Path, Path]) -> None:
     portable, functions, standard = lowered[0].reduced, *lowered[1:]
     model = onnx.load(str(functions))
@@ -86,9 +87,11 @@ def test_static_plan(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=5e-5, rtol=5e-5)
 
 
+@pytest.mark.slow
 def test_plugin_nodes_say_which_plugin_they_are(tmp_path: Path) -> None:
     """An engine without the library runs the same file by its function bodies."""
-    portable, fused = both(EVERY_REDUCER)
+    steps = EVERY_REDUCER[:4]  # every operator type is in the files above
+    portable, fused = both(steps)
     path = lower_onnx(fused.for_export(), tmp_path / "plugins.onnx", functions=False, plugins=True)
     ours = [node for node in onnx.load(str(path)).graph.node if node.domain == "vp"]
     assert len(ours) == plugin_nodes(path) > len(portable.blocks)
@@ -99,4 +102,4 @@ def test_plugin_nodes_say_which_plugin_they_are(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = portable(images).numpy()
     found = answer(path, images, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    assert near_ties(make(EVERY_REDUCER, num_heads=HEADS), images, found, expected, SAME) <= 1
+    assert near_ties(make(steps, num_heads=HEADS), images, found, expected, SAME) <= 1

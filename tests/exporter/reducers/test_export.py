@@ -181,19 +181,23 @@ def test_every_reducer_is_here() -> None:
     assert {name for name, _ in EVERY_REDUCER} == set(REDUCERS) - {"static"}
 
 
+@pytest.mark.slow
 def test_ort(every: Model, packed: BuildSource, tmp_path: Path) -> None:
     agrees(every, "ort", packed, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ort", "openvino"])
 def test_other_fields(others: Model, other_fields: BuildSource, engine: str, tmp_path: Path) -> None:
     agrees(others, engine, other_fields, tmp_path)
 
 
+@pytest.mark.slow
 def test_openvino(every: Model, plain: BuildSource, tmp_path: Path) -> None:
     agrees(every, "openvino", plain, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_class_token(without_class_token: Model, tmp_path: Path) -> None:
     out = tmp_path / "engine"
     out.mkdir()
@@ -205,6 +209,7 @@ def test_aoti(every: Model, tmp_path: Path) -> None:
     agrees(every, "aoti", lower(every, "aoti", tmp_path), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["plain", "half", "other_fields"])
 def test_tensorrt_builds(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """For a GPU that is not here; every attention is found (and so fused, in fp16)."""
@@ -223,6 +228,7 @@ FORBIDDEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["packed", "plain", "half", "other_fields"])
 def test_graph(source: str, request: pytest.FixtureRequest) -> None:
     """Nothing of data-dependent shape, one attention a block, small TopKs, and names that say what a node is for."""
