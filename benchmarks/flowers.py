@@ -163,7 +163,7 @@ def latency_cells(row: LatencyRow) -> list[str]:
         f"{row.reduced.median_ms:.1f}",
         f"{row.speedup.value:.3f} ({interval})",
         f"{row.mac_ratio:.3f}",
-        f"**{row.efficiency:.3f}**",
+        "-" if row.efficiency is None else f"**{row.efficiency:.3f}**",
         row.outcome,
     ]
 

@@ -177,6 +177,28 @@ class Preprocessing(_Part):
     mean: Annotated[tuple[Finite, Finite, Finite], Field(strict=False)]
     std: Annotated[tuple[Spread, Spread, Spread], Field(strict=False)]
 
+    def facts(self) -> dict[str, str]:
+        """What is done, in order, by the name of the step, for people."""
+        _, height, width = self.input_size
+        numbers = {key: ", ".join(f"{value:.6g}" for value in getattr(self, key)) for key in ("mean", "std")}
+        return {"resize": self._resize_words(), "crop": f"{height}x{width}, {self.crop_mode}",
+                "interpolation": self.interpolation if self.resize is not None else "none", **numbers}  # fmt: skip
+
+    def summary(self) -> str:
+        """One line: resize, crop, mean and std."""
+        facts = self.facts()
+        resize = f"resize {facts['resize']} ({facts['interpolation']})" if self.resize is not None else "no resize"
+        return f"{resize}, crop {facts['crop']}, mean {facts['mean']}, std {facts['std']}"
+
+    def _resize_words(self) -> str:
+        if self.resize is None:
+            return "none"
+        if isinstance(self.resize, int):
+            side = f"{self.resize}x{self.resize}" if self.crop_mode != "center" else f"shorter side {self.resize}"
+            return {"center": side, "squash": f"to {side}", "border": f"within {side}"}[self.crop_mode]
+        height, width = self.resize
+        return {"center": "cover ", "squash": "to ", "border": "within "}[self.crop_mode] + f"{height}x{width}"
+
 
 class ModelInfo(_Part):
     """The model that was exported; sizes are [height, width] in pixels (an int from Python means a square)."""
@@ -201,9 +223,14 @@ class PlanInfo(_Part):
 
 
 class ValidationInfo(_Part):
-    """The verdict of the validation that is in the report, what it rests on, and in words."""
+    """The verdict of the validation that is in the report, what it rests on, and in words.
 
-    status: Literal["passed", "failed", "unvalidated"]
+    Attributes:
+        status: "passed" (a budget was asked and holds, and nothing is slower), "failed" (a budget missed, or outputs
+            that are not finite), "measured" (no budget, or a slow-down) or "unvalidated" (answers not compared).
+    """
+
+    status: Literal["passed", "failed", "measured", "unvalidated"]
     accuracy: Literal["measured", "unmeasured"]
     latency: Literal["measured", "unmeasured"]
     summary: Text

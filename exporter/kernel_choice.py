@@ -122,7 +122,12 @@ def build_best(
         for runner in runners.values():
             runner.close()
     ratio = math.exp(sum(math.log(row.speedup.value) for row in rows) / len(rows))
-    chosen: Kernels = "vp" if ratio > 1 else "portable"
+    broken = {
+        "portable": any(row.nonfinite_dense for row in rows),
+        "vp": any(row.nonfinite_reduced for row in rows),
+    }
+    # A build that answers with NaN is not the better one, however fast it is.
+    chosen: Kernels = "vp" if broken["portable"] > broken["vp"] or (ratio > 1 and not broken["vp"]) else "portable"
     for name in built[chosen].files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,4 +135,7 @@ def build_best(
     for kernels in built:
         shutil.rmtree(folder / kernels)
     sizes = ", ".join(str(row.batch) for row in rows)
-    return built[chosen], chosen, f"kernels: {chosen} (vp is {ratio:.2f} times as fast as portable, batch {sizes})"
+    why = f"vp is {ratio:.2f} times as fast as portable, batch {sizes}"
+    if broken["portable"] != broken["vp"]:
+        why = f"{'vp' if broken['vp'] else 'portable'} gives NaN or infinite outputs"
+    return built[chosen], chosen, f"kernels: {chosen} ({why})"

@@ -22,7 +22,7 @@ from vp_exporter.loading import LoadedModel
 from vp_exporter.lowering import export_program, lower_onnx, plugin_nodes, signature
 from vp_exporter.macs import count_macs
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.progress import SILENT, Progress
+from vp_exporter.progress import SILENT, Progress, recording
 from vp_exporter.reduced import Kernels, ReducedViT
 from vp_exporter.validate.check import CheckRequest, check_bundle, open_data
 from vp_exporter.validate.report import ReportData, report_files, validation_fields
@@ -84,6 +84,7 @@ def export_bundle(
     Raises:
         VpError: with nothing written.
     """
+    progress = recording(progress)  # what is warned of from here on is in the report as well
     check_target(request.out, force=request.force)
     plan.check_model(model.description, model.weights_sha256)
     backend = get_backend(request.engine)

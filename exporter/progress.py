@@ -45,3 +45,29 @@ class SilentProgress:
 
 
 SILENT = SilentProgress()
+
+
+class Recording:
+    """Hands everything on, and keeps the warnings: what a user is warned of belongs into the report too."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.warnings: list[str] = []
+
+    def stage(self, description: str) -> AbstractContextManager[None]:
+        return self._progress.stage(description)
+
+    def track(self, items: Iterable[T], *, total: int, description: str) -> Iterator[T]:
+        return self._progress.track(items, total=total, description=description)
+
+    def note(self, text: str) -> None:
+        self._progress.note(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self._progress.warn(text)
+
+
+def recording(progress: Progress) -> Recording:
+    """`progress` itself where it records already, so that what was said before is not lost."""
+    return progress if isinstance(progress, Recording) else Recording(progress)

@@ -24,6 +24,7 @@ from vp_engines.extras import missing_package
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BUG = 70  # EX_SOFTWARE
+PULSE = 20.0  # seconds: in a log, long work is heard of so often
 T = TypeVar("T")
 
 
@@ -59,7 +60,8 @@ class ConsoleProgress:
                 yield
         else:
             self._say(f"{description} ...")  # in a log, the start of a long step is worth a line of its own
-            yield
+            with self._pulse(description):
+                yield
         _stop_if_interrupted()
         self._say(f"{description}: {time.perf_counter() - start:.1f} s")
 
@@ -75,9 +77,12 @@ class ConsoleProgress:
                     bars.advance(task)
         else:
             self._say(f"{description} ...")
-            for item in items:
-                yield item
-                _stop_if_interrupted()
+            done = 0
+            with self._pulse(description, lambda: f"{done} of {total}, "):
+                for item in items:
+                    yield item
+                    _stop_if_interrupted()
+                    done += 1
         self._say(f"{description}: {time.perf_counter() - start:.1f} s")
 
     def note(self, text: str) -> None:
@@ -85,6 +90,26 @@ class ConsoleProgress:
 
     def warn(self, text: str) -> None:
         stderr.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _pulse(self, description: str, where: Callable[[], str] = str) -> Iterator[None]:
+        """A line every `PULSE` seconds while work goes on that draws nothing."""
+        if self._quiet:
+            yield
+            return
+        start, over = time.perf_counter(), threading.Event()
+
+        def tell() -> None:
+            while not over.wait(PULSE):
+                self._say(f"{description}: {where()}{time.perf_counter() - start:.0f} s so far ...")
+
+        teller = threading.Thread(target=tell, name="vp-progress", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
 
     def _bars(self, *columns: Any) -> RichProgress:
         return RichProgress(*columns, console=stderr, transient=True)

@@ -12,7 +12,10 @@ from vp_exporter.cli import console, options, plans, show
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-EPILOG = "Exit codes: 0 good, 1 budget missed (the bundle is written and says so), 2 bad input, 3 engine unavailable."
+EPILOG = (
+    "Exit codes: 0 good, 1 budget missed or outputs not finite (the bundle is written and says so), 2 bad input, 3 "
+    "engine unavailable."
+)
 
 
 @app.command(epilog=EPILOG)
@@ -133,9 +136,10 @@ def export(
         require_packages("vp-export", "export", needs)
         from vp_exporter.labels import read_names
         from vp_exporter.package import ExportRequest, export_bundle
+        from vp_exporter.progress import Recording
         from vp_exporter.validate.check import CheckRequest
 
-        progress = console.ConsoleProgress(quiet=quiet)
+        progress = Recording(console.ConsoleProgress(quiet=quiet))  # the report has the warnings of loading, too
         budget = options.read_budget(max_drop, min_speedup, min_agreement, data)
         if not validate and (data is not None or not budget.empty):
             raise VpError("--no-validate is given with --data or a budget", expected="one or the other")
@@ -166,6 +170,7 @@ def export(
                 seconds=seconds,
                 threads=threads,
                 samples=samples,
+                statistics_stated=mean is not None or std is not None,
             )
             if validate
             else None,
@@ -182,6 +187,8 @@ def export(
         else:
             if result.report is not None:
                 show.report(result.report, brief=quiet)
+            elif not quiet:
+                show.preprocessing(result.manifest.preprocessing)
             ratio = result.manifest.plan.macs_dense / result.manifest.plan.macs_reduced
             unchecked = "" if result.report is not None else ", not validated"
             console.stdout.print(f"wrote {out} (MAC ratio {ratio:.3f}{unchecked})", markup=False, soft_wrap=True)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 EPILOG = (
-    "Exit codes: 0 measured, 2 bad input, 3 engine unavailable. --out DIR writes profile.json, trace.json (Chrome's "
-    "format: chrome://tracing, Perfetto) and profile.png."
+    "Exit codes: 0 measured, 1 NaN or infinite outputs, 2 bad input, 3 engine unavailable. --out DIR writes "
+    "profile.json, trace.json (Chrome's format: chrome://tracing, Perfetto) and profile.png."
 )
 
 
@@ -46,7 +46,7 @@ def profile(
     """Time an engine with its own profiler: patch embedding, attention, MLP, norm, token reduction, head."""
 
     def body() -> int:
-        from vp_engines.errors import VpError
+        from vp_engines.errors import EXIT_BUDGET_MISSED, EXIT_OK, VpError
         from vp_engines.extras import require_packages
         from vp_exporter.cli import show
         from vp_exporter.needs import PICTURES
@@ -77,7 +77,7 @@ def profile(
             show.profiles(found, top)
             if out is not None:
                 console.stdout.print(f"wrote {out}/profile.json, trace.json, profile.png", soft_wrap=True, markup=False)
-        return 0
+        return EXIT_OK if found.finite else EXIT_BUDGET_MISSED
 
     raise typer.Exit(console.run(body, debug=debug))
 

@@ -8,11 +8,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from vp_engines.manifest import Manifest, TensorInfo
+from vp_engines.manifest import Manifest, Preprocessing, TensorInfo
 from vp_exporter.cli.console import stderr, stdout
 from vp_exporter.cli.tables import facts, table
 from vp_exporter.profile.groups import GROUPS
 from vp_exporter.profile.measure import Profile, Profiled
+from vp_exporter.validate.baseline import DENSE, Baseline
 from vp_exporter.validate.latency import LatencyRow
 from vp_exporter.validate.report import ReportData
 
@@ -42,9 +43,9 @@ def tokens(rows: Sequence[Sequence[int]], dense: int) -> None:
     stdout.print(drawn)
 
 
-def latency(rows: Sequence[LatencyRow]) -> None:
-    """Dense against reduced, a row per batch size."""
-    columns = ("batch", "dense", "reduced", "speed-up", "95% interval", "MAC ratio", "efficiency", "claim")
+def latency(rows: Sequence[LatencyRow], baseline: Baseline = DENSE) -> None:
+    """Baseline against reduced, a row per batch size."""
+    columns = ("batch", baseline.label, baseline.own, "speed-up", "95% interval", "MAC ratio", "efficiency", "claim")
     cells = [
         (
             str(row.batch),
@@ -63,7 +64,8 @@ def latency(rows: Sequence[LatencyRow]) -> None:
 
 def report(data: ReportData, *, brief: bool = False) -> None:
     """Verdict first, then (unless `brief`) what it rests on."""
-    colour = {"passed": "green", "failed": "red", "unvalidated": "yellow"}[data.verdict.status]
+    baseline = data.baseline
+    colour = {"passed": "green", "failed": "red", "measured": "cyan", "unvalidated": "yellow"}[data.verdict.status]
     stdout.print(f"[bold {colour}]{data.verdict.status}[/]: {escape(data.verdict.headline)}", soft_wrap=True)
     if brief:
         return
@@ -71,7 +73,7 @@ def report(data: ReportData, *, brief: bool = False) -> None:
         mark = "[green]ok[/]  " if check.passed else "[red]miss[/]"
         stdout.print(f"  {mark} {escape(check.explanation)}", soft_wrap=True)
     if data.latency:
-        latency(data.latency)
+        latency(data.latency, baseline)
     if (found := data.accuracy) is not None:
         rows: list[tuple[str, Any]] = [
             ("images", found.images if not found.skipped else f"{found.images} ({found.skipped} skipped)")
@@ -79,18 +81,27 @@ def report(data: ReportData, *, brief: bool = False) -> None:
         if found.top1_difference is not None:
             change = found.top1_difference
             rows += [
-                ("top-1 dense", f"{found.dense_top1:.2f}%"),
-                ("top-1 reduced", f"{found.reduced_top1:.2f}%"),
+                (f"top-1 {baseline.label}", f"{found.dense_top1:.2f}%"),
+                (f"top-1 {baseline.own}", f"{found.reduced_top1:.2f}%"),
                 ("difference", f"{change.value:+.2f} points, 95% interval {change.low:+.2f} to {change.high:+.2f}"),
             ]
         rows.append(("agreement", f"{found.agreement.value:.2f}%"))
         if found.kl is not None:
-            rows.append(("KL to dense", f"{found.kl.value:.4f} nats"))
+            rows.append((f"KL to {baseline.label}", f"{found.kl.value:.4f} nats"))
         if found.parity is not None and found.parity.max_abs is not None:
             rows.append(("engine against PyTorch", f"max abs logit difference {found.parity.max_abs:.2g}"))
         facts("accuracy", rows)
+    if data.preprocessing is not None:
+        preprocessing(data.preprocessing)
+    for text in data.baseline.notes:
+        stdout.print(f"[cyan]note:[/] {escape(text)}", soft_wrap=True)
     for text in data.warnings:
         stdout.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+
+
+def preprocessing(found: Preprocessing) -> None:
+    """What is done to an image, in one line."""
+    stdout.print(f"preprocessing: {escape(found.summary())}", soft_wrap=True)
 
 
 def manifest(info: Manifest, digest: str) -> None:
@@ -112,6 +123,7 @@ def manifest(info: Manifest, digest: str) -> None:
             ("needs", info.variants["reduced"].requirements),
             ("input", ", ".join(map(_tensor, info.inputs))),
             ("output", ", ".join(map(_tensor, info.outputs))),
+            ("preprocessing", info.preprocessing.summary()),
             ("plan", f"{plan.method}, {plan.fingerprint[:12]}"),
             (
                 "MACs",
@@ -154,10 +166,10 @@ def profiles(found: Profiled, top: int) -> None:
                     f"{escape(operation.name)}  {escape(operation.kind)}",
                     soft_wrap=True,
                 )  # fmt: skip
-    for batch, speedup in found.speedups.items():
-        stdout.print(
-            f"batch {batch}: {speedup.value:.3f}x as fast ({speedup.low:.3f} to {speedup.high:.3f})", soft_wrap=True
-        )
+    for batch, speedup in found.speedups.items() if found.finite else ():
+        first, last = found.profiles[0].label, found.profiles[-1].label
+        text = f"batch {batch}: {last} is {speedup.value:.3f}x as fast as {first}"
+        stdout.print(f"{escape(text)} ({speedup.low:.3f} to {speedup.high:.3f})", soft_wrap=True)
     for note in found.notes:
         stderr.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 

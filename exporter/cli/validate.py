@@ -16,8 +16,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 EPILOG = (
-    "Exit codes: 0 good, 1 budget missed, 2 bad input, 3 engine unavailable. Several processes: torchrun "
-    "--nproc-per-node N -m vp_exporter.cli.validate ...; they share the images of --data, and one of them times."
+    "Exit codes: 0 good, 1 budget missed or outputs not finite, 2 bad input, 3 engine unavailable. Several processes: "
+    "torchrun --nproc-per-node N -m vp_exporter.cli.validate ...; they share the images of --data, and one of them "
+    "times."
 )
 
 
@@ -51,10 +52,10 @@ def validate(
     def check(workers: Workers) -> int:
         import vp_engines
         from vp_engines.bundle import update_bundle
-        from vp_engines.errors import EngineUnavailableError
+        from vp_engines.errors import EngineUnavailableError, VpError
         from vp_exporter.cli import show
         from vp_exporter.labels import read_names
-        from vp_exporter.validate.check import CheckRequest, check_bundle
+        from vp_exporter.validate.check import CheckRequest, check_bundle, find_baseline
         from vp_exporter.validate.report import Report, report_files, validation_fields
 
         def prepare() -> CheckRequest:
@@ -73,6 +74,15 @@ def validate(
             )
             options.check_folder(report, "--report")
             manifest = vp_engines.verify_bundle(bundle).manifest
+            if against is not None:
+                if update:
+                    raise VpError(
+                        "--update is given with --against",
+                        expected="one of them: a bundle's own report is of its own dense engine",
+                        fix="write this one elsewhere with --report DIR",
+                    )
+                vp_engines.verify_bundle(against)
+                find_baseline(bundle, manifest, request)  # refuses what cannot be compared, before anything runs
             from vp_engines.backends import get_backend
 
             ready = get_backend(manifest.engine.name).available("run")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from vp_engines.errors import InputError
 from vp_exporter.profile.groups import GROUPS, RUNTIME, assign
 from vp_exporter.profile.memory import Memory, measure_memory
 from vp_exporter.progress import SILENT, Progress
+from vp_exporter.validate.baseline import check_runs_alike
+from vp_exporter.validate.finite import FiniteWatch
 from vp_exporter.validate.intervals import Interval, bootstrap_ratio_of_medians
 from vp_exporter.validate.latency import MIN_ROUNDS, Timing, time_rounds, timing, warm_up
 
@@ -92,12 +94,19 @@ class Profiled:
         speedups: by batch size, of the last subject over the first, with its interval; empty for a single subject.
         memory: by label; None where it could not be measured.
         notes: one line each.
+        nonfinite: by label, the images whose outputs held a NaN or an infinity, of those of all batch sizes.
     """
 
     profiles: tuple[Profile, ...]
     speedups: dict[int, Interval]
     memory: dict[str, Memory | None]
     notes: tuple[str, ...] = ()
+    nonfinite: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every engine answered with numbers: without that, no time means anything."""
+        return not any(self.nonfinite.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: profile.json."""
@@ -106,6 +115,7 @@ class Profiled:
             "speedups": [{"batch": batch, **asdict(found)} for batch, found in self.speedups.items()],
             "memory": {label: asdict(memory) if memory else None for label, memory in self.memory.items()},
             "notes": list(self.notes),
+            "nonfinite": self.nonfinite,
         }
 
 
@@ -133,10 +143,11 @@ def profile(
     Raises:
         InputError: a batch size that an engine was not built for, images of different sizes, or sizes given twice.
         EngineUnavailableError: an engine cannot run here, or has no profiler.
-        BundleError: a bundle that is not sound.
+        BundleError: a bundle that is not sound, or two that cannot be run side by side.
     """
     if not batches or min(batches) < 1 or len(set(batches)) != len(batches):
         raise InputError(f"batch sizes {list(batches)}", expected="distinct whole numbers from 1")
+    notes, bad = _check_pair(subjects, batches, device), dict.fromkeys((each.label for each in subjects), 0)
     with contextlib.ExitStack() as stack:
         with progress.stage("loading the engines"):
             pairs = [
@@ -148,20 +159,21 @@ def profile(
                 ]
                 for each in subjects
             ]
-        plain = [pair[0] for pair in pairs]
-        shape = _common_shape(subjects, plain)
-        _check_batches(subjects, plain, batches)
+        shape = tuple(int(size) for size in pairs[0][0].inputs[0].shape[1:])
         counts, taken = [], []
         for batch in progress.track(batches, total=len(batches), description="timing and profiling"):
             images = np.random.default_rng(seed).standard_normal((batch, *shape), dtype=np.float32)
             engines = [_Counted(engine) for pair in pairs for engine in pair]
-            per_round = warm_up(engines, images)
+            outputs = FiniteWatch(len(engines), batch)
+            per_round = warm_up(engines, images, outputs)
             rounds = int(np.clip(seconds / per_round, MIN_ROUNDS, MAX_ROUNDS))
             warm = engines[0].calls
-            taken.append(time_rounds(engines, images, rounds, seed).astype(np.float64) / 1e6)
+            taken.append(time_rounds(engines, images, rounds, seed, outputs).astype(np.float64) / 1e6)
             counts.append((warm, rounds))
+            for i, subject in enumerate(subjects):
+                bad[subject.label] += max(outputs.counts()[2 * i : 2 * i + 2])
         recorded = [pair[1].recorded() for pair in pairs]
-    series, speedups, notes = [], {}, []
+    series, speedups = [], {}
     for at, batch in enumerate(batches):
         before = sum(warm + rounds for warm, rounds in counts[:at])
         warm, rounds = counts[at]
@@ -187,7 +199,11 @@ def profile(
                 f"{each.label}, batch {each.batch}: the parts are {100 * each.covered:.0f}% of the run; the engine's "
                 "profiler does not see the rest, or slows it down: read the shares, not the milliseconds"
             )
-    return Profiled(tuple(profiles), speedups, found, tuple(notes))
+    broken = [f"{label} on {count} of {sum(batches)} images" for label, count in bad.items() if count]
+    if broken:
+        both = " (both: the model itself, at this precision)" if len(broken) == len(subjects) > 1 else ""
+        notes.append(f"NaN or infinite outputs: {', '.join(broken)}{both}; these times count for nothing")
+    return Profiled(tuple(profiles), speedups, found, tuple(notes), bad)
 
 
 class _Counted:
@@ -201,27 +217,23 @@ class _Counted:
         return self.engine.run(images)
 
 
-def _common_shape(subjects: Sequence[Subject], engines: Sequence[vp_engines.Engine]) -> tuple[int, ...]:
-    shapes = [tuple(int(size) for size in engine.inputs[0].shape[1:]) for engine in engines]
-    for subject, shape in zip(subjects, shapes, strict=True):
-        if shape != shapes[0]:
-            raise InputError(
-                f"{subject.label} takes images of {list(shape)}",
-                expected=f"{list(shapes[0])}, as {subjects[0].label}",
-                fix="compare bundles of one input size",
-            )
-    return shapes[0]
-
-
-def _check_batches(subjects: Sequence[Subject], engines: Sequence[vp_engines.Engine], batches: Sequence[int]) -> None:
-    for subject, engine in zip(subjects, engines, strict=True):
-        sizes = engine.manifest.engine.batch
+def _check_pair(subjects: Sequence[Subject], batches: Sequence[int], device: str | None) -> list[str]:
+    """Refuse subjects that cannot run side by side, before one is loaded; what to know of the others, a line each."""
+    manifests = [vp_engines.read_manifest(each.bundle) for each in subjects]
+    for subject, manifest in zip(subjects, manifests, strict=True):
+        check_runs_alike(subjects[0].label, manifests[0], subject.label, manifest, device=device)
+        sizes = manifest.engine.batch
         for batch in batches:
             if sizes is not None and not sizes.min <= batch <= sizes.max:
                 raise InputError(
                     f"--batch {batch} with {subject.label}",
                     expected=f"{sizes.min} to {sizes.max}, which its engine was built for",
                 )
+    engines = [f"{each.engine.name} {each.engine.precision}" for each in manifests]
+    if len(set(engines)) > 1:
+        named = ", ".join(f"{each.label} is {engine}" for each, engine in zip(subjects, engines, strict=True))
+        return [f"{named}: what differs is not the work saved alone"]
+    return []
 
 
 class _Series:

@@ -179,15 +179,23 @@ def _open(
 
 
 def _rounds(runners: Sequence[Runner], images: np.ndarray, seconds: float) -> np.ndarray:
-    """Milliseconds, float64 [rounds, runners], interleaved."""
+    """Milliseconds, float64 [rounds, runners], interleaved.
+
+    Raises:
+        SearchError: an output that is not finite: its time says nothing of an engine that can be used.
+    """
+    from vp_exporter.validate.finite import nonfinite_rows
     from vp_exporter.validate.latency import MAX_ROUNDS, MIN_ROUNDS, WARM_UP_CALLS
 
     quickest = math.inf
     for _ in range(WARM_UP_CALLS):
         start = time.perf_counter()
-        for runner in runners:
-            runner.run(images)
+        outputs = [runner.run(images) for runner in runners]
         quickest = min(quickest, time.perf_counter() - start)
+        if any(nonfinite_rows(found, len(images)).any() for found in outputs):
+            raise SearchError(
+                "a timed engine gives NaN or infinite outputs", expected="finite ones", fix="use a wider --precision"
+            )
     rounds = int(np.clip(seconds / max(quickest, 1e-9), MIN_ROUNDS, MAX_ROUNDS))
     taken, rng = np.empty((rounds, len(runners))), np.random.default_rng(0)
     was_on = gc.isenabled()

@@ -1,4 +1,4 @@
-"""How the reduced engine's answers compare with those of the dense model on the same engine."""
+"""How the reduced engine's answers compare with those of its baseline: the dense model, or another bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 
 from vp_exporter.errors import DataError, VpError
 from vp_exporter.progress import SILENT, Progress
+from vp_exporter.validate.baseline import DENSE, Baseline
 from vp_exporter.validate.data import Batch
+from vp_exporter.validate.finite import nonfinite_rows
 from vp_exporter.validate.intervals import Interval, bootstrap_mean, mcnemar_exact, paired_difference, wilson
 from vp_exporter.workers import Workers, single
 
@@ -63,7 +65,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Dense and reduced engine on the same images.
+    """Dense and reduced engine on the same images. "Dense" is the baseline, whatever it is (`Baseline`).
 
     An image for which a model gives a NaN or an infinity counts as wrong for it and as a disagreement; `kl` is then
     None, because no mean would be honest, and `finite` is False, which fails every verdict.
@@ -79,7 +81,7 @@ class Accuracy:
         mcnemar_p: McNemar's exact two-sided p-value; None without labels.
         agreement: images with the same top-1 class in percent, Wilson interval.
         kl: mean over the images of KL(dense || reduced) of the softmax, in nats, bootstrap interval.
-        nonfinite_dense, nonfinite_reduced: images with a NaN or infinite logit.
+        nonfinite_dense, nonfinite_reduced: images with a NaN or an infinity in any output.
         nonfinite_images: the first few of them, by file name.
         parity: the engine against PyTorch; None when there was no reference.
     """
@@ -126,16 +128,19 @@ def evaluate(
     reference_limit: int = 64,
     progress: Progress = SILENT,
     workers: Workers | None = None,
+    baseline: Baseline = DENSE,
 ) -> Accuracy:
     """Run both engines over the same batches and compare their logits.
 
     Args:
+        dense: the baseline's engine.
         reference: the reduced model in PyTorch, images float32 [B, 3, H, W] -> logits [B, classes] (numpy), for
             `Accuracy.parity`.
         reference_limit: how many images the reference sees (from the front); it is far slower than an engine.
         workers: the processes that share the images, each with engines of its own; all of them call this and get the
             same answer. None is one process. Where one fails, all raise its error once the others have ended their
             shares.
+        baseline: how warnings and errors name the two.
 
     Raises:
         DataError: the data cannot be read, or the logits do not fit the number of classes.
@@ -146,9 +151,9 @@ def evaluate(
         raise VpError(f"parity with PyTorch asked of {workers.world} processes", expected="one process")
     parity = None if reference is None else _ParityTally(reference, reference_limit)
     if workers.world == 1:
-        tally = _score(dense, reduced, data, batch_size, progress, parity)
+        tally = _score(dense, reduced, data, batch_size, progress, baseline, parity)
     else:
-        tally = _score_share(dense, reduced, data, batch_size, progress, workers)
+        tally = _score_share(dense, reduced, data, batch_size, progress, baseline, workers)
     if not tally.images:
         raise DataError("no image to validate on", fix="point to a folder of images")
     result = tally.result(len(data.skipped), parity.result() if parity is not None and parity.images else None)
@@ -156,12 +161,12 @@ def evaluate(
         return result  # the leader warns for all
     if not result.finite:
         progress.warn(
-            f"NaN or infinite logits: dense {result.nonfinite_dense}, reduced {result.nonfinite_reduced} of "
-            f"{result.images} images"
+            f"NaN or infinite outputs: {baseline.label} {result.nonfinite_dense}, {baseline.own} "
+            f"{result.nonfinite_reduced} of {result.images} images"
         )
     if result.dense_top1 is not None and result.images >= 20 and result.dense_top1 <= 150 / data.num_classes < 100:
         progress.warn(
-            f"the dense model's top-1 is {result.dense_top1:.2f}%, about chance: the folders are probably not in the "
+            f"{baseline.name}'s top-1 is {result.dense_top1:.2f}%, about chance: the folders are probably not in the "
             "order of the model's classes, or the preprocessing is not the model's"
         )
     return result
@@ -173,13 +178,15 @@ def _score(
     data: Data,
     batch_size: int,
     progress: Progress,
+    baseline: Baseline,
     parity: _ParityTally | None = None,
 ) -> _Tally:
     tally = _Tally(data.num_classes, data.labelled)
     steps = math.ceil(len(data) / batch_size)
-    for batch in progress.track(data.batches(batch_size), total=steps, description="comparing with the dense model"):
-        first = _logits(dense, batch, data.num_classes, "dense")
-        second = _logits(reduced, batch, data.num_classes, "reduced")
+    what = f"comparing with {baseline.name}"
+    for batch in progress.track(data.batches(batch_size), total=steps, description=what):
+        first = _logits(dense, batch, data.num_classes, baseline.engine)
+        second = _logits(reduced, batch, data.num_classes, baseline.own_engine)
         tally.add(first, second, batch)
         if parity is not None:
             parity.add(batch.images, second)
@@ -187,13 +194,19 @@ def _score(
 
 
 def _score_share(
-    dense: RunnerLike, reduced: RunnerLike, data: Data, batch_size: int, progress: Progress, workers: Workers
+    dense: RunnerLike,
+    reduced: RunnerLike,
+    data: Data,
+    batch_size: int,
+    progress: Progress,
+    baseline: Baseline,
+    workers: Workers,
 ) -> _Tally:
     """Score this process's share of the images; the tally of all shares, on every process."""
 
     def mine() -> tuple[_Tally, list[tuple[str, str]]]:
         share = data.part(workers.rank, workers.world, batch_size)
-        return _score(dense, reduced, share, batch_size, progress), share.skipped
+        return _score(dense, reduced, share, batch_size, progress, baseline), share.skipped
 
     shares = workers.gather(workers.agree(mine))
     data.rejoin([entry for _, skipped in shares for entry in skipped])
@@ -230,18 +243,20 @@ def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _logits(runner: RunnerLike, batch: Batch, num_classes: int, which: str) -> np.ndarray:
+    """float64 [B, classes]; NaN for an image of which any other output is not finite."""
     outputs = runner.run(batch.images)
     if OUTPUT not in outputs:
-        raise DataError(f"the {which} engine's outputs are {sorted(outputs)}", expected=f"one named {OUTPUT!r}")
+        raise DataError(f"{which}'s outputs are {sorted(outputs)}", expected=f"one named {OUTPUT!r}")
     _check_logits(outputs[OUTPUT], len(batch.images), num_classes, which)
-    return outputs[OUTPUT].astype(np.float64)
+    logits: np.ndarray = outputs[OUTPUT].astype(np.float64)
+    if len(outputs) > 1:
+        logits[nonfinite_rows(outputs, len(logits))] = np.nan
+    return logits
 
 
 def _check_logits(logits: np.ndarray, rows: int, num_classes: int, which: str) -> None:
     if logits.shape != (rows, num_classes):
-        raise DataError(
-            f"the {which} model's logits have shape {list(logits.shape)}", expected=f"[{rows}, {num_classes}]"
-        )
+        raise DataError(f"{which}'s logits have shape {list(logits.shape)}", expected=f"[{rows}, {num_classes}]")
 
 
 @dataclass

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from vp_exporter.validate.baseline import DENSE, Baseline
 from vp_exporter.validate.latency import LatencyRow
 
-WIDTH = 800.0
+WIDTH, NARROW = 800.0, 340.0  # user units, near to the pixels of a page and of a telephone
 THUMBNAIL = 160
 MAX_SAMPLES = 6
 MAX_STAGES = 6
@@ -54,17 +55,17 @@ class TokenChart:
     description: str
 
 
-def token_chart(tokens: Sequence[Mapping[str, int]], dense: int) -> TokenChart:
+def token_chart(tokens: Sequence[Mapping[str, int]], dense: int, width: float = WIDTH) -> TokenChart:
     """Chart of `tokens` ({"block", "attention", "mlp"} per block, prefix tokens included) against `dense` tokens."""
     height, left, top, bottom = 250.0, 44.0, 22.0, 212.0
     top_count = max([dense, *(max(row["attention"], row["mlp"]) for row in tokens)])
-    step = (WIDTH - left) / len(tokens)
+    page, step = width, (width - left) / len(tokens)
     bars, blocks, before = [], [], None
 
     def rise(count: float) -> float:
         return (bottom - top) * count / top_count
 
-    every = math.ceil(len(tokens) / 24)
+    every = math.ceil(len(tokens) / (width / 33))
     for i, row in enumerate(tokens):
         x, width = left + i * step, step * 0.78
         x += (step - width) / 2
@@ -83,15 +84,22 @@ def token_chart(tokens: Sequence[Mapping[str, int]], dense: int) -> TokenChart:
         f"Tokens per block. Dense: {dense} everywhere. Reduced: {first['attention']} at the attention of block "
         f"{first['block']}, {last['mlp']} at the MLP of block {last['block']}. The table below holds every count."
     )
-    return TokenChart(WIDTH, height, left, bottom, bars, blocks, counts, description)
+    return TokenChart(page, height, left, bottom, bars, blocks, counts, description)
 
 
 @dataclass(frozen=True)
 class LatencyLine:
-    """One engine at one batch size: a bar to the median, a tick at p90, a whisker to p99."""
+    """One engine at one batch size: a bar to the median, a tick at p90, a whisker to p99.
+
+    Attributes:
+        kind: "dense" (the baseline) or "reduced", for its colour; name: what it is called.
+        text_y: baseline of both texts: beside the bar, or above it on a narrow page.
+    """
 
     y: float
+    text_y: float
     kind: str
+    name: str
     median: float
     p90: float
     p99: float
@@ -108,6 +116,11 @@ class LatencyPanel:
 
 @dataclass(frozen=True)
 class LatencyChart:
+    """Attributes:
+    stacked: texts stand above the bars, for a narrow page.
+    """
+
+    stacked: bool
     width: float
     height: float
     left: float
@@ -116,21 +129,30 @@ class LatencyChart:
     description: str
 
 
-def latency_chart(rows: Sequence[LatencyRow]) -> LatencyChart:
+def latency_chart(rows: Sequence[LatencyRow], baseline: Baseline = DENSE, *, narrow: bool = False) -> LatencyChart:
     """Bars from zero, one panel per batch size with a scale of its own (batch 8 would flatten batch 1)."""
-    left, right, bar, panel = 76.0, WIDTH - 190, 22.0, 100.0
+    names = [_shortened(name, 18 if narrow else 24) for name in (baseline.label, baseline.own)]
+    if narrow:
+        width, left, right, bar, above, panel = NARROW, 0.0, NARROW - 6, 16.0, 22.0, 124.0
+    else:
+        width, right, bar, above, panel = WIDTH, WIDTH - 190, 22.0, 0.0, 100.0
+        left = max(76.0, 7.5 * max(map(len, names)) + 12)
     panels, words = [], []
     for i, row in enumerate(rows):
         # One stray p99 must not squeeze the medians, which carry the message, into a corner.
         median = max(row.dense.median_ms, row.reduced.median_ms)
         full = min(max(row.dense.p99_ms, row.reduced.p99_ms), 1.6 * median)
         y, lines = i * panel, []
-        for j, (kind, timing) in enumerate((("dense", row.dense), ("reduced", row.reduced))):
+        sides = (("dense", names[0], row.dense), ("reduced", names[1], row.reduced))
+        for j, (kind, name, timing) in enumerate(sides):
             p90, p99 = (min(left + (right - left) * value / full, right) for value in (timing.p90_ms, timing.p99_ms))
+            at = y + 30 + above + j * (bar + 8 + above)
             lines.append(
                 LatencyLine(
-                    y + 30 + j * (bar + 8),
+                    at,
+                    at - 6 if narrow else at + bar / 2 + 5,
                     kind,
+                    name,
                     left + (right - left) * timing.median_ms / full,
                     p90,
                     p99,
@@ -138,18 +160,25 @@ def latency_chart(rows: Sequence[LatencyRow]) -> LatencyChart:
                     f"{milliseconds(timing.median_ms)} ms (p99 {milliseconds(timing.p99_ms)})",
                 )
             )
-            words.append(f"{kind} at batch {row.batch} {milliseconds(timing.median_ms)} ms")
-        panels.append(LatencyPanel(y, f"batch {row.batch}: {row.speedup.value:.2f}×", lines))
-    return LatencyChart(WIDTH, panel * len(rows), left, bar, panels, "Median latency: " + ", ".join(words) + ".")
+            words.append(f"{name} at batch {row.batch} {milliseconds(timing.median_ms)} ms")
+        found = f"{row.speedup.value:.2f}×" if row.finite else "outputs not finite"
+        panels.append(LatencyPanel(y, f"batch {row.batch}: {found}", lines))
+    return LatencyChart(
+        narrow, width, panel * len(rows), left, bar, panels, "Median latency: " + ", ".join(words) + "."
+    )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The patches that enter `block`: an SVG path over the dropped ones, one unit per patch."""
+    """The patches that enter `block`: SVG paths, one unit per patch: over the dropped ones, a line across each of them,
+    and their border with the kept ones.
+    """
 
     block: int
     kept: int
     dropped_path: str
+    hatch_path: str
+    border_path: str
 
 
 def stages(kept_stages: Sequence[tuple[int, Sequence[int]]], grid: tuple[int, int]) -> list[Stage]:
@@ -168,7 +197,10 @@ def stages(kept_stages: Sequence[tuple[int, Sequence[int]]], grid: tuple[int, in
     if len(changes) > MAX_STAGES:
         chosen = np.linspace(0, len(changes) - 1, MAX_STAGES).round().astype(int)
         changes = [changes[i] for i in chosen]
-    return [Stage(block, len(kept), _dropped_path(kept, grid)) for block, kept in changes]
+    return [
+        Stage(block, len(kept), _dropped_path(kept, grid), _hatch_path(kept, grid), _border_path(kept, grid))
+        for block, kept in changes
+    ]
 
 
 def _dropped_path(kept: set[int], grid: tuple[int, int]) -> str:
@@ -187,6 +219,25 @@ def _dropped_path(kept: set[int], grid: tuple[int, int]) -> str:
     return "".join(path)
 
 
+def _hatch_path(kept: set[int], grid: tuple[int, int]) -> str:
+    """A diagonal across every dropped patch: neighbours' meet, so that together they are hatched."""
+    dropped = (divmod(at, grid[1]) for at in range(grid[0] * grid[1]) if at not in kept)
+    return "".join(f"M{column} {row + 1}l1-1" for row, column in dropped)
+
+
+def _border_path(kept: set[int], grid: tuple[int, int]) -> str:
+    """The edges between a dropped and a kept patch."""
+    rows, columns = grid
+    path = []
+    for at in range(rows * columns):
+        row, column = divmod(at, columns)
+        if column + 1 < columns and (at in kept) != (at + 1 in kept):
+            path.append(f"M{column + 1} {row}v1")
+        if row + 1 < rows and (at in kept) != (at + columns in kept):
+            path.append(f"M{column} {row + 1}h1")
+    return "".join(path)
+
+
 def thumbnail(image: np.ndarray) -> str:
     """JPEG data URI, at most 160 pixels a side, of an image uint8 [H, W, 3]."""
     from PIL import Image
@@ -196,6 +247,11 @@ def thumbnail(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _shortened(name: str, most: int = 24) -> str:
+    """A name for a chart: the middle of a long one is left out (the tables have it whole)."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-most // 2 + 1 :]}"
 
 
 def milliseconds(value: float) -> str:

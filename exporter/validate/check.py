@@ -1,4 +1,4 @@
-"""Check a bundle: both its engines over the same images and the same clock, to a report and a verdict.
+"""Check a bundle: its engine and the baseline's over the same images and the same clock, to a report and a verdict.
 
 vp-export runs this on the bundle that it is about to hand over, vp-validate on one that somebody has: same code, same
 bytes, so the proof in the bundle is a proof of the bundle.
@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 import vp_engines
 from vp_engines.backends import get_backend
-from vp_engines.errors import BundleError
+from vp_engines.errors import BundleError, EngineUnavailableError
 from vp_engines.manifest import Manifest, Preprocessing
 from vp_engines.preprocess import preprocess
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.progress import SILENT, Progress
+from vp_exporter.progress import SILENT, Progress, recording
 from vp_exporter.validate.accuracy import Accuracy, evaluate
+from vp_exporter.validate.baseline import DENSE, Baseline, bundle_baseline, common_batches
 from vp_exporter.validate.data import ImageFolder
-from vp_exporter.validate.latency import LatencyRow, compare, environment
+from vp_exporter.validate.latency import LatencyRow, compare, environment, probe
 from vp_exporter.validate.report import ReportData
-from vp_exporter.validate.verdict import Budget, judge
+from vp_exporter.validate.verdict import Budget, Probe, Verdict, judge
 from vp_exporter.workers import Workers, single
 
 SAMPLES = 6
+FEWEST = 20  # images, below which a top-1 says little
+TIMM_STATISTICS = (  # mean and std: timm.data.constants has them as IMAGENET_DEFAULT, _INCEPTION, _DPN, OPENAI_CLIP
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3),
+    ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class CheckRequest:
         against: another bundle whose reduced engine is the baseline in place of the bundle's own dense one.
         device, threads: of both engines.
         samples: show sample images in the report; off where the images must not be copied.
+        statistics_stated: whether the mean and std are known to be the user's own words, not a default.
     """
 
     data: Path | None = None
@@ -59,6 +68,7 @@ class CheckRequest:
     device: str | None = None
     threads: int | None = None
     samples: bool = True
+    statistics_stated: bool = False
 
 
 def open_data(
@@ -96,24 +106,29 @@ def check_bundle(
     progress: Progress = SILENT,
     workers: Workers | None = None,
 ) -> ReportData:
-    """Compare the reduced engine of a bundle with the dense one.
+    """Compare the reduced engine of a bundle with its dense one, or with the reduced engine of `request.against`.
 
     Args:
         data: of `open_data`, where it is open already.
         reference: the reduced model in PyTorch, for the engine's parity with it.
         notes: lines for the report.
+        progress: its warnings are the report's too; one that is `Recording` already brings those from before.
         workers: the processes that share the images; all of them call this and get the same report. Only the leader
             times, while the others are idle. None is one process.
 
     Raises:
-        VpError: the bundle, the data or the engine cannot be used; a reference with several processes.
+        VpError: the bundle, the data or the engine cannot be used, or the two bundles cannot be compared; a reference
+            with several processes.
     """
-    workers = workers or single()
+    workers, progress = workers or single(), recording(progress)
     manifest = vp_engines.read_manifest(path)
+    baseline, profiles = find_baseline(path, manifest, request)
     plan = ReductionPlan.loads((path / manifest.plan.path).read_bytes())
-    notes, warnings = list(notes), []
+    notes, warnings = [*notes, *baseline.notes], []
     accuracy: Accuracy | None = None
     latency: list[LatencyRow] | None = None
+    probed: Probe | None = None
+    batches = [size for size in request.batches if size == _fitting(profiles, size)]
     ready = get_backend(manifest.engine.name).available("run")
     has_baseline = request.against is not None or "dense" in manifest.variants
     if data is None:
@@ -130,6 +145,7 @@ def check_bundle(
                 fix="export again without --no-dense, or name another bundle with --against",
             )
         warnings.append("The bundle holds no dense baseline: neither speed-up nor accuracy is measured.")
+        probed = workers.from_leader(lambda: _probe(path, manifest, request, batches, progress))
     else:
         with contextlib.ExitStack() as stack:
             with progress.stage("loading both engines"):
@@ -139,13 +155,16 @@ def check_bundle(
                     dense,
                     reduced,
                     data,
-                    batch_size=_fitting(manifest, request.batch_size),
+                    batch_size=_fitting(profiles, request.batch_size),
                     reference=reference,
                     progress=progress,
                     workers=workers,
+                    baseline=baseline,
                 )
                 notes += data.notes
-            batches = [size for size in request.batches if size == _fitting(manifest, size)]
+                doubt = _statistics_doubt(manifest, accuracy, request, baseline)
+                if workers.leader and doubt:
+                    progress.warn(doubt)
             if len(batches) < len(request.batches):
                 warnings.append("Batch sizes that the engine was not built for are not timed.")
             if batches:
@@ -156,16 +175,71 @@ def check_bundle(
                         image_shape=manifest.preprocessing.input_size,
                         batches=batches,
                         min_seconds=request.seconds,
-                        macs_dense=manifest.plan.macs_dense,
+                        macs_dense=baseline.macs,
                         macs_reduced=manifest.plan.macs_reduced,
                         progress=progress,
+                        baseline=baseline,
                     )
                 )
     if data is not None and data.skipped:
         warnings.append(f"Skipped {_count(len(data.skipped))} that could not be decoded: {_some(data.skipped)}.")
-    if request.against:
-        notes.append(f"The baseline is the bundle {request.against.name}, not this bundle's own dense engine.")
-    return workers.from_leader(lambda: _report_data(manifest, plan, request, data, accuracy, latency, notes, warnings))
+    # A line for each file that is skipped is for the terminal: the report has them as one.
+    warnings += dict.fromkeys(text for text in progress.warnings if not text.startswith("skipped "))
+    verdict = judge(accuracy, latency, request.budget, baseline=baseline, probe=probed)
+    return workers.from_leader(
+        lambda: _report_data(manifest, plan, request, data, accuracy, latency, baseline, verdict, notes, warnings)
+    )
+
+
+def find_baseline(path: Path, manifest: Manifest, request: CheckRequest) -> tuple[Baseline, tuple[Manifest, ...]]:
+    """What a bundle will be compared with, and the manifests of the engines that will run.
+
+    Raises:
+        BundleError: `request.against` is no bundle, or one that cannot be compared with this one.
+        EngineUnavailableError: its engine cannot run here.
+    """
+    if request.against is None:
+        return replace(DENSE, macs=manifest.plan.macs_dense), (manifest,)
+    other = vp_engines.read_manifest(request.against)
+    baseline = bundle_baseline(path, manifest, request.against, other, device=request.device)
+    ready = get_backend(other.engine.name).available("run")
+    if not ready.ok:
+        raise EngineUnavailableError(
+            f"the engine '{other.engine.name}' of {baseline.label} cannot run here: {ready.reason}"
+        )
+    return baseline, (manifest, other)
+
+
+def _statistics_doubt(manifest: Manifest, accuracy: Accuracy, request: CheckRequest, baseline: Baseline) -> str:
+    """A line where a checkpoint of the user's own may have been trained with other statistics than timm's defaults.
+
+    Only where the top-1 is poor, below 50%, or below twice chance where that is more (at most 90%): seldom right for a
+    model that is trained and prepared as it should be.
+    """
+    spec, source = manifest.preprocessing, manifest.model.weights_source
+    # A hub's repository or a folder (their names have a slash) states the statistics beside the weights.
+    own_weights = source != "random" and not source.startswith("timm pretrained") and "/" not in source
+    defaults = any(np.allclose((spec.mean, spec.std), each, atol=1e-4) for each in TIMM_STATISTICS)
+    top1 = accuracy.dense_top1
+    if request.statistics_stated or not own_weights or not defaults or top1 is None or accuracy.images < FEWEST:
+        return ""
+    if top1 >= max(50.0, min(200 / accuracy.num_classes, 90.0)):
+        return ""
+    return (
+        f"{baseline.name}'s top-1 is {top1:.2f}%, poor for a trained model, and mean and std are timm's defaults for "
+        f"{manifest.model.name}; if the weights ({source}) were trained with others, export with --mean and --std"
+    )
+
+
+def _probe(
+    path: Path, manifest: Manifest, request: CheckRequest, batches: Sequence[int], progress: Progress
+) -> Probe | None:
+    """Whether an engine without a baseline answers with numbers at all."""
+    if not batches:
+        return None
+    with progress.stage("running the engine"), _load(path, "reduced", request) as engine:
+        bad = probe(engine, image_shape=manifest.preprocessing.input_size, batches=batches)
+    return Probe(sum(batches), bad)
 
 
 def _load_both(
@@ -181,10 +255,10 @@ def _load(path: Path, variant: str, request: CheckRequest) -> vp_engines.Engine:
     return vp_engines.load(path, variant=variant, device=request.device, threads=request.threads)  # type: ignore[arg-type]
 
 
-def _fitting(manifest: Manifest, size: int) -> int:
-    """The batch size nearest to `size` that the engine was built for."""
-    sizes = manifest.engine.batch
-    return size if sizes is None else min(max(size, sizes.min), sizes.max)
+def _fitting(manifests: Sequence[Manifest], size: int) -> int:
+    """The batch size nearest to `size` that the engines were built for."""
+    sizes = common_batches(*manifests)
+    return size if sizes is None else min(max(size, sizes[0]), sizes[1])
 
 
 def _report_data(
@@ -194,6 +268,8 @@ def _report_data(
     data: ImageFolder | None,
     accuracy: Accuracy | None,
     latency: list[LatencyRow] | None,
+    baseline: Baseline,
+    verdict: Verdict,
     notes: list[str],
     warnings: list[str],
 ) -> ReportData:
@@ -230,7 +306,9 @@ def _report_data(
         tokens=[{"block": block, "attention": row.attention, "mlp": row.mlp} for block, row in enumerate(rows)],
         prefix_tokens=plan.prefix_tokens,
         macs={"dense": manifest.plan.macs_dense, "reduced": manifest.plan.macs_reduced},
-        verdict=judge(accuracy, latency, request.budget),
+        verdict=verdict,
+        baseline=baseline,
+        preprocessing=manifest.preprocessing,
         accuracy=accuracy,
         latency=latency,
         grid=grid,

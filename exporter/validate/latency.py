@@ -10,9 +10,9 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,8 @@ import numpy as np
 from vp_exporter.errors import DataError
 from vp_exporter.progress import SILENT, Progress
 from vp_exporter.validate.accuracy import RunnerLike
+from vp_exporter.validate.baseline import DENSE, Baseline
+from vp_exporter.validate.finite import FiniteWatch, nonfinite_rows
 from vp_exporter.validate.intervals import Interval, bootstrap_ratio_of_medians
 
 MIN_ROUNDS = 20
@@ -43,7 +45,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """Dense and reduced at one batch size.
+    """Dense and reduced at one batch size. "Dense" is the baseline, whatever it is (`Baseline`).
 
     Attributes:
         batch: images per run.
@@ -51,10 +53,13 @@ class LatencyRow:
         speedup: median dense time over median reduced time, with the bootstrap interval over paired rounds.
         noise: the same statistic of the dense engine against itself, as its distance from 1 (see `noise_floor`).
         mac_ratio: multiply-accumulates of dense over reduced; None when not given.
-        efficiency: speed-up over MAC ratio: 1.0 when every multiply-accumulate saved is time saved.
+        efficiency: speed-up over MAC ratio: 1.0 when every multiply-accumulate saved is time saved; None where it may
+            not be stated.
         claim: whether a speed-up may be claimed: the interval's lower end lies above 1 + noise. The interval alone is
             not enough: it only knows the spread of this run's timings, while `noise` also shows what this machine
-            makes of two things that are equal.
+            makes of two things that are equal. Never where an output is not finite.
+        nonfinite_dense, nonfinite_reduced: images of the batch for which any output held a NaN or an infinity in any
+            of the runs.
     """
 
     batch: int
@@ -66,9 +71,18 @@ class LatencyRow:
     mac_ratio: float | None
     efficiency: float | None
     claim: bool
+    nonfinite_dense: int = 0
+    nonfinite_reduced: int = 0
 
     @property
-    def outcome(self) -> Literal["faster", "slower", "within noise"]:
+    def finite(self) -> bool:
+        """Whether every output of both engines was a finite number: without that, no time means anything."""
+        return not (self.nonfinite_dense or self.nonfinite_reduced)
+
+    @property
+    def outcome(self) -> Literal["faster", "slower", "within noise", "not finite"]:
+        if not self.finite:
+            return "not finite"
         if self.claim:
             return "faster"
         return "slower" if self.speedup.high < 1 / (1 + self.noise) else "within noise"
@@ -90,6 +104,7 @@ def compare(
     macs_reduced: float | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
+    baseline: Baseline = DENSE,
 ) -> list[LatencyRow]:
     """Time both engines on the same random images.
 
@@ -103,6 +118,7 @@ def compare(
         min_seconds: seconds of timed work per batch size, both engines together, when `rounds` is None.
         macs_dense, macs_reduced: multiply-accumulates per image; without both there is no efficiency.
         seed: of the images, of the order and of the bootstrap.
+        baseline: what `dense` is; decides whether efficiency may be stated.
 
     Raises:
         DataError: a batch size or the number of rounds is out of range.
@@ -113,21 +129,42 @@ def compare(
         raise DataError(f"{rounds} timing rounds", expected=f"{MIN_ROUNDS} or more, below which no interval means much")
     ratio = macs_dense / macs_reduced if macs_dense and macs_reduced else None
     rows = []
-    for batch in progress.track(batches, total=len(batches), description="timing against the dense model"):
+    for batch in progress.track(batches, total=len(batches), description=f"timing against {baseline.name}"):
         images = np.random.default_rng(seed).standard_normal((batch, *image_shape), dtype=np.float32)
-        runners = (dense, reduced)
-        per_round = warm_up(runners, images)
+        runners, outputs = (dense, reduced), FiniteWatch(2, batch)
+        per_round = warm_up(runners, images, outputs)
         count = rounds or int(np.clip(min_seconds / per_round, MIN_ROUNDS, MAX_ROUNDS))
-        nanoseconds = time_rounds(runners, images, count, seed)
-        rows.append(summarise(nanoseconds, batch=batch, mac_ratio=ratio, seed=seed))
+        nanoseconds = time_rounds(runners, images, count, seed, outputs)
+        row = summarise(nanoseconds, batch=batch, mac_ratio=ratio, seed=seed, nonfinite=outputs.counts())
+        rows.append(row if baseline.efficient and row.finite else replace(row, efficiency=None))
     return rows
 
 
-def summarise(nanoseconds: np.ndarray, *, batch: int, mac_ratio: float | None, seed: int = 0) -> LatencyRow:
+def probe(runner: RunnerLike, *, image_shape: tuple[int, int, int], batches: Sequence[int], seed: int = 0) -> int:
+    """Run an engine once at each batch size on the images that `compare` times, and count those without finite outputs.
+
+    For a bundle that holds nothing to be timed against.
+    """
+    bad = 0
+    for batch in batches:
+        images = np.random.default_rng(seed).standard_normal((batch, *image_shape), dtype=np.float32)
+        bad += int(nonfinite_rows(runner.run(images), batch).sum())
+    return bad
+
+
+def summarise(
+    nanoseconds: np.ndarray,
+    *,
+    batch: int,
+    mac_ratio: float | None,
+    seed: int = 0,
+    nonfinite: Sequence[int] = (0, 0),
+) -> LatencyRow:
     """The row for raw timings.
 
     Args:
         nanoseconds: [rounds, 2], dense and reduced.
+        nonfinite: images whose outputs were not finite, dense and reduced.
     """
     milliseconds = nanoseconds.astype(np.float64) / 1e6
     dense, reduced = milliseconds[:, 0], milliseconds[:, 1]
@@ -142,7 +179,9 @@ def summarise(nanoseconds: np.ndarray, *, batch: int, mac_ratio: float | None, s
         noise=noise,
         mac_ratio=mac_ratio,
         efficiency=speedup.value / mac_ratio if mac_ratio else None,
-        claim=speedup.low > 1 + noise,
+        claim=speedup.low > 1 + noise and not any(nonfinite),
+        nonfinite_dense=nonfinite[0],
+        nonfinite_reduced=nonfinite[1],
     )
 
 
@@ -204,20 +243,35 @@ def timing(milliseconds: np.ndarray, batch: int) -> Timing:
     return Timing(median, float(milliseconds.mean()), p90, p99, 1000 * batch / median)
 
 
-def warm_up(runners: Sequence[RunnerLike], images: np.ndarray) -> float:
-    """Run all until caches, clocks and lazy allocations have settled; seconds of the quickest round."""
+Watch = Callable[[int, Mapping[str, np.ndarray]], None]
+
+
+def warm_up(runners: Sequence[RunnerLike], images: np.ndarray, watch: Watch | None = None) -> float:
+    """Run all until caches, clocks and lazy allocations have settled; seconds of the quickest round.
+
+    Args:
+        watch: is shown every output, with the number of its engine.
+    """
     quickest, start, calls = float("inf"), time.perf_counter(), 0
     while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_SECONDS:
         before = time.perf_counter()
-        for runner in runners:
-            runner.run(images)
+        outputs = [runner.run(images) for runner in runners]
         quickest = min(quickest, time.perf_counter() - before)
         calls += 1
+        for which, found in enumerate(outputs if watch is not None else ()):
+            assert watch is not None
+            watch(which, found)
     return max(quickest, 1e-9)
 
 
-def time_rounds(runners: Sequence[RunnerLike], images: np.ndarray, rounds: int, seed: int) -> np.ndarray:
-    """Nanoseconds, int64 [rounds, runners]; a round runs each of them once, in an order drawn anew."""
+def time_rounds(
+    runners: Sequence[RunnerLike], images: np.ndarray, rounds: int, seed: int, watch: Watch | None = None
+) -> np.ndarray:
+    """Nanoseconds, int64 [rounds, runners]; a round runs each of them once, in an order drawn anew.
+
+    Args:
+        watch: is shown every output, with the number of its engine, while the clock stands.
+    """
     runs, count = [runner.run for runner in runners], len(runners)
     # As many rounds start with each, shuffled: none has the better place more often.
     first = np.random.default_rng(seed).permutation(np.arange(rounds) % count)
@@ -227,8 +281,10 @@ def time_rounds(runners: Sequence[RunnerLike], images: np.ndarray, rounds: int, 
             for turn in range(count):
                 which = (int(first[i]) + turn) % count
                 start = time.perf_counter_ns()
-                runs[which](images)
+                outputs = runs[which](images)
                 taken[i, which] = time.perf_counter_ns() - start
+                if watch is not None:
+                    watch(which, outputs)
     return np.maximum(taken, 1)  # a coarse clock may say 0, and ratios are taken
 
 

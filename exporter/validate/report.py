@@ -12,13 +12,18 @@ import numpy as np
 
 from vp_exporter.validate import charts
 from vp_exporter.validate.accuracy import Accuracy
+from vp_exporter.validate.baseline import DENSE, Baseline
 from vp_exporter.validate.latency import LatencyRow
 from vp_exporter.validate.verdict import Check, Verdict, interval, points
 
 if TYPE_CHECKING:
     import jinja2
 
-FORMAT, VERSION = "vp-report", 1
+    from vp_engines.manifest import Preprocessing
+
+# Version 2: a verdict has the status "measured", where version 1 said "passed" of whatever had no budget; what is
+# measured against another bundle is called "baseline", where version 1 called it "dense".
+FORMAT, VERSION = "vp-report", 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class ReportData:
         plan: facts such as method, budget, fingerprint.
         tokens: per block {"block", "attention", "mlp"}: tokens (prefix tokens included) that enter each half.
         prefix_tokens: class and register tokens, which no plan removes.
-        macs: {"dense", "reduced"}: multiply-accumulates of one image.
+        macs: {"dense", "reduced"}: multiply-accumulates of one image, without the plan and with it.
         verdict: of `verdict.judge`.
         accuracy, latency: what was measured; None where it was not, which the page says loudly.
         kept_stages: (block, kept positions in the original patch grid, row by row) in order of blocks; empty for
@@ -39,6 +44,8 @@ class ReportData:
         grid: rows and columns of patches.
         samples: images uint8 [H, W, 3], cropped as the model sees them; the first six are shown.
         environment: of `latency.environment`.
+        baseline: what was measured against.
+        preprocessing: what happens to an image before it enters the engine.
         notes, warnings: one line each.
 
     Raises:
@@ -58,6 +65,8 @@ class ReportData:
     kept_stages: Sequence[tuple[int, Sequence[int]]] = ()
     samples: Sequence[np.ndarray] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    baseline: Baseline = DENSE
+    preprocessing: Preprocessing | None = None
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
@@ -71,6 +80,12 @@ class ReportData:
         for sample in self.samples:
             if sample.dtype != np.uint8 or sample.ndim != 3 or sample.shape[2] != 3:
                 raise ValueError(f"a sample is {sample.dtype} {list(sample.shape)}; expected uint8 [H, W, 3]")
+
+    @property
+    def mac_ratio(self) -> float:
+        """Multiply-accumulates of the baseline over those of the reduced model."""
+        macs = self.baseline.macs if self.baseline.kind == "bundle" else None
+        return (self.macs["dense"] if macs is None else macs) / self.macs["reduced"]
 
     @property
     def dense_tokens(self) -> int:
@@ -94,21 +109,30 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json: every figure of the page, but not the pictures. Keys are only ever added
-        within version 1."""
+        within a version. Against another bundle, keys that say "dense" of a measurement say "baseline"."""
         data = self.data
+        accuracy = data.accuracy.to_dict() if data.accuracy else None
+        latency = [row.to_dict() for row in data.latency] if data.latency else None
+        macs: dict[str, float | None] = {**data.macs, "ratio": data.mac_ratio}
+        baseline = {"kind": data.baseline.kind, "name": data.baseline.label, **data.baseline.facts}
+        if data.baseline.kind == "bundle":
+            accuracy, latency = _of_baseline(accuracy), _of_baseline(latency)
+            macs["baseline"] = data.baseline.macs
         body = {
             "format": FORMAT,
             "version": VERSION,
             "verdict": data.verdict.to_dict(),
             "accuracy_validated": data.accuracy is not None,
-            "accuracy": data.accuracy.to_dict() if data.accuracy else None,
-            "latency": [row.to_dict() for row in data.latency] if data.latency else None,
-            "macs": {**data.macs, "ratio": data.macs["dense"] / data.macs["reduced"]},
+            "baseline": baseline,
+            "accuracy": accuracy,
+            "latency": latency,
+            "macs": macs,
             "tokens": list(data.tokens),
             "dense_tokens": data.dense_tokens,
             "prefix_tokens": data.prefix_tokens,
             "grid": list(data.grid),
             "kept_stages": [{"block": block, "kept": list(kept)} for block, kept in data.kept_stages],
+            "preprocessing": data.preprocessing.model_dump(mode="json") if data.preprocessing else None,
             "model": data.model,
             "plan": data.plan,
             "engine": data.engine,
@@ -131,15 +155,23 @@ class Report:
                 data=data,
                 accuracy=data.accuracy,
                 verdict=data.verdict,
-                status=_status(data.verdict),
+                status=STATUS_WORDS[data.verdict.status],
+                baseline=data.baseline,
                 figures=_figures(data),
                 checks=[(check, _limit(check), _found(check)) for check in data.verdict.checks],
-                token_chart=charts.token_chart(data.tokens, data.dense_tokens),
-                latency_chart=charts.latency_chart(data.latency) if data.latency else None,
+                # Each twice, for a page and for a telephone: a chart that is made smaller cannot be read.
+                token_charts=[
+                    charts.token_chart(data.tokens, data.dense_tokens, w) for w in (charts.WIDTH, charts.NARROW)
+                ],
+                latency_charts=[charts.latency_chart(data.latency, data.baseline, narrow=n) for n in (False, True)]
+                if data.latency
+                else [],
                 stages=stages,
                 thumbnails=[charts.thumbnail(image) for image in data.samples[: charts.MAX_SAMPLES]] if stages else [],
-                accuracy_rows=_accuracy_rows(data.accuracy) if data.accuracy else [],
+                accuracy_rows=_accuracy_rows(data.accuracy, data.baseline) if data.accuracy else [],
                 facts=[
+                    ("Baseline", _facts(data.baseline.facts)),
+                    ("Preprocessing", _facts(data.preprocessing.facts()) if data.preprocessing else []),
                     ("Plan", _facts(data.plan)),
                     ("Model", _facts(data.model)),
                     ("Engine", _facts(data.engine)),
@@ -174,10 +206,19 @@ def validation_fields(report: ReportData) -> dict[str, str]:
     }
 
 
-def _status(verdict: Verdict) -> str:
-    if verdict.status == "passed" and not verdict.budget_given:
-        return "Measured"  # nothing was asked that could have failed
-    return {"passed": "Passed", "failed": "Failed", "unvalidated": "Accuracy not validated"}[verdict.status]
+STATUS_WORDS = {
+    "passed": "Passed",
+    "failed": "Failed",
+    "measured": "Measured",
+    "unvalidated": "Accuracy not validated",
+}
+
+
+def _of_baseline(value: Any) -> Any:
+    """The same with "baseline" for "dense" in every key: dense_top1 -> baseline_top1."""
+    if isinstance(value, Mapping):
+        return {key.replace("dense", "baseline"): _of_baseline(item) for key, item in value.items()}
+    return [_of_baseline(item) for item in value] if isinstance(value, list) else value
 
 
 def _environment() -> jinja2.Environment:
@@ -198,24 +239,32 @@ def _figures(data: ReportData) -> list[Figure]:
     """The four figures that carry the verdict."""
     speed = Figure("Speed-up", "not measured", "")
     efficiency = Figure("Realised efficiency", "not measured", "")
-    macs = data.macs["dense"] / data.macs["reduced"]
+    baseline = data.baseline
     if data.latency:
         row = max(data.latency, key=lambda row: row.batch)
         others = "".join(f"; {r.speedup.value:.2f}× at batch {r.batch}" for r in data.latency if r is not row)
         noise = "" if row.outcome != "within noise" else ", no difference beyond noise"
         spread = f"95% interval {row.speedup.low:.2f} to {row.speedup.high:.2f}"
         speed = Figure("Speed-up", f"{row.speedup.value:.2f}×", f"at batch {row.batch}{noise}, {spread}{others}")
-        if row.efficiency is not None:
-            detail = f"of the {macs:.2f}× MAC ratio at batch {row.batch}; 100% when all work saved is time saved"
+        if not all(each.finite for each in data.latency):
+            speed = Figure("Speed-up", "none", "the outputs are not finite, so no time counts")
+            efficiency = Figure("Realised efficiency", "none", "the outputs are not finite")
+        elif row.efficiency is not None:
+            detail = (
+                f"of the {data.mac_ratio:.2f}× MAC ratio at batch {row.batch}; 100% when all work saved is time saved"
+            )
             efficiency = Figure("Realised efficiency", f"{100 * row.efficiency:.0f}%", detail)
+        elif not baseline.efficient:
+            detail = "a claim within one engine, precision and set of kernels"
+            efficiency = Figure("Realised efficiency", "not stated", detail)
     accuracy = data.accuracy
     if accuracy is None:
         top1 = Figure("Top-1 change", "not validated", "no images were given")
-        agreement = Figure("Agreement with dense", "not validated", "no images were given")
+        agreement = Figure(f"Agreement with {baseline.label}", "not validated", "no images were given")
     else:
         share = accuracy.agreement
         detail = f"same answer on {accuracy.images} images, 95% interval {share.low:.2f} to {share.high:.2f}"
-        agreement = Figure("Agreement with dense", f"{share.value:.2f}%", detail)
+        agreement = Figure(f"Agreement with {baseline.label}", f"{share.value:.2f}%", detail)
         if accuracy.top1_difference is None:
             top1 = Figure("Top-1 change", "unknown", "the images have no labels")
         else:
@@ -227,7 +276,7 @@ def _figures(data: ReportData) -> list[Figure]:
     return [speed, top1, agreement, efficiency]
 
 
-def _accuracy_rows(accuracy: Accuracy) -> list[tuple[str, str, str, str]]:
+def _accuracy_rows(accuracy: Accuracy, baseline: Baseline) -> list[tuple[str, str, str, str]]:
     """(what, dense, reduced, comparison) per row of the accuracy table; "" leaves a cell empty."""
     rows = []
     if accuracy.top1_difference is not None:
@@ -249,9 +298,10 @@ def _accuracy_rows(accuracy: Accuracy) -> list[tuple[str, str, str, str]]:
     rows.append(("Same top-1 class", "", "", f"{share.value:.2f}% [{share.low:.2f}, {share.high:.2f}]"))
     kl = accuracy.kl
     text = f"{kl.value:.4f} nats [{kl.low:.4f}, {kl.high:.4f}]" if kl else "none: outputs are not finite"
-    rows.append(("KL divergence, dense to reduced, mean", "", "", text))
-    bad = (str(accuracy.nonfinite_dense), str(accuracy.nonfinite_reduced))
-    rows.append(("Images with NaN or infinite logits", *bad, ", ".join(accuracy.nonfinite_images)))
+    rows.append((f"KL divergence, {baseline.label} to {baseline.own}, mean", "", "", text))
+    if accuracy.nonfinite_dense or accuracy.nonfinite_reduced:
+        bad = (str(accuracy.nonfinite_dense), str(accuracy.nonfinite_reduced))
+        rows.append(("Images with NaN or infinite outputs", *bad, ", ".join(accuracy.nonfinite_images)))
     if parity := accuracy.parity:
         text = f"same top-1 class on {parity.same_top1} of {parity.images}"
         if parity.max_abs is not None:
@@ -277,7 +327,7 @@ def _found(check: Check) -> str:
         return "not measured"
     change = points(-check.measured) + " points"
     return {
-        "finite outputs": f"{check.measured:g} not finite",
+        "finite outputs": f"{check.measured:g} not finite" if check.measured else "all are",
         "max_drop": change,
         "min_agreement": f"{check.measured:.2f}%",
         "min_speedup": f"{check.measured:.2f}× at worst",

@@ -326,3 +326,29 @@ def test_manifest_on_disk_is_the_canonical_form(tmp_path: Path) -> None:
     manifest = write_sample(tmp_path / "a.vpe")
     assert (tmp_path / "a.vpe" / "manifest.json").read_bytes() == manifest.to_bytes()
     assert document(tmp_path / "a.vpe") == manifest.document()
+
+
+@pytest.mark.parametrize("status", ["passed", "failed", "measured", "unvalidated"])
+def test_every_status_of_a_verdict_is_kept(status: str) -> None:
+    words = {"status": status, "accuracy": "measured", "latency": "measured", "summary": "in words"}
+    assert parse_manifest(sample(validation=words).to_bytes())[0].validation.status == status
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "resize shorter side 4 (bicubic), crop 4x4, center"),
+        ({"resize": (5, 6)}, "resize cover 5x6 (bicubic), crop 4x4, center"),
+        ({"resize": (5, 6), "crop_mode": "squash"}, "resize to 5x6 (bicubic), crop 4x4, squash"),
+        ({"resize": 5, "crop_mode": "squash"}, "resize to 5x5 (bicubic), crop 4x4, squash"),
+        (
+            {"resize": 5, "crop_mode": "border", "interpolation": "lanczos"},
+            "resize within 5x5 (lanczos), crop 4x4, border",
+        ),
+        ({"resize": None}, "no resize, crop 4x4, center"),
+    ],
+)
+def test_preprocessing_in_one_line(change: dict[str, Any], words: str) -> None:
+    spec = sample(preprocessing={**fields()["preprocessing"], **change}).preprocessing
+    assert spec.summary() == f"{words}, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225"
+    assert list(spec.facts()) == ["resize", "crop", "interpolation", "mean", "std"]

@@ -85,11 +85,22 @@ class TwoBuilds(AotInductorBackend):
         return self.runners[-1]
 
 
-@pytest.mark.parametrize(("vp_ms", "kept"), [(0.5, "vp"), (2.0, "portable")])
-def test_the_faster_build_is_kept(vp_ms: float, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("vp_ms", "bad", "kept", "reason"),
+    [
+        (0.5, (0, 0), "vp", "vp is 2.00 times as fast as portable, batch 1, 8"),
+        (2.0, (0, 0), "portable", "vp is 0.50 times as fast as portable, batch 1, 8"),
+        (0.5, (0, 1), "portable", "vp gives NaN or infinite outputs"),
+        (2.0, (1, 0), "vp", "portable gives NaN or infinite outputs"),
+        (2.0, (1, 1), "portable", "vp is 0.50 times as fast as portable, batch 1, 8"),
+    ],
+)
+def test_the_faster_build_is_kept(
+    vp_ms: float, bad: tuple[int, int], kept: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compare(dense: Runner, reduced: Runner, *, batches: Any, **rest: Any) -> list[latency.LatencyRow]:
         times = np.tile([1e6, vp_ms * 1e6], (20, 1))
-        return [latency.summarise(times, batch=batch, mac_ratio=None) for batch in batches]
+        return [latency.summarise(times, batch=batch, mac_ratio=None, nonfinite=bad) for batch in batches]
 
     monkeypatch.setattr("vp_exporter.kernel_choice.compare", compare)
     backend = TwoBuilds()
@@ -104,7 +115,7 @@ def test_the_faster_build_is_kept(vp_ms: float, kept: str, tmp_path: Path, monke
         image_shape=(3, 64, 64),
     )
     assert kernels == kept
-    assert why == f"kernels: {kept} (vp is {1 / vp_ms:.2f} times as fast as portable, batch 1, 8)"
+    assert why == f"kernels: {kept} ({reason})"
     assert result.requirements == {"made from": kept}
     assert [path.name for path in tmp_path.iterdir()] == ["engine.bin"]
     assert (tmp_path / "engine.bin").read_text() == kept

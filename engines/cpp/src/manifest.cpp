@@ -270,7 +270,7 @@ class Reader {
 
   void validation(const Field& field) {
     Members members(field);
-    members.need("status").one_of({"passed", "failed", "unvalidated"});
+    members.need("status").one_of({"passed", "failed", "measured", "unvalidated"});
     members.need("accuracy").one_of({"measured", "unmeasured"});
     members.need("latency").one_of({"measured", "unmeasured"});
     members.need("summary").text();

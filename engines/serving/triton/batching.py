@@ -18,7 +18,7 @@ def throughput(report: bytes | None, variant: str) -> dict[int, float]:
         variant: "reduced" or "dense".
     """
     rows: list[Mapping[str, Any]] = (json.loads(report).get("latency") or []) if report else []
-    found = {int(row["batch"]): float(row[variant]["images_per_second"]) for row in rows}
+    found = {int(row["batch"]): float(row[variant]["images_per_second"]) for row in rows if variant in row}
     return dict(sorted(found.items()))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +23,12 @@ from tests.exporter.cli.samples import (
     Inputs,
     argv,
     call,
+    check_error,
     create,
     export_options,
     mask,
     model_args,
+    rewrite_manifest,
 )
 from vp_engines.bundle import read_manifest, verify_bundle
 from vp_exporter.cli import export, inspect, validate
@@ -63,12 +67,11 @@ def test_exported_bundle_says_what_it_is(exported: Path, inputs: Inputs) -> None
     assert manifest.model.weights_source == "weights.safetensors"
     assert (manifest.engine.name, manifest.engine.precision) == ("ort", "fp32")
     assert [row if isinstance(row, int) else row[0] for row in manifest.plan.tokens] == [13, 9]
-    assert (manifest.validation.status, manifest.validation.accuracy, manifest.validation.latency) == (
-        "passed",
-        "measured",
-        "measured",
-    )
+    assert (manifest.validation.accuracy, manifest.validation.latency) == ("measured", "measured")
     report = json.loads((exported / "report.json").read_text())
+    # The budget holds; on a busy machine so small a model may come out slower, which is never "passed".
+    slower = any(row["outcome"] == "slower" for row in report["latency"])
+    assert manifest.validation.status == report["verdict"]["status"] == ("measured" if slower else "passed")
     assert report["accuracy"]["images"] == 24
     assert report["accuracy"]["dense_top1"] == 100
     assert report["accuracy"]["parity"]["max_abs"] < 1e-4
@@ -167,7 +170,7 @@ def test_quiet_prints_the_verdict_alone(inputs: Inputs, tmp_path: Path) -> None:
     result = call(export.app, *argv(export_options(inputs, tmp_path / "new.vpe", data=inputs.data, quiet=True)))
     assert result.exit_code == 0
     assert result.stderr == ""
-    assert result.stdout.startswith("passed: ")
+    assert re.match("(passed|measured): ", result.stdout)
     assert f"wrote {tmp_path / 'new.vpe'} (MAC ratio 1.486)" in result.stdout
 
 
@@ -332,10 +335,10 @@ def test_validate_holds_a_budget(exported: Path, inputs: Inputs, tmp_path: Path)
     words: list[str | Path] = [*FAST, "--data", inputs.data, *budget, "--report", tmp_path / "deep" / "report"]
     result = call(validate.app, exported, *words)
     assert result.exit_code == 0
-    assert result.stdout.startswith("passed: Within budget")
+    assert re.match("(passed: Within budget:|measured: Within budget, but a slow-down:) ", result.stdout)
     assert result.stdout.count("\n  ok ") == 4
     report = json.loads((tmp_path / "deep" / "report" / "report.json").read_text())
-    assert report["verdict"]["status"] == "passed"
+    assert report["verdict"]["status"] == result.stdout.split(":")[0]
     assert (tmp_path / "deep" / "report" / "report.html").read_text().startswith("<!")
 
 
@@ -362,3 +365,77 @@ def test_validate_against_another_bundle(without_dense: Path, exported: Path, in
     report = json.loads(result.stdout)
     assert report["accuracy"]["agreement"]["value"] == 100
     assert any("The baseline is the bundle tiny.vpe" in note for note in report["notes"])
+    # Two bundles of one mask: as many multiply-accumulates, so no work is saved, whatever the clock says.
+    assert report["macs"]["ratio"] == 1
+    assert report["macs"]["baseline"] == report["macs"]["reduced"] == read_manifest(exported).plan.macs_reduced
+    for row in report["latency"]:
+        assert row["mac_ratio"] == 1
+        assert row["efficiency"] == pytest.approx(row["speedup"]["value"])
+    assert "against tiny.vpe (baseline) on the same engine" in report["verdict"]["headline"]
+
+
+def test_against_names_the_other_bundle_on_the_terminal(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
+    other = tmp_path / "other.vpe"
+    shutil.copytree(exported, other)
+    words: list[str | Path] = ["--data", inputs.data, "--against", other, "--report", tmp_path / "report"]
+    result = call(validate.app, exported, *FAST, *words)
+    assert result.exit_code == 0, result.output
+    said = " ".join((result.stdout + result.stderr).split())
+    for text in (
+        "against other.vpe on the same engine",
+        "top-1 other.vpe",
+        "KL to other.vpe",
+        "comparing with other.vpe",
+    ):
+        assert text in said
+    assert "dense" not in said.replace("not this bundle's own dense engine", "")
+    assert str(tmp_path) not in said.replace(str(tmp_path / "report"), "")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "against other.vpe on the same engine" in page
+    assert str(tmp_path) not in page
+
+
+def test_against_is_refused_before_anything_runs(
+    exported: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vp_engines, "load", lambda *args, **options: pytest.fail("loaded"))
+    other = tmp_path / "other.vpe"
+    shutil.copytree(exported, other)
+    rewrite_manifest(other, lambda document: document["preprocessing"].update(mean=[0.485, 0.456, 0.406]))
+    result = call(validate.app, exported, *FAST, "--data", inputs.data, "--against", other)
+    check_error(
+        result, 2, r"other\.vpe prepares its images with mean 0\.485, 0\.456, 0\.406; expected 0\.5, .*as tiny\.vpe"
+    )
+    result = call(validate.app, exported, *FAST, "--against", exported, "--update")
+    check_error(result, 2, r"--update is given with --against; expected one of them.*--report DIR")
+    check_error(call(validate.app, exported, *FAST, "--against", tmp_path / "none.vpe"), 2, r"none\.vpe")
+
+
+PREPARED = "preprocessing: resize shorter side 71 (bicubic), crop 64x64, center, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
+
+
+@pytest.mark.usefixtures("ready_engines")
+def test_preprocessing_is_shown_by_every_command(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
+    for options in ({"no_validate": True}, {}):
+        result = call(export.app, *argv(export_options(inputs, tmp_path / f"{len(options)}.vpe", **options)))
+        assert PREPARED in result.stdout, result.output
+    assert PREPARED in call(validate.app, exported, *FAST).stdout
+    assert PREPARED.removeprefix("preprocessing: ") in " ".join(call(inspect.app, exported).stdout.split())
+    assert json.loads((exported / "report.json").read_text())["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert '<th scope="row">mean</th><td>0.5, 0.5, 0.5</td>' in (exported / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("ready_engines")
+@pytest.mark.parametrize("stated", [False, True])
+def test_own_weights_with_statistics_that_are_not_theirs(stated: bool, inputs: Inputs, tmp_path: Path) -> None:
+    """The folders' names are turned round, so that top-1 is poor whatever the engine does."""
+    data, out = tmp_path / "images", tmp_path / "new.vpe"
+    for old, new in zip("abc", "bca", strict=True):
+        shutil.copytree(inputs.data / old, data / new)
+    options = {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5"} if stated else {}
+    result = call(export.app, *argv(export_options(inputs, out, data=data, **options)))
+    assert result.exit_code == 0
+    report = json.loads((out / "report.json").read_text())
+    for said in (result.stderr, "\n".join(report["warnings"]), html.unescape((out / "report.html").read_text())):
+        assert "the dense model's top-1 is 0.00%, about chance" in said
+        assert ("(weights.safetensors) were trained with others, export with --mean and --std" in said) != stated

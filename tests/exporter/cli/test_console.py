@@ -8,6 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -189,3 +192,39 @@ def test_an_interrupt_in_a_finaliser_prints_no_traceback(monkeypatch: pytest.Mon
 
     assert console.run(body) == 0
     assert told == [ValueError]
+
+
+def test_long_work_away_from_a_terminal_says_where_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stderr, so that --json stays clean; not when asked to be quiet; and no longer than the work takes."""
+    monkeypatch.setattr(console, "PULSE", 0.05)
+    progress = console.ConsoleProgress()
+    with progress.stage("building"):
+        time.sleep(0.4)
+    assert list(progress.track(_slow(3), total=3, description="comparing")) == [0, 1, 2]
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0] == "building ..."
+    assert len([line for line in lines if re.fullmatch(r"building: \d+ s so far \.\.\.", line)]) >= 3
+    assert any(re.fullmatch(r"comparing: [12] of 3, \d+ s so far \.\.\.", line) for line in lines)
+    assert re.fullmatch(r"comparing: \d+\.\d s", lines[-1])
+    with pytest.raises(VpError), progress.stage("failing"):
+        raise VpError("no")
+    with console.ConsoleProgress(quiet=True).stage("building"):
+        time.sleep(0.2)
+    capsys.readouterr()
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    assert not [thread for thread in threading.enumerate() if thread.name == "vp-progress"]
+
+
+def _slow(count: int) -> Iterator[int]:
+    for i in range(count):
+        time.sleep(0.2)
+        yield i
+
+
+def test_the_rate_of_these_lines_is_sensible() -> None:
+    assert 10 <= console.PULSE <= 30

@@ -14,8 +14,11 @@ import onnx
 import pytest
 from PIL import Image
 
+import vp_engines
 from tests.exporter.cli.samples import ARGS, Inputs, argv, call, export_options
+from tests.exporter.validate.samples import LARGE, make_bundle
 from vp_engines.bundle import read_manifest
+from vp_engines.errors import VpError
 from vp_exporter.cli import export
 from vp_exporter.cli.profile import app
 from vp_exporter.profile.groups import ATTENTION, EMBEDDING, GROUPS, HEAD, MLP, NORM, REDUCTION, RUNTIME
@@ -161,16 +164,22 @@ def test_no_baseline_and_damage(without_dense: Path, bundle: Path) -> None:
     assert call(app, bundle).exit_code == 2
 
 
-def test_two_input_sizes(exported: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (LARGE, r"b\.vpe takes images of 3x64x64; expected 3x32x32, as a"),
+        ({"engine": {"device": "cuda"}}, r"b\.vpe runs on cuda; expected cpu, as a"),
+        ({"batch": {"min": 4, "opt": 4, "max": 8}}, r"--batch 1 with .*b\.vpe; expected 4 to 8"),
+    ],
+)
+def test_bundles_that_cannot_run_side_by_side(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vp_exporter.profile import measure
 
-    shapes = iter([(3, 64, 64), (3, 32, 32)])
-
-    class Engine:
-        def __init__(self) -> None:
-            spec = type("Spec", (), {"shape": ("batch", *next(shapes))})
-            self.inputs = (spec,)
-
-    subjects = [measure.Subject(name, exported, "reduced") for name in ("a", "b")]
-    with pytest.raises(measure.InputError, match=r"b takes images of \[3, 32, 32\]; expected \[3, 64, 64\], as a"):
-        measure._common_shape(subjects, [Engine(), Engine()])  # type: ignore[list-item]
+    monkeypatch.setattr(vp_engines, "load", lambda *args, **options: pytest.fail("loaded"))
+    paths = make_bundle(tmp_path / "x", name="a.vpe"), make_bundle(tmp_path / "y", name="b.vpe", **change)
+    subjects = [measure.Subject(path.name, path, "reduced") for path in paths]
+    with pytest.raises(VpError, match=message) as caught:
+        measure.profile(subjects)
+    assert caught.value.exit_code == 2

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.exporter.tiny import tiny_vit
+from vp_engines.backends.base import Runner, TensorSpec
 from vp_exporter.errors import SearchError
 from vp_exporter.models import ViTDescription
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.search.budget import search_lifetimes
 from vp_exporter.search.latency import LatencyTable, latency_costs, timed_model
-from vp_exporter.search.latency_measure import _cut, _plan, default_counts, measure_table
+from vp_exporter.search.latency_measure import _cut, _plan, _rounds, default_counts, measure_table
 
 VIT, DESCRIPTION = tiny_vit()  # 16 patches and a class token, 4 blocks
 
@@ -221,3 +222,13 @@ def test_bad_requests() -> None:
             measure_table(VIT, DESCRIPTION, counts=counts)
     with pytest.raises(SearchError, match="a batch of 0"):
         measure_table(VIT, DESCRIPTION, batch=0)
+
+
+def test_a_timed_engine_that_answers_nan_is_refused() -> None:
+    class Answers(Runner):
+        def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+            return {"logits": np.where(np.arange(len(images)) == 1, np.nan, 0.0)[:, None]}
+
+    images = np.zeros((2, 3, 4, 4), dtype=np.float32)
+    with pytest.raises(SearchError, match=r"NaN or infinite outputs; .*--precision"):
+        _rounds([Answers((TensorSpec("images", "float32", ("batch", 3, 4, 4)),), ())], images, 0.01)

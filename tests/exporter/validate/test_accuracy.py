@@ -214,7 +214,7 @@ def test_a_nan_in_the_reference_fails():
 
 def test_wrong_outputs_are_named():
     good = Table(one_hot([0, 1], 4))
-    with pytest.raises(DataError, match=r"reduced model's logits have shape \[2, 3\].*\[2, 4\]"):
+    with pytest.raises(DataError, match=r"reduced engine's logits have shape \[2, 3\].*\[2, 4\]"):
         evaluate(good, Table(one_hot([0, 1], 3)), Rows(2, 4))
 
     class Other(Table):

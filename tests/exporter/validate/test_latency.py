@@ -10,7 +10,8 @@ import pytest
 from vp_engines.backends.base import Runner, TensorSpec
 from vp_exporter.errors import DataError
 from vp_exporter.validate import latency
-from vp_exporter.validate.latency import compare, environment, noise_floor, summarise
+from vp_exporter.validate.finite import nonfinite_rows
+from vp_exporter.validate.latency import compare, environment, noise_floor, probe, summarise
 
 SHAPE = (3, 4, 4)
 
@@ -187,3 +188,53 @@ def test_environment_names_the_machine_but_not_its_owner():
     assert str(Path.home()) not in text.replace('"/"', "")
     assert str(Path.cwd()) not in text
     assert socket.gethostname() not in text or len(socket.gethostname()) < 4
+
+
+class Poisoned(Slow):
+    """Finite answers but for one run, one output and some images."""
+
+    def __init__(self, poison, image=1, run=0, output="logits"):
+        super().__init__(0)
+        self.poison, self.image, self.bad_run, self.output = poison, image, run, output
+
+    def _run(self, images):
+        values = images.reshape(len(images), -1)
+        outputs = {"logits": values[:, :2].copy(), "features": values.copy()}
+        if len(self.seen) == self.bad_run and self.image < len(images):
+            outputs[self.output][self.image, -1] = self.poison
+        self.seen.append(images)
+        return outputs
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("poison", "run", "output"),  # the first run, another of the warm-up, one on the clock, the last
+    [(np.nan, 0, "logits"), (np.inf, 2, "features"), (-np.inf, 12, "logits"), (np.nan, 21, "features")],
+)
+def test_every_output_that_is_timed_is_looked_at(poison, run, output):
+    good, bad = Slow(0.002), Poisoned(poison, run=run, output=output)
+    (row,) = compare(good, bad, image_shape=SHAPE, batches=(3,), rounds=20, macs_dense=400, macs_reduced=200)
+    assert len(bad.seen) >= 22
+    assert (row.nonfinite_dense, row.nonfinite_reduced) == (0, 1)
+    assert (row.finite, row.claim, row.outcome, row.efficiency) == (False, False, "not finite", None)
+    (row,) = compare(
+        Poisoned(poison, run=run, output=output), good, image_shape=SHAPE, batches=(3,), rounds=20,
+    )  # fmt: skip
+    assert (row.nonfinite_dense, row.nonfinite_reduced, row.outcome) == (1, 0, "not finite")
+
+
+@pytest.mark.usefixtures("quick")
+def test_finite_outputs_are_not_doubted():
+    rows = compare(Slow(0.001), Slow(0), image_shape=SHAPE, batches=(1, 2), rounds=20)
+    assert [(row.nonfinite_dense, row.nonfinite_reduced) for row in rows] == [(0, 0)] * 2
+
+
+def test_an_output_that_is_not_by_image_spoils_all():
+    assert nonfinite_rows({"a": np.ones((3, 2)), "scale": np.array([np.inf])}, 3).tolist() == [True] * 3
+    assert nonfinite_rows({"scale": np.array(np.nan)}, 2).tolist() == [True] * 2
+    assert nonfinite_rows({"a": np.ones((3, 2, 2)), "ids": np.arange(3)}, 3).tolist() == [False] * 3
+
+
+def test_an_engine_alone():
+    assert probe(Poisoned(np.nan, run=1), image_shape=SHAPE, batches=(1, 2)) == 1
+    assert probe(Slow(0), image_shape=SHAPE, batches=(1, 2)) == 0

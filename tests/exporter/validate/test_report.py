@@ -8,8 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from tests.exporter.validate.test_verdict import UNLABELLED, accuracy, row
+from vp_exporter.cli import show
 from vp_exporter.validate import charts
 from vp_exporter.validate.accuracy import Parity
 from vp_exporter.validate.report import Report, ReportData
@@ -150,6 +152,62 @@ def test_status_words():
     assert "Failed Failed the accuracy budget" in page(report_data(budget=Budget(max_drop=0))).text
 
 
+@pytest.mark.parametrize(
+    ("data", "status", "words"),
+    [
+        (lambda: report_data(), "passed", "Passed"),
+        (lambda: report_data(budget=Budget()), "measured", "Measured"),
+        (lambda: report_data(latency=[row(1, 0.75, 0.72)], budget=Budget()), "measured", "Measured"),
+        (lambda: report_data(latency=[row(1, 0.75, 0.72)], budget=Budget(max_drop=2)), "measured", "Measured"),
+        (lambda: report_data(budget=Budget(max_drop=0)), "failed", "Failed"),
+        (lambda: report_data(False, budget=Budget()), "unvalidated", "Accuracy not validated"),
+    ],
+)
+def test_every_status_has_its_colour_and_word(data, status, words, capsys):
+    """On the page and on the terminal: green is for "passed" alone."""
+    found = data()
+    result = page(found)
+    (section,) = [each for each in result.having("section") if "verdict" in each.get("class", "").split()]
+    assert section["class"].split() == ["verdict", status]
+    assert f"{words} {found.verdict.headline}" in result.text
+    css = re.sub(r"\s+", " ", Report(found).to_html())
+    assert f".{status} {{ --tone: var(--{status}); --wash: var(--{status}-wash); }}" in css
+    assert Report(found).to_dict()["verdict"]["status"] == status
+    stdout = show.stdout
+    show.stdout = Console(force_terminal=True, color_system="standard", width=200)
+    try:
+        show.report(found, brief=True)
+    finally:
+        show.stdout = stdout
+    colour = {"passed": 32, "failed": 31, "measured": 36, "unvalidated": 33}[status]
+    assert capsys.readouterr().out.startswith(f"\x1b[1;{colour}m{status}\x1b[0m: ")
+
+
+def test_none_is_not_counted():
+    """Rows of zeros say nothing."""
+    text = page(report_data()).text
+    assert "0 not finite" not in text
+    assert "Images with NaN" not in text
+    bad = page(report_data(accuracy(nonfinite_reduced=2, kl=None))).text
+    assert "2 not finite" in bad
+    assert "Images with NaN or infinite outputs 0 2" in bad
+
+
+def test_dropped_patches_are_seen_on_every_photograph():
+    """Dark for bright ones, hatched and bordered in white for dark ones; whatever the page's own colours are."""
+    html = Report(report_data()).to_html()
+    rules = dict(re.findall(r"\.(dropped|hatch|border) \{(.*?)\}", html))
+    fill, opacity = re.search(r"fill: (#\w{6}); fill-opacity: ([.\d]+)", rules["dropped"]).groups()
+    # A white patch under it is far darker than a white one beside it.
+    shade = (1 - float(opacity)) * 255 + float(opacity) * int(fill[1:3], 16)
+    assert shade < 90
+    for name in ("hatch", "border"):
+        assert "stroke: #fff" in rules[name]
+    assert not any("var(" in rule for rule in rules.values())
+    (stage,) = charts.stages([(1, [0, 1, 3])], (2, 2))  # of a square of four the lower left one is gone
+    assert (stage.hatch_path, stage.border_path) == ("M0 2l1-1", "M0 1h1M1 1v1")
+
+
 def test_json_is_plain_and_complete(tmp_path):
     parity = Parity(64, 1e-5, 1e-6, 1e-6, 64, 0)
     data = report_data(accuracy(parity=parity), plan={"method": "x", "score": float("nan"), "seeds": np.arange(2)})
@@ -160,11 +218,11 @@ def test_json_is_plain_and_complete(tmp_path):
         raise AssertionError(name)
 
     content = json.loads(paths[0].read_text(encoding="utf-8"), parse_constant=refuse)
-    assert (content["format"], content["version"]) == ("vp-report", 1)
+    assert (content["format"], content["version"]) == ("vp-report", 2)
     assert set(content) == {
         *("format", "version", "verdict", "accuracy_validated", "accuracy", "latency", "macs", "tokens"),
         *("dense_tokens", "prefix_tokens", "grid", "kept_stages", "model", "plan", "engine", "environment"),
-        *("notes", "warnings"),
+        *("notes", "warnings", "baseline", "preprocessing"),
     }
     assert content["macs"] == {"dense": 4.6e9, "reduced": 2.3e9, "ratio": 2.0}
     assert content["plan"] == {"method": "x", "score": None, "seeds": [0, 1]}
@@ -210,7 +268,7 @@ def test_contrast_in_light_and_dark():
     assert len(schemes) == 2
     for colours in schemes:
         pairs = [("ink", "page"), ("ink", "surface"), ("muted", "page"), ("muted", "surface")]
-        for status in ("passed", "failed", "unvalidated"):
+        for status in ("passed", "failed", "measured", "unvalidated"):
             pairs += [(status, f"{status}-wash"), ("ink", f"{status}-wash"), (status, "surface")]
         for front, back in pairs:
             light, dark = sorted((luminance(colours[front]), luminance(colours[back])), reverse=True)

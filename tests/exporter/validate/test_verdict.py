@@ -6,9 +6,10 @@ import pytest
 
 from vp_engines.errors import EXIT_BUDGET_MISSED, EXIT_OK, VpError
 from vp_exporter.validate.accuracy import Accuracy, Parity
+from vp_exporter.validate.baseline import Baseline
 from vp_exporter.validate.intervals import Interval
 from vp_exporter.validate.latency import LatencyRow, Timing
-from vp_exporter.validate.verdict import Budget, judge, points
+from vp_exporter.validate.verdict import Budget, Probe, judge, points
 
 
 def accuracy(change=-0.4, low=-1.2, agreement=98.0, **changes):
@@ -154,10 +155,11 @@ def test_unvalidated_without_images():
 
 def test_no_budget():
     verdict = judge(accuracy(), [row()], Budget())
-    assert (verdict.status, verdict.budget_given) == ("passed", False)
+    assert (verdict.status, verdict.budget_given, verdict.exit_code) == ("measured", False, EXIT_OK)
+    assert not verdict.passed
     assert verdict.headline.startswith("Measured, with no budget to hold")
     unlabelled = judge(accuracy(**UNLABELLED), None, Budget())
-    assert unlabelled.status == "passed"
+    assert unlabelled.status == "measured"
     assert "accuracy itself is unknown" in unlabelled.headline
 
 
@@ -175,6 +177,77 @@ def test_nan_fails_with_and_without_a_budget(changes):
         assert (verdict.status, verdict.exit_code) == ("failed", EXIT_BUDGET_MISSED)
         assert checks(verdict)["finite outputs"].measured > 0
         assert "NaN or infinite" in verdict.headline
+        assert "faster" not in verdict.headline
+
+
+SLOWER = replace(row(1, 0.75, 0.72), batch=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "budget", "status"),
+    [
+        ([SLOWER], Budget(), "measured"),
+        ([SLOWER], Budget(max_drop=2), "measured"),
+        ([SLOWER], Budget(min_speedup=0.5, max_drop=2), "measured"),
+        ([SLOWER, row(8, 2.0, 1.9)], Budget(max_drop=2), "measured"),  # at any batch size
+        ([SLOWER], Budget(min_speedup=1.2), "failed"),
+        ([row(1, 1.0, 0.98)], Budget(max_drop=2), "passed"),  # no difference is no slow-down
+        ([row(1)], Budget(max_drop=2), "passed"),
+        ([row(1)], Budget(), "measured"),
+        ([], Budget(max_drop=2), "passed"),
+    ],
+)
+def test_a_slow_down_is_never_passed(rows, budget, status):
+    verdict = judge(accuracy(), rows, budget)
+    assert (verdict.status, verdict.passed) == (status, status == "passed")
+    assert verdict.exit_code == (EXIT_BUDGET_MISSED if status == "failed" else EXIT_OK)
+    assert ("slower at batch 1 (0.75×)" in verdict.headline) == (SLOWER in rows)
+    if status == "measured" and not budget.empty:
+        assert verdict.headline.startswith("Within budget, but a slow-down: ")
+
+
+@pytest.mark.parametrize(
+    ("dense", "reduced", "words"),
+    [
+        (0, 8, "from the reduced engine on 8 of 9 timed images, not from the dense engine"),
+        (9, 9, "from the reduced engine on 9 of 9 timed images, dense too (9 of 9 timed images)"),
+        (1, 0, "from the dense engine on 1 of 9 timed images, not from the reduced engine"),
+    ],
+)
+def test_nan_on_the_clock_fails_without_any_image(dense, reduced, words):
+    rows = [row(1), replace(row(8, 2.0, 1.9), nonfinite_dense=dense, nonfinite_reduced=reduced, claim=False)]
+    assert [r.outcome for r in rows] == ["faster", "not finite"]
+    for budget in (Budget(), Budget(min_speedup=1.1)):
+        verdict = judge(None, rows, budget)
+        assert (verdict.status, verdict.exit_code) == ("failed", EXIT_BUDGET_MISSED)
+        check = checks(verdict)["finite outputs"]
+        assert (check.passed, check.measured) == (False, dense + reduced)
+        assert words in check.explanation
+        assert words in verdict.headline
+        assert "faster" not in verdict.headline
+
+
+def test_an_engine_that_ran_alone_is_checked_too():
+    good, bad = (judge(None, None, Budget(), probe=Probe(9, count)) for count in (0, 2))
+    assert (good.status, good.exit_code) == ("unvalidated", EXIT_OK)
+    assert checks(good)["finite outputs"].explanation == (
+        "Every output of the reduced engine is a finite number, on all 9 timed images."
+    )
+    assert (bad.status, bad.exit_code) == ("failed", EXIT_BUDGET_MISSED)
+    assert "from the reduced engine on 2 of 9 timed images." in bad.headline
+
+
+OTHER = Baseline(kind="bundle", label="b.vpe", own="a.vpe", name="b.vpe", setting="(openvino fp16; a.vpe is ort fp16)")
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(max_drop=1, min_agreement=90), Budget(min_speedup=9)])
+def test_another_bundle_is_named_and_dense_is_not(budget):
+    verdict = judge(accuracy(), [row()], budget, baseline=OTHER)
+    assert " against b.vpe (openvino fp16; a.vpe is ort fp16)." in verdict.headline
+    broken = judge(accuracy(nonfinite_dense=1, nonfinite_reduced=2), [row()], budget, baseline=OTHER)
+    assert "from a.vpe on 2 of 500 images, b.vpe too (1 of 500 images)" in broken.headline
+    for each in (verdict, broken):
+        assert "dense" not in json.dumps(each.to_dict())
 
 
 @pytest.mark.parametrize("field", ["max_drop", "min_speedup", "min_agreement"])
