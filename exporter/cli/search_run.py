@@ -110,7 +110,7 @@ class SearchRun:
         for result, out in zip(results, outs, strict=True):
             cells = [
                 (
-                    row["stage"],
+                    row["stage"] + (" (winner)" if row["stage"] == result.winner else ""),
                     f"{row['macs_share']:.3f}",
                     f"{row['kl']:.5f}",
                     f"{row['agreement']:.2f}%",
@@ -121,6 +121,8 @@ class SearchRun:
             ]
             columns = ("stage", "MACs", "held-out KL", "agreement", "seconds")
             table(f"search, {result.plan.method}", columns, cells)
+            if result.verdict is not None:
+                console.stdout.print(result.verdict.text, markup=False, soft_wrap=True)
             dense = self.description.prefix_tokens + self.description.patches
             show.tokens([(row.attention, row.mlp) for row in result.plan.tokens()], dense)
             for text in result.warnings:
@@ -140,6 +142,7 @@ class SearchRun:
             "model": description.name,
             "method": plan.method,
             "budget": f"{plan.budget.get('target_macs') or plan.budget.get('target_latency'):g} of dense",
+            "verdict": last.verdict.to_dict() if last.verdict is not None else None,
             "facts": [[key, str(value)] for key, value in self.facts.items() if key != "latency_table"],
             "grid": list(description.grid),
             "baselines": [row for row in mine if row["baseline"]],
@@ -166,6 +169,7 @@ def _measured(result: SearchResult) -> list[dict[str, Any]]:
             "name": row["stage"],
             **{key: row[key] for key in ("macs_share", "kl", "agreement", "seconds")},
             "baseline": baseline,
+            "winner": row["stage"] == result.winner,
         }
         for rows, baseline in ((result.baselines, True), (result.stages, False))
         for row in rows

@@ -14,12 +14,18 @@ import numpy as np
 
 from vp_exporter.search import pictures
 from vp_exporter.search.checkpoint import write_atomically
+from vp_exporter.search.verdict import from_rows
 from vp_exporter.validate.charts import plain
 
 if TYPE_CHECKING:
     import jinja2
 
 FORMAT, VERSION = "vp-search", 1
+OUTCOMES = {  # of a verdict: the colour it has in the report's style, and its heading
+    "better": ("passed", "Better than every baseline"),
+    "worse": ("failed", "A baseline is better"),
+    "unproven": ("measured", "No gain proven"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,10 @@ def write_page(folder: str | Path, result: Mapping[str, Any]) -> list[Path]:
     Args:
         result: what to show; a key that is missing or None leaves its section out. Put no path of this machine into it.
             title, model, method, budget: one line each.
+            verdict: of `SearchVerdict.to_dict`; without it the page says what the rows alone tell.
             facts: [name, value] pairs.
             stages: rows {"name", "macs_share" (0 to 1 of dense), "kl" (nats), "agreement" (percent), "evaluations",
-                "seconds", "accepted" (bool)}, measured on the held-out images; baselines: the same.
+                "seconds", "accepted" (bool), "winner" (bool)}, measured on the held-out images; baselines: the same.
             grid: rows and columns of patches; needed by the next three where they make no square.
             importance: [depth, patches]; life: int [patches], or mask: [depth, patches]; key_scales: [depth, patches],
                 0 or NaN where a patch is gone.
@@ -139,11 +146,17 @@ def _grid(result: Mapping[str, Any], values: np.ndarray) -> tuple[int, int]:
 def _html(result: Mapping[str, Any], drawn: Sequence[Picture]) -> str:
     text = {key: "" if result.get(key) is None else str(result[key]) for key in ("title", "model", "method", "budget")}
     stages, baselines = ([_cells(row) for row in result.get(key) or ()] for key in ("stages", "baselines"))
+    verdict = result.get("verdict")
+    if verdict is None and (found := from_rows(result.get("stages") or (), result.get("baselines") or ())):
+        verdict = found.to_dict()
+    _mark(stages, baselines, verdict)
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
             **text,
+            verdict=verdict,
+            outcome=OUTCOMES[verdict["outcome"]] if verdict else None,
             figures=_figures(result),
             tables=[
                 ("Stages", "each starts from the best plan so far, and is kept if it does better on them", stages),
@@ -180,7 +193,20 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         "evaluations": _number(row.get("evaluations"), "{:,.0f}"),
         "seconds": _number(row.get("seconds"), "{:,.1f}"),
         "accepted": "" if accepted is None else "kept" if accepted else "rejected",
+        "mark": "winner" if row.get("winner") else "",
     }
+
+
+def _mark(
+    stages: Sequence[dict[str, str]], baselines: Sequence[dict[str, str]], verdict: Mapping[str, Any] | None
+) -> None:
+    """Mark the stage whose plan is handed over (where none says so the last that was kept), and the best baseline."""
+    kept = [row for row in stages if row["accepted"] != "rejected" and row["kl"] != "–"]
+    if kept and not any(row["mark"] for row in stages):
+        kept[-1]["mark"] = "winner"
+    for row in [*stages, *baselines]:
+        if verdict is not None and not row["mark"] and row["name"] == verdict["baseline"]:
+            row["mark"] = "best baseline"
 
 
 def _figures(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -27,6 +27,7 @@ from vp_exporter.search.scoring import COMPARED, Scorer
 from vp_exporter.search.settings import MIXED, STATIC, SearchSettings
 from vp_exporter.search.spread import spread_masks
 from vp_exporter.search.tune import tune
+from vp_exporter.search.verdict import SearchVerdict, judge_search
 
 
 @dataclass
@@ -41,6 +42,8 @@ class SearchResult:
         life: int64 [patches], of a static plan.
         trace: the loss of every candidate.
         plans: every stage's, strategy's and baseline's plan by its name.
+        winner: the stage that the plan is of.
+        verdict: the plan against the best baseline; None without one.
     """
 
     plan: ReductionPlan
@@ -51,6 +54,8 @@ class SearchResult:
     trace: list[dict[str, Any]] = field(default_factory=list)
     plans: dict[str, ReductionPlan] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    winner: str = ""
+    verdict: SearchVerdict | None = None
 
 
 def search(
@@ -84,6 +89,7 @@ def search(
         result = run.mixed()
     else:
         result = run.scheduled()
+    _judge(result, scorer)
     checkpoint.flush()
     provenance = {
         **(facts or {}),
@@ -101,6 +107,19 @@ def search(
     }
     result.plan = replace(result.plan, method=settings.method, budget=settings.asked(), provenance=provenance)
     return result
+
+
+def _judge(result: SearchResult, scorer: Scorer) -> None:
+    """Which stage won, and whether its plan beats the best baseline; every answer is in the memo already."""
+    held, own = scorer.calibration.held, result.plan.fingerprint()
+    same = [row["stage"] for row in result.stages if "kl" in row and result.plans[row["stage"]].fingerprint() == own]
+    result.winner = same[-1] if same else ""
+    # The Fisher ranking alone is where the search starts from, and one to beat as well.
+    prior = [row for row in result.stages if row["stage"] == PRIOR != result.winner]
+    if rivals := [*result.baselines, *prior]:
+        best = min(rivals, key=lambda row: float(row["kl"]))["stage"]
+        losses = [scorer.losses(plan, held).numpy() for plan in (result.plan, result.plans[best])]
+        result.verdict = judge_search(best, *losses)
 
 
 class _Run:

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ def test_its_page(searched: Path) -> None:
     shown = json.loads((searched / "page" / "search.json").read_text())
     assert len(shown["baselines"]) == 8
     assert len(shown["trace"]) > 0
+    plan = ReductionPlan.load(searched / "plan.json")
+    rows = {row["name"]: row for row in [*shown["stages"], *shown["baselines"]]}
+    (winner,) = [row for row in shown["stages"] if row["winner"]]
+    rivals = [row for row in [*shown["baselines"], rows["fisher prior"]] if row is not winner]
+    verdict = shown["verdict"]
+    assert verdict["baseline_kl"] == pytest.approx(min(row["kl"] for row in rivals))
+    assert rows[verdict["baseline"]]["kl"] == pytest.approx(verdict["baseline_kl"])
+    assert verdict["kl"] == pytest.approx(winner["kl"])
+    assert verdict["images"] == plan.provenance["search"]["held_out_images"]
+    assert verdict["difference"]["value"] == pytest.approx(verdict["kl"] - verdict["baseline_kl"])
+    beaten, lost = verdict["difference"]["high"] < 0, verdict["difference"]["low"] > 0
+    assert verdict["outcome"] == ("better" if beaten else "worse" if lost else "unproven")
+    html = (searched / "page" / "search.html").read_text()
+    assert html.index('aria-label="Verdict"') < html.index("<table>")
+    assert html.count('class="winner"') == 1
+    assert verdict["text"] in unescape(html)
 
 
 def test_vp_export_takes_the_plan(searched: Path, inputs: Inputs) -> None:

@@ -15,11 +15,13 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
+from tests.exporter.browser import needs_browser, screenshot
 from vp_engines.errors import PackageMissingError
 from vp_exporter import drawing
 from vp_exporter.errors import SearchError
 from vp_exporter.search import pictures
 from vp_exporter.search.page import write_page
+from vp_exporter.search.verdict import judge_search
 
 BLUE, ORANGE, GREY = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0xE9, 0xEC, 0xEF)
 
@@ -238,6 +240,92 @@ def test_grids(tmp_path: Path) -> None:
         write_page(tmp_path, {"life": np.ones(12, dtype=int), "grid": (3, 5)})
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match=r"cannot write .*: No such file or directory; expected a folder"):
-        write_page(tmp_path / "none", {})
+def test_a_folder_that_is_not_there_is_made_and_a_file_in_its_place_is_told(tmp_path: Path) -> None:
+    assert all(path.exists() for path in write_page(tmp_path / "new" / "page", {}))
+    (tmp_path / "file").touch()
+    with pytest.raises(SearchError, match=r"cannot write .*: Not a directory; expected a folder"):
+        write_page(tmp_path / "file" / "page", {})
+
+
+def rows_of(html: str) -> dict[str, str]:
+    """Rows of the page's tables by the name in their first cell, with the row's own tag."""
+    found = {}
+    for tag, body in re.findall(r"<tr([^>]*)>(.*?)</tr>", html, re.DOTALL):
+        name = re.search(r'<th scope="row">(.*?)( <span|</th>)', body)
+        if name:
+            found[name[1]] = tag + body
+    return found
+
+
+OWN = {"name": "greedy", "macs_share": 0.5, "kl": 0.25, "agreement": 91.5}
+CENTRE, GRID_ROW = ({**OWN, "name": name, "kl": kl} for name, kl in (("centre", 0.8), ("grid", 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("own", "baseline", "outcome", "heading", "style", "sentence"),
+    [
+        (0.2, 0.3, "better", "Better than every baseline", "passed", "The search beat the best baseline: KL 0.2"),
+        (0.3, 0.2, "worse", "A baseline is better", "failed", "The best baseline is better than what was searched"),
+        (0.2, 0.2, "unproven", "No gain proven", "measured", "No gain over the best baseline is proven"),
+    ],
+)
+def test_the_page_begins_with_a_verdict(
+    own: float, baseline: float, outcome: str, heading: str, style: str, sentence: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    pair = [mean + 0.02 * rng.standard_normal(200) for mean in (own, baseline)]
+    verdict = judge_search("grid", *pair)
+    assert verdict.difference is not None
+    assert (verdict.outcome, verdict.images) == (outcome, 200)
+    assert verdict.difference.value == pytest.approx(pair[0].mean() - pair[1].mean())
+    write_page(tmp_path, {"stages": [OWN], "baselines": [CENTRE, GRID_ROW], "verdict": verdict.to_dict()})
+    html = (tmp_path / "search.html").read_text()
+    assert html.index(f'<section class="verdict {style}"') < html.index("<dl") < html.index("<table>")
+    assert f"<h2>{heading}</h2>" in html
+    assert sentence in html
+    assert "on 200 held-out images" in html
+    assert json.loads((tmp_path / "search.json").read_text())["verdict"]["outcome"] == outcome
+
+
+def test_the_winner_and_the_best_baseline_are_marked(tmp_path: Path) -> None:
+    stages = [OWN, {**OWN, "name": "ppo", "winner": True}, {**OWN, "name": "tuning", "kl": 0.3, "accepted": False}]
+    write_page(tmp_path, {"stages": stages, "baselines": [CENTRE, GRID_ROW]})
+    rows = rows_of((tmp_path / "search.html").read_text())
+    assert {name: 'class="winner"' in row for name, row in rows.items() if name in ("greedy", "ppo", "tuning")} == {
+        "greedy": False, "ppo": True, "tuning": False,
+    }  # fmt: skip
+    assert '<span class="mark">winner</span>' in rows["ppo"]
+    assert '<span class="mark">best baseline</span>' in rows["grid"]
+    assert "mark" not in rows["centre"]
+
+
+def test_means_alone_claim_nothing_beyond_chance(tmp_path: Path) -> None:
+    """Rows of an older search: the last stage that was kept is the winner, and no interval is known."""
+    write_page(tmp_path, {"stages": [OWN, {**OWN, "name": "ppo", "accepted": False}], "baselines": [CENTRE, GRID_ROW]})
+    html = (tmp_path / "search.html").read_text()
+    assert "No gain proven" in html
+    assert "KL 0.2500 against 0.5000 nats of grid, the best baseline (−50%)" in html
+    assert "no interval was measured" in html
+    assert 'class="winner"' in rows_of(html)["greedy"]
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tokens", "front", "progress"])
+def test_charts_do_not_glare_in_dark_mode(name: str, tmp_path: Path) -> None:
+    """Of a chart alone on the page: paper is dark, ink is light, and both are there."""
+    key = {"tokens": "tokens", "front": "front", "progress": "trace"}[name]
+    write_page(tmp_path, {key: sample()[key]})
+    html = (tmp_path / "search.html").read_text()
+    shades = {}
+    for dark in (False, True):
+        folder = tmp_path / str(dark)
+        folder.mkdir()
+        picture = screenshot(html, 960, 520, folder, dark=dark).mean(axis=2)
+        shades[dark] = picture[picture.shape[0] // 2 :]  # below the headings
+    assert float(np.median(shades[False])) > 240
+    assert float(np.median(shades[True])) < 50
+    assert float((shades[True] > 215).mean()) < 0.05
+    # What is drawn stands out: its darkest ink in the light one, its lightest in the dark one.
+    assert float(np.quantile(shades[False], 0.002)) < 110
+    assert float(np.quantile(shades[True], 0.998)) > 140
