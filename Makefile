@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test test-fast test-exhaustive test-portable tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
+.PHONY: help setup test test-fast test-exhaustive test-portable test-wheel tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
     bench-cpp support-table clean
 
 help:  ## list the targets
@@ -63,6 +63,9 @@ $(RAY)/.installed: constraints.txt
 	    'ray[serve]==2.60.0' numpy==2.4.6 onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0)
 
 ray: $(RAY)/.installed  ## Ray Serve, for the tests
+
+test-wheel: setup  ## the wheel in an environment of pip's own for each install line of README and docs (downloads gigabytes)
+	VP_FRESH=1 $(BIN)/python -m pytest tests/test_wheel.py --timeout 3600
 
 tritonserver: $(SERVER)/.installed  ## a Triton Inference Server on the CPU, for the tests
 

@@ -1,0 +1,164 @@
+"""Environments as the install lines make them, from the wheel.
+
+`linked` takes the files of exactly those distributions that pip would install, out of the environments that the tests
+run in: seconds, and no network. `fresh` has pip do it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections import Counter
+from configparser import ConfigParser
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("exporter", "kernels", "engines")
+# Ray has a virtual environment of its own in the tests (Makefile).
+RAY = ROOT / "build" / "ray"
+
+
+def build_wheel(out: Path) -> Path:
+    """The wheel, from a copy of what is packaged: a build leaves files behind that the next one would take."""
+    tree = out / "tree"
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", "-w", str(out)]
+    if int(metadata.version("setuptools").split(".")[0]) >= 77:  # as pyproject.toml asks; else pip fetches one
+        command.append("--no-build-isolation")
+    subprocess.run([*command, str(tree)], check=True, capture_output=True, text=True)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+class Environment:
+    """A virtual environment; `run` is a shell of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+
+    @property
+    def packages(self) -> Path:
+        (found,) = self.folder.glob("lib/python*/site-packages")
+        return found
+
+    def run(self, command: str, cwd: Path, timeout: float = 1800) -> subprocess.CompletedProcess[str]:
+        keep = ("OMP_NUM_THREADS", "LANG", "TMPDIR")
+        env = {name: os.environ[name] for name in keep if name in os.environ}
+        env |= {"PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(cwd), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            ["sh", "-c", command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+
+def fresh(folder: Path, wheel: Path, extras: tuple[str, ...]) -> Environment:
+    """By pip, as a user does it. VP_FRESH_FIRST names what is installed before, such as a CPU build of torch."""
+    venv.create(folder, with_pip=True)
+    made = Environment(folder)
+    pip = [made.bin / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    first = os.environ.get("VP_FRESH_FIRST", "").split()
+    for wanted in ([first] if first and {"export", "search", "aoti"} & set(extras) else []) + [[_spec(wheel, extras)]]:
+        subprocess.run([*pip, *wanted], check=True, capture_output=True, text=True, timeout=3000)
+    return made
+
+
+def _spec(wheel: Path, extras: tuple[str, ...]) -> str:
+    return f"vp-export[{','.join(extras)}] @ {wheel.resolve().as_uri()}"
+
+
+def linked(folder: Path, wheel: Path, extras: tuple[str, ...]) -> Environment | None:
+    """By links to what is installed; None where a distribution of the closure is not installed anywhere here."""
+    places = [path for path in sys.path if path and not path.startswith(str(ROOT / "tests"))]
+    ray = [str(path) for path in RAY.glob("lib/python*/site-packages")]
+    places = [*ray, *places] if "ray" in extras else places
+    closure = _closure(wheel, extras, places)
+    if closure is None:
+        return None
+    venv.create(folder, symlinks=True)
+    made = Environment(folder)
+    tops = {dist: sorted({path.parts[0] for path in dist.files or () if path.parts[0] != ".."}) for dist in closure}
+    claimed = _claimed(places)
+    for dist, names in tops.items():
+        for name in names:
+            if name in ("__pycache__",):
+                continue
+            if claimed[name] == 1:
+                _link(Path(str(dist.locate_file(name))), made.packages / name)
+            else:  # a folder that several distributions share: only this one's files
+                for path in dist.files or ():
+                    if path.parts[0] == name and "__pycache__" not in path.parts:
+                        _link(Path(str(dist.locate_file(path))), made.packages / path)
+    _install(wheel, made)
+    return made
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.exists() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)
+
+
+def _claimed(places: list[str]) -> Counter[str]:
+    """How many distributions have files below each name of site-packages."""
+    found: Counter[str] = Counter()
+    for dist in metadata.distributions(path=places):
+        found.update({path.parts[0] for path in dist.files or ()})
+    return found
+
+
+def _closure(wheel: Path, extras: tuple[str, ...], places: list[str]) -> list[metadata.Distribution] | None:
+    """The distributions that pip would install beside the wheel."""
+    installed: dict[str, metadata.Distribution] = {}
+    for dist in metadata.distributions(path=places):
+        installed.setdefault(canonicalize_name(dist.metadata["Name"]), dist)
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        own = metadata.PathDistribution(zipfile.Path(wheel, name.rpartition("/")[0] + "/"))
+        requires = {"vp-export": own.requires or []}
+    todo = [("vp-export", extra) for extra in ("", *extras)]
+    seen: set[tuple[str, str]] = set()
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        if name not in requires:
+            if name not in installed:
+                return None
+            requires[name] = installed[name].requires or []
+        for text in requires[name]:
+            wanted = Requirement(text)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                todo += [(canonicalize_name(wanted.name), each) for each in ("", *sorted(wanted.extras))]
+    return [installed[name] for name in sorted({name for name, _ in seen} - {"vp-export"})]
+
+
+def _install(wheel: Path, made: Environment) -> None:
+    """The wheel itself: its files, and its commands."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(made.packages)
+    (entries,) = made.packages.glob("vp_export-*.dist-info/entry_points.txt")
+    parser = ConfigParser()
+    parser.read(entries)
+    for name, target in parser["console_scripts"].items():
+        module, function = target.split(":")
+        script = made.bin / name
+        lines = (
+            f"#!{made.bin / 'python'}",
+            "import sys",
+            f"from {module} import {function}",
+            f"sys.exit({function}())",
+        )
+        script.write_text("\n".join(lines) + "\n")
+        script.chmod(0o755)

@@ -1,0 +1,55 @@
+"""The install lines of README and docs, with the commands that stand under each: read from the pages, so that none is
+forgotten."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INSTALL = re.compile(r"pip install '(?:\.|vp-export)\[([a-z0-9,-]+)\]'")
+COMMAND = re.compile(r"^(?:vp-[a-z]+|python -m vp_[a-z_.]+)(?=\s|$)")
+
+
+@dataclass
+class Line:
+    """An install line and the commands up to the next one of its page."""
+
+    page: str
+    extras: tuple[str, ...]
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return f"{self.page}-{'+'.join(self.extras)}"
+
+
+def install_lines() -> list[Line]:
+    """All of them, in the order of the pages; the same extras on one page are one line."""
+    return [line for page in PAGES for line in _of_page(page.name, page.read_text())]
+
+
+def _of_page(name: str, text: str) -> list[Line]:
+    found: dict[tuple[str, ...], Line] = {}
+    current: Line | None = None
+    in_code, whole = False, ""
+    for raw in text.splitlines():
+        if raw.startswith("```"):
+            in_code = not in_code
+            continue
+        for extras in INSTALL.findall(raw):
+            key = tuple(extras.split(","))
+            current = found.setdefault(key, Line(name, key))
+        if not in_code and not raw.startswith("    "):
+            continue
+        whole += raw.strip()
+        if whole.endswith("\\"):
+            whole = whole[:-1] + " "
+            continue
+        command, whole = whole, ""
+        if current is not None and COMMAND.match(command) and "..." not in command:
+            current.commands.append(shlex.join(shlex.split(command, comments=True)))
+    return list(found.values())

@@ -1,0 +1,190 @@
+"""The wheel, and what stands under each install line of README and docs: run in an environment that has no more than
+the line installs. `make test-wheel` does the same with environments that pip makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import tomllib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.environments import ROOT, SOURCES, Environment, build_wheel, fresh, linked
+from tests.install_lines import Line, install_lines
+
+FRESH = os.environ.get("VP_FRESH") == "1"
+LINES = install_lines()
+FIRST = "README.md-export+cpu"  # its first command writes what all others are given
+TORCH = {"export", "search", "aoti"}  # the extras that bring it
+COMMANDS = ("vp-export", "vp-inspect", "vp-validate", "vp-search", "vp-profile", "vp-serve", "vp-doctor")
+# A model of the same family that takes seconds. Nothing is fetched: the weights are random.
+MODEL = "vit_tiny_patch16_224" + "".join(
+    f" --model-arg {each}" for each in ("img_size=64", "depth=4", "embed_dim=64", "num_heads=2")
+)
+SMALLER = {
+    "--model deit_small_patch16_224 --weights my.safetensors": f"--model {MODEL} --random-init --num-classes 3",
+    "deit_small_patch16_224": MODEL,
+    "--pretrained": "--random-init --num-classes 3",
+    "NAME.vpe": "deit_s.vpe",
+    "--r 13": "--r 3",
+    "--model M --weights W": f"--model {MODEL} --random-init --num-classes 3",
+    "--min-speedup 1.4": "--min-speedup 0.001",  # what is tried is the install, not the speed of this machine
+    "--max-drop 0.5": "--max-drop 100",
+}
+QUICK = {
+    "vp-export": "--seconds 0.1",
+    "vp-validate": "--seconds 0.1",
+    "vp-profile": "--seconds 0.1",
+    "vp-search": "--images 16 --search-batch 4 --evaluations 2 --min-tokens 2",
+}
+Make = Callable[[tuple[str, ...]], Environment]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Environments by their extras, each made once."""
+    made: dict[tuple[str, ...], Environment | None] = {}
+
+    def make(extras: tuple[str, ...]) -> Environment:
+        if extras not in made:
+            made[extras] = (fresh if FRESH else linked)(tmp_path_factory.mktemp("env") / "venv", wheel, extras)
+        found = made[extras]
+        if found is None:
+            pytest.skip(f"what {extras} brings is not installed here: make test-wheel")
+        return found
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folder(environment: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages take as given: images, a mask, a plan, and README's first bundle under two names."""
+    top = tmp_path_factory.mktemp("given")
+    rng = np.random.default_rng(0)
+    for name in ("val", "calib"):
+        for label in "abc":
+            (top / name / label).mkdir(parents=True)
+            for index in range(6):
+                pixels = rng.integers(0, 255, (72, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(top / name / label / f"{index}.png")
+    mask = np.ones((4, 16))
+    mask[:, ::4] = 0
+    np.save(top / "mask.npy", mask)
+    made = environment(("export", "cpu"))
+    plan = (
+        "import numpy as np, timm; from pathlib import Path; from vp_exporter.masks import plan_from_mask;"
+        "from vp_exporter.models import describe;"
+        "vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=4, embed_dim=64, num_heads=2);"
+        "model = describe(vit, 'vit_tiny_patch16_224').plan_model();"
+        "plan_from_mask(np.load('mask.npy'), model).save(Path('plan.json'))"
+    )
+    done = made.run(f"python -c {shlex.quote(plan)}", top)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in LINES if line.id == FIRST]
+    _run(made, line.commands[0], top)  # writes deit_s.vpe
+    shutil.copytree(top / "deit_s.vpe", top / "deit_s_tome.vpe")
+    return top
+
+
+def _small(command: str) -> str:
+    for old, new in SMALLER.items():
+        command = command.replace(old, new)
+    return f"{command} {QUICK.get(command.split()[0], '')}".strip()
+
+
+def _run(made: Environment, command: str, cwd: Path) -> str:
+    done = made.run(_small(command), cwd)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_everything_is_in_the_wheel(wheel: Path) -> None:
+    wanted = set()
+    for source in SOURCES:
+        for path in (ROOT / source).rglob("*"):
+            parts = path.relative_to(ROOT / source).parts
+            if "__pycache__" in parts or parts[0] == "cpp" or parts[:2] == ("plugins", "src"):
+                continue  # C++ is built from a clone
+            if path.suffix in (".py", ".j2") or path.name == "py.typed":
+                wanted.add("/".join((f"vp_{source}", *parts)))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wanted == {name for name in names if ".dist-info/" not in name}
+    assert "vp_kernels/plugins/embed.py" in wanted
+
+
+def test_every_line_names_extras_that_there_are() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    assert {line.page for line in LINES} >= {"README.md", "embedding.md", "ray.md"}
+    for line in LINES:
+        assert set(line.extras) <= extras, line.id
+
+
+def test_every_command_stands_under_a_line() -> None:
+    readme = [line for line in LINES if line.page == "README.md"]
+    assert {command.split()[0] for line in readme for command in line.commands} == set(COMMANDS)
+
+
+def test_a_bare_install(wheel: Path, tmp_path: Path) -> None:
+    made = fresh(tmp_path / "venv", wheel, ()) if FRESH else linked(tmp_path / "venv", wheel, ())
+    assert made is not None
+    for command in COMMANDS:
+        done = made.run(f"{command} --help", tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), command
+    for words, extra in (
+        ("vp-export --model m --random-init --method tome --r 3 --out a.vpe", "export,cpu"),
+        ("vp-search --model m --random-init --data d --target-macs 0.6 --out p.json", "search"),
+        ("vp-profile a.vpe --out p", "profile"),
+        ("vp-serve triton a.vpe --out m", "serve"),
+        ("vp-inspect --method tome --r 3 --model m", "export"),
+    ):
+        done = made.run(words, tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1), done.stderr
+        assert done.stderr.endswith(f"pip install 'vp-export[{extra}]'\n")
+    found = json.loads(made.run("vp-doctor --json", tmp_path).stdout)
+    assert {name for name, works in found["commands"].items() if works["ok"]} == {"vp-inspect"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("line", [pytest.param(line, id=line.id) for line in LINES])
+def test_what_stands_under_an_install_line(
+    line: Line, environment: Make, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    made = environment(line.extras)
+    if not TORCH & set(line.extras):
+        _check_light(made, line, tmp_path)
+    if "ray" in line.extras:
+        return  # a cluster is started by tests/engines/serving/ray
+    given = request.getfixturevalue("folder")
+    shutil.copytree(given, tmp_path / "here")
+    if line.id == FIRST:
+        shutil.rmtree(tmp_path / "here" / "deit_s_tome.vpe")
+    for command in line.commands[line.id == FIRST :]:  # the very first has run
+        if out := re.search(r"--out (\S+\.json)", command):  # pages share names
+            (tmp_path / "here" / out[1]).unlink(missing_ok=True)
+        _run(made, command, tmp_path / "here")
+
+
+def _check_light(made: Environment, line: Line, cwd: Path) -> None:
+    """What vp-doctor says where a server is installed: all that stands under the line works, without torch."""
+    found = json.loads(made.run("vp-doctor --json", cwd).stdout)
+    assert {package["module"]: package["version"] for package in found["packages"]}["torch"] == ""
+    for command in line.commands:
+        name = " ".join(command.split()[: 2 if command.startswith("vp-serve") else 1])
+        if name in found["commands"]:
+            assert found["commands"][name] == {"ok": True, "why_not": ""}, name
+    for extra in set(line.extras) & set(found["engines"]):
+        assert "installed" not in found["engines"][extra]["run"]["why_not"]
