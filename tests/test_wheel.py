@@ -137,6 +137,7 @@ def test_every_command_stands_under_a_line() -> None:
     assert {command.split()[0] for line in readme for command in line.commands} == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_a_bare_install(wheel: Path, tmp_path: Path) -> None:
     made = fresh(tmp_path / "venv", wheel, ()) if FRESH else linked(tmp_path / "venv", wheel, ())
     assert made is not None
