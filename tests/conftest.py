@@ -72,10 +72,7 @@ def compilable_paths() -> Iterator[None]:
     if not any(character.isspace() for character in tempfile.gettempdir() + sys.prefix):
         yield
         return
-    import torch._inductor.config as config
-
     from vp_engines.backends.aoti import _paths_without_space
 
     with _paths_without_space():
-        config.cpp_cache_precompile_headers = False
         yield

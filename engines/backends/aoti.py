@@ -94,21 +94,19 @@ class AotInductorBackend(Backend):
         on_cpu = {"freezing": True, "cpp.dynamic_threads": True, "cpp.enable_kernel_profile": True}
         configs: dict[str, Any] = on_cpu if options.device == "cpu" else {}
         path = out / ARTEFACT
-        if _has_space(tempfile.gettempdir()):  # torch's commands do not quote it; headers are compiled beforehand there
-            configs["cpp_cache_precompile_headers"] = False
-        widths = _vector_bits() if options.device == "cpu" else [None]
-        for place, bits in enumerate(widths):
-            # The first width is torch's own choice and is left to it; 1 stands for none at all.
-            narrower = {"cpp.simdlen": bits or 1} if place else {}
-            try:
-                with torch.no_grad(), _paths_without_space(), _scalars_stay_scalars():
+        with torch.no_grad(), _paths_without_space(), _scalars_stay_scalars():
+            widths = _vector_bits() if options.device == "cpu" else [None]
+            for place, bits in enumerate(widths):
+                # The first width is torch's own choice and is left to it; 1 stands for none at all.
+                narrower = {"cpp.simdlen": bits or 1} if place else {}
+                try:
                     inductor.aoti_compile_and_package(
                         source.program, package_path=str(path), inductor_configs={**configs, **narrower}
                     )
-                break
-            except Exception as error:  # inductor raises whatever its passes and the compiler do
-                if place + 1 == len(widths) or not _refused_by_compiler(error):
-                    raise BuildError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
+                    break
+                except Exception as error:  # inductor raises whatever its passes and the compiler do
+                    if place + 1 == len(widths) or not _refused_by_compiler(error):
+                        raise BuildError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
         requirements = _machine(torch, options.device)
         notes: tuple[str, ...] = ()
         if bits is not None:
@@ -246,15 +244,15 @@ def _has_space(path: str) -> bool:
 
 @contextmanager
 def _paths_without_space() -> Iterator[None]:
-    """Torch's commands for the C++ compiler do not quote the folders of its cache and of its own libraries: where their
-    path has a space, others stand in for the while.
+    """Torch's commands for the C++ compiler do not quote the temporary folder, that of its cache and that of its own
+    libraries: where their path has a space, others stand in for the while.
 
     Raises:
         BuildError: there is no folder to put them in.
     """
     from torch.utils import cpp_extension
 
-    name, libraries = "TORCHINDUCTOR_CACHE_DIR", str(cpp_extension.TORCH_LIB_PATH)
+    name, libraries, temporary = "TORCHINDUCTOR_CACHE_DIR", str(cpp_extension.TORCH_LIB_PATH), tempfile.tempdir
     cache = os.environ.get(name)
     if not _has_space(cache or tempfile.gettempdir()) and not _has_space(libraries):
         yield
@@ -272,9 +270,19 @@ def _paths_without_space() -> Iterator[None]:
         cpp_extension.TORCH_LIB_PATH = os.path.join(folder, "lib")
         if _has_space(cache or tempfile.gettempdir()):
             os.environ[name] = os.path.join(folder, "cache")
-        yield
+        tempfile.tempdir = place
+        from torch._inductor import codecache
+
+        headers = {each: getattr(codecache, each, None) for each in ("_HEADER_DIR", "_HEADER_LOCK_DIR")}
+        for each in headers:  # which torch looked up when it was first asked to compile
+            setattr(codecache, each, os.path.join(folder, each))
+        try:
+            yield
+        finally:
+            for each, value in headers.items():
+                setattr(codecache, each, value)
     finally:
-        cpp_extension.TORCH_LIB_PATH = libraries
+        cpp_extension.TORCH_LIB_PATH, tempfile.tempdir = libraries, temporary
         os.environ.pop(name, None)
         if cache is not None:
             os.environ[name] = cache

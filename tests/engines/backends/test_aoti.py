@@ -269,7 +269,7 @@ def test_a_space_in_the_paths_of_folders(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.notes == ()  # nothing was tried again
     assert (spaced / result.artefact).stat().st_size > 1000
     assert str(libraries) == cpp_extension.TORCH_LIB_PATH
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert "vp-inductor-" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # torch sets it itself where it is not
     assert set(Path("/tmp").glob("vp-inductor-*")) <= before
 
 

@@ -20,8 +20,8 @@ from tests.exporter.reducers.test_export import EVERY_REDUCER, Steps, lower, mak
 from vp_engines.backends import get_backend
 from vp_engines.backends.base import BuildOptions
 
-# 40 patches of which 20 merge leave an empty list behind, and the least that fills no vector of 16 whole.
-ALL_MERGE: Steps = [("tome", {"r": 20})]
+# The second step meets tokens of several sizes and merges all that can: an empty list, rows that fill no vector whole.
+ALL_MERGE: Steps = [("tome", {"r": 20}), ("tome", {"r": 20})]
 
 
 def refused(package: Path, isa: cpu_vec_isa.VecISA, folder: Path) -> list[str]:
@@ -43,7 +43,7 @@ def refused(package: Path, isa: cpu_vec_isa.VecISA, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("steps", "arguments", "isa"),
     [
-        (ALL_MERGE, {"img_size": (64, 40)}, cpu_vec_isa.VecAVX512()),
+        (ALL_MERGE, {"img_size": (80, 48), "depth": 3}, cpu_vec_isa.VecAVX512()),
         (EVERY_REDUCER, {}, cpu_vec_isa.VecAVX512VNNI()),
         (EVERY_REDUCER, {}, cpu_vec_isa.VecAVX2()),
     ],
