@@ -15,7 +15,7 @@ from timm.models.eva import EvaBlock
 from torch import Tensor
 
 from vp_exporter.attention import AttentionForm, attention, packed_attention
-from vp_exporter.evidence import See
+from vp_exporter.evidence import See, attention_map, needs_map
 from vp_exporter.reducers import InnerStep
 from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
 
@@ -125,6 +125,7 @@ class ReducedBlock(nn.Module):
         super().__init__()
         self.block = [block]
         self.see = None if step is None else See(step.needs, block.attn.num_heads)
+        self.maps, self.theta = step is not None and needs_map(step), 1.0 if step is None else step.theta
         self.reduce = (
             None
             if step is None
@@ -159,7 +160,7 @@ class ReducedBlock(nn.Module):
         layer = self.block[0].attn
         heads, width, tokens = layer.num_heads, layer.head_dim, x.shape[1]
         separate = layer.qkv is None  # EVA-02's projections
-        if self.attention_form == "packed":
+        if self.attention_form == "packed" and not self.maps:
             q, k, v = (
                 (project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
                 if separate
@@ -177,8 +178,12 @@ class ReducedBlock(nn.Module):
             else:
                 q, k, v = qkv_of(layer, x).reshape(-1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = layer.q_norm(q), layer.k_norm(k)
-            seen = None if self.see is None else self.see(q, k, v, bias)
-            out = attention(q, k, v, bias, self.attention_form)
+            weights = attention_map(q, k, bias, self.theta) if self.maps else None
+            seen = None if self.see is None else self.see(q, k, v, bias, weights)
+            if weights is None:
+                out = attention(q, k, v, bias, self.attention_form)
+            else:
+                out = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(-1, tokens, heads * width)
         out = layer.norm(out)
         if layer.gate is not None:
             out = out * layer.gate(x).sigmoid()
@@ -241,13 +246,14 @@ class PoolAndHead(nn.Module):
     Args:
         vit: the timm model.
         include_prefix: whether the pooling reads the prefix tokens too (ViTDescription.pool_include_prefix).
+        by_size: averages weight tokens by their sizes, where they have some.
     """
 
-    def __init__(self, vit: nn.Module, include_prefix: bool) -> None:
+    def __init__(self, vit: nn.Module, include_prefix: bool, *, by_size: bool = True) -> None:
         super().__init__()
         self.vit = [vit]
         self.prefix = vit.num_prefix_tokens
-        self.include_prefix = include_prefix
+        self.include_prefix, self.by_size = include_prefix, by_size
         self.distilled = getattr(vit, "head_dist", None) is not None
 
     def forward(self, x: Tensor, size: Tensor | None = None, *, proportional: bool = False) -> Tensor:
@@ -270,7 +276,7 @@ class PoolAndHead(nn.Module):
             if vit.attn_pool is not None:
                 x = self._attention_pool(x, size.log() if proportional and size is not None else None)
             else:
-                x = _pool(x, vit.global_pool, size)
+                x = _pool(x, vit.global_pool, size if self.by_size else None)
         return vit.head(vit.fc_norm(x))
 
     def _attention_pool(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vp_exporter.reducers import ops
-from vp_exporter.reducers.base import Need
+from vp_exporter.reducers.base import InnerStep, Need
 from vp_exporter.reducers.stream import Seen
 
 
@@ -29,12 +29,13 @@ class See(nn.Module):
         super().__init__()
         self.needs, self.heads = needs, heads
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Seen:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weights: Tensor | None = None) -> Seen:
         """Look.
 
         Args:
             q, k, v: [B, H, N, d], or "packed" [B, N, H * d], of which nothing is transposed.
             bias: float32 [1 or B, N], the key bias of that attention.
+            weights: its map float32 [B, H, N, N], where the block computes it; "graph_score" needs it.
         """
         needs, heads = self.needs, self.heads
         packed = q.ndim == 3
@@ -42,7 +43,9 @@ class See(nn.Module):
         norm: Tensor | None = None
         graph: Tensor | None = None
         row: Tensor | None = None
-        if "class_attention" in needs:
+        if "class_attention" in needs and weights is not None:
+            row = weights[:, :, 0].mean(dim=1)
+        elif "class_attention" in needs:
             row = class_attention_packed(q, k, heads, bias) if packed else class_attention(q, k, bias)
         if "keys" in needs:
             per_head = k.reshape(-1, k.shape[1], heads, k.shape[2] // heads) if packed else k
@@ -50,13 +53,9 @@ class See(nn.Module):
         if "value_norm" in needs:
             norm = ops.norm(v if packed else v.transpose(1, 2).flatten(2))
         if "graph_score" in needs:
-            graph = graph_score(_unpack(q, heads), _unpack(k, heads), bias)
+            assert weights is not None
+            graph = graph_score(weights)
         return Seen(row, keys, norm, graph)
-
-
-def _unpack(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H * d] -> [B, H, N, d]."""
-    return x if x.ndim == 4 else x.reshape(-1, x.shape[1], heads, x.shape[2] // heads).transpose(1, 2)
 
 
 def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,26 +77,42 @@ def class_attention_packed(q: Tensor, k: Tensor, heads: int, bias: Tensor | None
     return torch.softmax(logits, dim=-1).mean(dim=1)
 
 
-def graph_score(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """GTP's score (Xu et al., WACV 2024): max over heads of a_jj times max over heads of sum_i a_ij.
+def needs_map(step: InnerStep) -> bool:
+    """Whether a step needs its block's whole attention map: it is computed once then, and not by a fused operator."""
+    return "graph_score" in step.needs or step.theta < 1
 
-    One head's map at a time: [B, N, N], never [B, H, N, N].
+
+def attention_map(q: Tensor, k: Tensor, bias: Tensor | None, theta: float = 1.0) -> Tensor:
+    """The softmax of every head.
 
     Args:
         q, k: [B, H, N, d].
+        bias: float32 [1 or B, N].
+        theta: share of each head's map that stays (GTP, Xu et al., WACV 2024). Of its N^2 entries those below the
+            int((1 - theta) N^2)-th lowest become 0; rows then add up to less than 1, as in the authors' code.
+
+    Returns:
+        float32 [B, H, N, N].
+    """
+    logits = (q.float() * q.shape[3] ** -0.5) @ k.float().transpose(2, 3)
+    weights = torch.softmax(logits if bias is None else logits + bias[:, None, None, :], dim=-1)
+    heads, tokens = q.shape[1], q.shape[2]
+    lowest = int(tokens * tokens * (1 - theta))
+    if lowest < 2:  # nothing is below the lowest of all
+        return weights
+    threshold = ops.nth_highest(weights.reshape(-1, heads, tokens * tokens), tokens * tokens - lowest + 1)
+    return weights * (weights >= threshold[:, :, :, None]).float()
+
+
+def graph_score(weights: Tensor) -> Tensor:
+    """GTP's score: max over heads of a_jj times max over heads of sum_i a_ij.
+
+    Args:
+        weights: the attention map, float32 [B, H, N, N].
 
     Returns:
         float32 [B, N].
     """
-    own: Tensor | None = None
-    received: Tensor | None = None
-    identity = torch.eye(q.shape[2], device=q.device)
-    for head in range(q.shape[1]):
-        logits = (q[:, head].float() * q.shape[3] ** -0.5) @ k[:, head].float().transpose(1, 2)
-        weights = torch.softmax(logits if bias is None else logits + bias[:, None, :], dim=-1)
-        diagonal, columns = (weights * identity).sum(dim=2), weights.sum(dim=1)
-        own = diagonal if own is None else own.maximum(diagonal)
-        received = columns if received is None else received.maximum(columns)
-    assert own is not None
-    assert received is not None
-    return own * received
+    heads, tokens = weights.shape[1], weights.shape[2]
+    diagonal = weights.reshape(-1, heads, tokens * tokens)[:, :, :: tokens + 1]
+    return diagonal.amax(dim=1) * weights.sum(dim=2).amax(dim=1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from vp_exporter import operators
 from vp_exporter.blocks import ReducedBlock, qkv_of
 from vp_exporter.errors import UnsupportedModelError
-from vp_exporter.evidence import graph_score
+from vp_exporter.evidence import attention_map, graph_score
 from vp_exporter.models import ViTDescription
 from vp_exporter.reducers import InnerStep, ops
 from vp_exporter.reducers.stream import Seen, Stream, TokenMap, reduce_tokens, sizes_without_merge
@@ -66,7 +66,7 @@ class FusedBlock(ReducedBlock):
         carry_positions: bool = False,
     ) -> None:
         super().__init__(block, index, key_bias)
-        self.needs = frozenset() if step is None else step.needs
+        self.needs, self.theta = (frozenset(), 1.0) if step is None else (step.needs, step.theta)
         self.fused_reduce = (
             None
             if step is None
@@ -104,17 +104,22 @@ class FusedBlock(ReducedBlock):
         if not (isinstance(layer.q_norm, nn.Identity) and isinstance(layer.k_norm, nn.Identity)):
             q, k, v = qkv.unbind(2)
             qkv = torch.stack((layer.q_norm(q), layer.k_norm(k), v), dim=2)
-        needs = self.needs
-        out, row = operators.attention(qkv, bias, "class" if "class_attention" in needs else "none")
+        needs, weights = self.needs, None
+        if "graph_score" in needs or self.theta < 1:
+            weights = attention_map(qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2), bias, self.theta)
+        if weights is not None and self.theta < 1:  # no operator leaves entries of the map out
+            v = qkv[:, :, 2].transpose(1, 2)
+            out = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(-1, tokens, heads * width)
+            row = weights[:, :, 0].mean(dim=1)
+        else:
+            out, row = operators.attention(qkv, bias, "class" if "class_attention" in needs else "none")
         out = layer.norm(out)
         if layer.gate is not None:
             out = out * layer.gate(x).sigmoid()
         seen = Seen(
             class_attention=row,
             value_norm=ops.norm(qkv[:, :, 2].flatten(2)) if "value_norm" in needs else None,
-            graph_score=graph_score(qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2), bias)
-            if "graph_score" in needs
-            else None,
+            graph_score=graph_score(weights) if weights is not None and "graph_score" in needs else None,
             head_keys=qkv[:, :, 1] if "keys" in needs else None,
         )
         return layer.proj(out), seen

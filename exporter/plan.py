@@ -333,8 +333,15 @@ class ReductionPlan:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}", expected="a JSON file") from error
 
     def fingerprint(self) -> str:
-        """sha256 of what decides the reduced model's output: two plans that run the same have the same one."""
+        """sha256 of what decides the reduced model's output: two plans that run the same have the same one.
+
+        A field that came later is left out where it says what its absence says: an old plan keeps its fingerprint.
+        """
         data = self.to_dict()
+        data["steps"] = [
+            {key: value for key, value in entry.items() if key not in step.later or value != step.later[key]}
+            for step, entry in zip(self.steps, data["steps"], strict=True)
+        ]
         what = {key: data[key] for key in ("model", "steps", "key_bias", "proportional_attention")}
         return hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
 import torch
@@ -16,6 +16,7 @@ from vp_exporter.fused_block import FusedBlock, check_kernels
 from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reducers import InnerStep, StaticStep, Tokens, ops
+from vp_exporter.reducers.graph import TokenGraph, code_index
 from vp_exporter.reducers.stream import Stream
 
 Kernels = Literal["portable", "vp"]
@@ -40,6 +41,7 @@ class ReducedViT(nn.Module):
     """
 
     places: Tensor | None
+    code_index: Tensor | None
 
     def __init__(
         self,
@@ -95,11 +97,26 @@ class ReducedViT(nn.Module):
             )
         self.embed = PatchEmbedding(self.vit, keep)
         self.blocks = nn.ModuleList(blocks)
-        self.head = PoolAndHead(self.vit, self.description.pool_include_prefix)
+        by_size = not inner or any(step.pools_by_size for step in inner)
+        self.head = PoolAndHead(self.vit, self.description.pool_include_prefix, by_size=by_size)
+        self._build_graphs(inner, range(self.description.patches) if keep is None else keep)
         track = last_tracked >= 0 and bool(places)
         self.register_buffer(
             "places", ops.grid_codes(places or [], self.description.grid[1]) if track else None, persistent=False
         )
+
+    def _build_graphs(self, inner: Sequence[InnerStep], embedded: Sequence[int]) -> None:
+        """The graphs of the embedded patches that steps read."""
+        description = self.description
+        # The authors' code counts M + 1 neighbours where there is no class token.
+        more = 1 if description.prefix_tokens else 2
+        self.asked = tuple(sorted({step.links for step in inner if step.links is not None}))
+        self.graphs = nn.ModuleList(
+            TokenGraph(embedded, description.grid[1], kind, count + more, description.prefix_tokens)
+            for kind, count in self.asked
+        )
+        index = code_index(embedded, description.grid[1]) if self.asked else None
+        self.register_buffer("code_index", index, persistent=False)
 
     @property
     def output_name(self) -> Literal["logits", "features"]:
@@ -126,7 +143,15 @@ class ReducedViT(nn.Module):
     def _streams(self, images: Tensor) -> Iterator[Stream]:
         """What leaves each block."""
         x = self.embed(images.to(self.vit.patch_embed.proj.weight.dtype))
-        stream = Stream(x, self.description.prefix_tokens, positions=self.places, columns=self.description.grid[1])
+        links = {asked: graph(x) for asked, graph in zip(self.asked, self.graphs, strict=True)}
+        stream = Stream(
+            x,
+            self.description.prefix_tokens,
+            positions=self.places,
+            columns=self.description.grid[1],
+            links=links,
+            code_index=self.code_index,
+        )
         for block in self.blocks:
             stream = block(stream)
             yield stream

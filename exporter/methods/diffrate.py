@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, listed
@@ -39,7 +39,7 @@ class DiffRateMethod(Method):
         steps, left = [], model.prefix_tokens + model.patches
         for block, prune_to, merge_to in zip(blocks, prune, merge, strict=True):
             if (prune_to, merge_to) != (left, left):  # a block that removes nothing has no step
-                steps.append(self.step(block, {"prune_to": prune_to, "merge_to": merge_to}))
+                steps.append(self.step(block, {**_other(request), "prune_to": prune_to, "merge_to": merge_to}))
             left = merge_to
         return tuple(steps)
 
@@ -54,21 +54,34 @@ class DiffRateMethod(Method):
                 fix="leave out --blocks",
             )
         return Family(
-            at=lambda u: self._scaled(model, blocks, alive, _power(u)),
+            at=lambda u: self._scaled(request, model, blocks, alive, _power(u)),
             setting=lambda u: {"power": round(_power(u), 6)},
             bound=f"block {first} is the first to reduce and keeps at least 1 patch token",
         )
 
-    def _scaled(self, model: ViTDescription, blocks: Sequence[int], alive: Sequence[float], power: float) -> Steps:
+    def _scaled(
+        self,
+        request: MethodRequest,
+        model: ViTDescription,
+        blocks: Sequence[int],
+        alive: Sequence[float],
+        power: float,
+    ) -> Steps:
         steps, left = [], model.patches
         for block, share in zip(blocks, alive, strict=True):
             out = min(left, max(1, rounded(model.patches * share**power)))
             if out < left:
                 dropped = rounded((left - out) * share_dropped((block + 1) / model.depth))
                 prefix = model.prefix_tokens
-                steps.append(self.step(block, {"prune_to": prefix + left - dropped, "merge_to": prefix + out}))
+                counts = {"prune_to": prefix + left - dropped, "merge_to": prefix + out}
+                steps.append(self.step(block, {**_other(request), **counts}))
             left = out
         return tuple(steps)
+
+
+def _other(request: MethodRequest) -> dict[str, Any]:
+    """The arguments that are no counts."""
+    return {key: value for key, value in request.args.items() if key not in ("prune_to", "merge_to")}
 
 
 def _power(u: float) -> float:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, stage_blocks
-from vp_exporter.methods.schedule import cut, share_of, slope, whole
+from vp_exporter.methods.schedule import counts_of, cut, share_of, slope
 
 if TYPE_CHECKING:
     from vp_exporter.methods.request import MethodRequest
     from vp_exporter.models import ViTDescription
+
+
+# How PiToMe matches in the two halves of the blocks; without a word, as its authors' DeiT code does.
+HALVES = {"bipartite-first": ("bipartite", "protect"), "protect-first": ("protect", "bipartite")}
 
 
 def half(patches: int) -> int:
@@ -69,7 +74,9 @@ class MergingMethod(Method):
         return acting_blocks(request, model, default)
 
     def _sloped(self, request: MethodRequest, model: ViTDescription, blocks: int, r: float) -> list[int]:
-        return cut(whole(slope(request.schedule or "constant", blocks, r)), model.patches, self.limit)
+        shape = request.schedule or "constant"
+        # A slope's first count is not what the caller wrote: it is cut like the others.
+        return cut(counts_of(shape, blocks, r), model.patches, self.limit, first=shape != "constant")
 
     @staticmethod
     def _kept(keep_rate: float, patches: int, blocks: int) -> list[int]:
@@ -93,8 +100,9 @@ class MergingMethod(Method):
         values = dict(request.args)
         if self.name == "pitome":
             values.setdefault("margin", round(0.75 * (1 - block / model.depth), 6))  # Tran et al. 2024
-        if self.name == "gtp":
-            values.setdefault("alpha", 0.2)
+            matching = values.get("matching", "bipartite-first")
+            if isinstance(matching, str) and matching in HALVES:
+                values["matching"] = HALVES[matching][block >= math.ceil(model.depth / 2)]
         if self.name == "ppt":
             values["tau"] = request.tau
         return values

@@ -84,6 +84,10 @@ class MethodRequest:
             raise VpError(f"--schedule is {self.schedule!r}", expected=f"one of {', '.join(SHAPES)}")
         if self.schedule is not None and isinstance(self.r, tuple):
             raise VpError("--schedule is given with a list of r", expected="one number, whose blocks it shapes")
+        if self.schedule is not None and self.keep_rate is not None:
+            raise VpError(
+                "--schedule is given with --keep-rate", expected="--schedule with --r, whose blocks it shapes"
+            )
         if self.blocks is not None:
             bad = not self.blocks or any(not _is_whole(block, 0) for block in self.blocks)
             if bad or any(a >= b for a, b in zip(self.blocks, self.blocks[1:], strict=False)):

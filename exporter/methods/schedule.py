@@ -18,15 +18,22 @@ def slope(shape: str, blocks: int, r: float) -> list[float]:
     """
     if shape == "constant" or blocks == 1:
         return [float(r)] * blocks
-    rising = [2 * r * i / (blocks - 1) for i in range(blocks)]
-    return rising if shape == "increasing" else rising[::-1]
+    first, last = (2.0 * r, 0.0) if shape == "decreasing" else (0.0, 2.0 * r)
+    step = (last - first) / (blocks - 1)
+    return [first + step * i for i in range(blocks)]
+
+
+def counts_of(shape: str, blocks: int, r: float) -> list[int]:
+    """Tokens that leave each of `blocks` acting blocks.
+
+    A slope is cut to whole numbers block by block, as ToMe's code does: its (16, -1) removes 187 tokens, not 192.
+    """
+    values = slope(shape, blocks, r)
+    return whole(values) if shape == "constant" or blocks == 1 else [max(0, int(value)) for value in values]
 
 
 def whole(values: Sequence[float]) -> list[int]:
-    """Whole numbers whose running sums are the rounded running sums: a total of 12 x 12.5 is 150, not 144 or 156.
-
-    (ToMe's own code truncates each number: its (16, -1) leaves 10 of 197 tokens after 12 blocks, this leaves 5.)
-    """
+    """Whole numbers whose running sums are the rounded running sums: a total of 12 x 12.5 is 150, not 144 or 156."""
     counts, total, before = [], 0.0, 0
     for value in values:
         total += value
@@ -36,14 +43,15 @@ def whole(values: Sequence[float]) -> list[int]:
     return counts
 
 
-def cut(counts: Sequence[int], patches: int, limit: Callable[[int], int]) -> list[int]:
+def cut(counts: Sequence[int], patches: int, limit: Callable[[int], int], *, first: bool = False) -> list[int]:
     """Counts that no block need refuse: each is cut to `limit` of the patch tokens that are left, as ToMe does.
 
-    The first block's count is left alone: there it is a mistake of the caller's, and the step says so.
+    The first acting block's count is cut only where `first` says so: otherwise it is a mistake of the caller's, and the
+    step says so.
     """
     done: list[int] = []
     for count in counts:
-        taken = min(count, limit(patches)) if any(done) else count
+        taken = min(count, limit(patches)) if first or any(done) else count
         done.append(taken)
         patches = max(1, patches - taken)
     return done

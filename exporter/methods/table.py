@@ -17,13 +17,19 @@ _MASK = ("keep_rate", "target_macs")
 
 _METHODS: tuple[Method, ...] = (
     MergingMethod("tome", _SLOPED, (("r",),)),
-    MergingMethod("ppt", ("r", "keep_rate", "tau", "blocks", "target_macs"), (("r",), ("keep_rate",)), staged=True),
+    MergingMethod(
+        "ppt", ("r", "keep_rate", "tau", "blocks", "target_macs"), (("r",), ("keep_rate",)), ("order",), staged=True
+    ),
     StageMethod("evit", _STAGED, _RATE_OR_LIST, ("tokens_out", "fuse")),
     StageMethod("topk", _STAGED, _RATE_OR_LIST, ("tokens_out", "score")),
     StageMethod("bat", _STAGED, _RATE_OR_LIST, ("tokens_out", "clusters", "pairs", "weights")),
-    DiffRateMethod("diffrate", ("blocks", "target_macs"), (("prune_to", "merge_to"),), ("prune_to", "merge_to")),
-    MergingMethod("pitome", _SLOPED, (("r",),), ("margin",)),
-    MergingMethod("gtp", _SLOPED, (("r",),), ("alpha", "score", "graph", "neighbours"), limit=all_but_one),
+    DiffRateMethod(
+        "diffrate", ("blocks", "target_macs"), (("prune_to", "merge_to"),), ("prune_to", "merge_to", "weights")
+    ),
+    MergingMethod("pitome", ("keep_rate", *_SLOPED), (("r",), ("keep_rate",)), ("margin", "matching")),
+    MergingMethod(
+        "gtp", _SLOPED, (("r",),), ("alpha", "score", "graph", "neighbours", "graph_from", "theta"), limit=all_but_one
+    ),
     StaticMethod("random", (*_MASK, "seed"), (("keep_rate",),)),
     StaticMethod("grid", _MASK, (("keep_rate",),)),
     StaticMethod("center", _MASK, (("keep_rate",),)),

@@ -45,17 +45,31 @@ class Step(ABC):
     Class attributes:
         reducer: the word in the plan.
         place: "input" acts on what enters the block; "inner" acts between its attention and its MLP.
+        later: fields that came after the first plans were written -> what a plan that lacks them means: what it meant
+            before there were such fields.
+        usual: fields of a new step that nobody laid down -> their value: what the authors' released code does.
     """
 
     block: int
 
     reducer: ClassVar[str]
     place: ClassVar[Literal["input", "inner"]]
+    later: ClassVar[Mapping[str, Any]] = {}
+    usual: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def new(cls, block: int, fields: Mapping[str, Any]) -> Self:
+        """A step for a new plan: fields that are left out are the authors'.
+
+        Raises:
+            PlanError: a field is missing, unknown or malformed.
+        """
+        return cls.from_fields(block, {**cls.usual, **fields})
 
     @classmethod
     @abstractmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
-        """Read the reducer's own fields of a plan.
+        """Read the reducer's own fields of a plan; those of `later` may be missing.
 
         Raises:
             PlanError: a field is missing, unknown or malformed.
@@ -103,6 +117,21 @@ class InnerStep(Step):
     def carries_size(self) -> bool:
         """Whether a plan with this step carries the tokens' sizes."""
         return self.merges
+
+    @property
+    def pools_by_size(self) -> bool:
+        """Whether average pooling weighs the tokens that this step leaves by their sizes."""
+        return True
+
+    @property
+    def theta(self) -> float:
+        """Share of each head's attention map that its block keeps, the highest entries; 1: all."""
+        return 1.0
+
+    @property
+    def links(self) -> tuple[str, int] | None:
+        """The graph of the embedded patches that it reads: its kind and its number of neighbours."""
+        return None
 
     def fields(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "block"}

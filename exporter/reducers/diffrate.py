@@ -11,6 +11,8 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 if TYPE_CHECKING:
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
+WEIGHTS = ("equal", "similarity")
+
 
 @dataclass(frozen=True)
 class DiffRateStep(InnerStep):
@@ -19,19 +21,24 @@ class DiffRateStep(InnerStep):
     Attributes:
         prune_to: tokens after dropping, prefix included.
         merge_to: tokens after merging, prefix included.
+        weights: "equal": a plain mean of the features, as the authors' code takes it; "similarity" (ours): weighted by
+            the sizes, a source's times its similarity. Either way the similarity scales the size that a source brings.
     """
 
     prune_to: int = 0
     merge_to: int = 0
+    weights: str = "equal"
 
     reducer: ClassVar[str] = "diffrate"
     merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
+    later: ClassVar[Mapping[str, Any]] = {"weights": "similarity"}
+    usual: ClassVar[Mapping[str, Any]] = {"weights": "equal"}
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
-        read = Fields(cls.reducer, block, fields, ["prune_to", "merge_to"])
-        return cls(block, read.whole("prune_to", 1), read.whole("merge_to", 1))
+        read = Fields(cls.reducer, block, fields, ["prune_to", "merge_to"], cls.later)
+        return cls(block, read.whole("prune_to", 1), read.whole("merge_to", 1), read.word("weights", WEIGHTS))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -61,7 +68,9 @@ class DiffRateStep(InnerStep):
         product = (away @ rows.transpose(1, 2)) / ops.norm(rows).clamp_min(1e-12)[:, None, :]
         similarity, partner = ops.best(product[:, :, prefix:])
         similarity = similarity / ops.norm(away).clamp_min(1e-12)
-        weight = similarity.clamp_min(0.0)
+        weight = similarity if self.weights == "equal" else similarity.clamp_min(0.0)
         if stream.size is not None:
             weight = weight * ops.take(stream.size, source)
+        if self.weights == "equal":
+            return TokenMap(keep, Merge(source, partner + prefix, source_size=weight))
         return TokenMap(keep, Merge(source, partner + prefix, source_weight=weight))

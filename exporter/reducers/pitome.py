@@ -9,27 +9,38 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+
+MATCHINGS = ("bipartite", "protect")
 
 
 @dataclass(frozen=True)
 class PitomeStep(InnerStep):
-    """Merge `r` of the 2r patch tokens of highest energy into the other r.
+    """Merge `r` patch tokens, ranked by energy, into others.
 
     A token's energy is the mean over the patch tokens of ELU(cosine of keys - `margin`): high inside large groups of
     alike tokens.
+
+    Attributes:
+        matching: "bipartite": of all patch tokens, even ranks against odd ones, the `r` most similar pairs merge (the
+            authors' first half of the blocks); "protect": of the 2r of highest energy each even rank merges into an
+            odd one, the others are left alone (their second half).
     """
 
     r: int = 0
     margin: float = 0.0
+    matching: str = "protect"
 
     reducer: ClassVar[str] = "pitome"
     merges: ClassVar[bool] = True
+    later: ClassVar[Mapping[str, Any]] = {"matching": "protect"}
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
-        read = Fields(cls.reducer, block, fields, ["r", "margin"])
-        return cls(block, read.whole("r", 1), read.number("margin"))
+        read = Fields(cls.reducer, block, fields, ["r", "margin"], cls.later)
+        return cls(block, read.whole("r", 1), read.number("margin"), read.word("matching", MATCHINGS))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -48,14 +59,25 @@ class PitomeStep(InnerStep):
         assert seen.keys is not None
         prefix = stream.prefix
         keys = ops.unit(seen.keys[:, prefix:])
+        order = self._by_energy(keys)
+        taking_part = stream.patches if self.matching == "bipartite" else 2 * self.r
+        a, b = order[:, 0:taking_part:2], order[:, 1:taking_part:2]
+        score, partner = ops.best(ops.take_rows(keys, a) @ ops.take_rows(keys, b).transpose(1, 2))
+        if self.matching == "bipartite":
+            closest = ops.ranking(score)
+            merging, alone = closest[:, : self.r], ops.take(a, closest[:, self.r :])
+            a, partner = ops.take(a, merging), ops.take(partner, merging)
+        else:
+            alone = ops.ascending(order[:, taking_part:])
+        keep = ops.frame(torch.cat([alone, b], dim=1), prefix, shift=prefix)
+        return TokenMap(keep, Merge(a + prefix, partner + (prefix + alone.shape[1])))
+
+    def _by_energy(self, keys: Tensor) -> Tensor:
+        """Places of the patch tokens by descending energy, int64 [B, n]; keys: unit rows [B, n, d]."""
+        from vp_exporter.reducers import ops
+
         # ELU(z) + 1 = max(z, 0) + exp(min(z, 0)). Only the ranks matter, so neither the 1 nor the mean is taken out;
         # ONNX Runtime's Elu takes longer than all of this.
         z = keys @ keys.transpose(1, 2) - self.margin
         above = z.relu()
-        energy = ((z - above).exp() + above).sum(dim=-1)
-        order = ops.ranking(energy)
-        a, b = order[:, 0 : 2 * self.r : 2], order[:, 1 : 2 * self.r : 2]
-        protected = ops.ascending(order[:, 2 * self.r :])
-        _, partner = ops.best(ops.take_rows(keys, a) @ ops.take_rows(keys, b).transpose(1, 2))
-        keep = ops.frame(torch.cat([protected, b], dim=1), prefix, shift=prefix)
-        return TokenMap(keep, Merge(a + prefix, partner + (prefix + protected.shape[1])))
+        return ops.ranking(((z - above).exp() + above).sum(dim=-1))

@@ -11,25 +11,33 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 if TYPE_CHECKING:
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
+ORDERS = ("score", "position")
+
 
 @dataclass(frozen=True)
 class PptStep(InnerStep):
     """Remove `r` tokens: merge similar ones where scores are flat (variance below `tau`), else drop the lowest.
 
-    `tau` belongs to a model and a number of tokens: scores sum to 1, so their variance falls with the token count.
+    Attributes:
+        tau: of a model and a number of tokens: scores sum to 1, so their variance falls with the token count.
+        order: of the tokens that an image keeps where it drops: by descending "score", as the authors' code leaves
+            them, or by "position" (ours). It decides which tokens a later step can pair.
     """
 
     r: int = 0
     tau: float = 0.0
+    order: str = "score"
 
     reducer: ClassVar[str] = "ppt"
     merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
+    later: ClassVar[Mapping[str, Any]] = {"order": "position"}
+    usual: ClassVar[Mapping[str, Any]] = {"order": "score"}
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
-        read = Fields(cls.reducer, block, fields, ["r", "tau"])
-        return cls(block, read.whole("r", 1), read.number("tau", 0.0))
+        read = Fields(cls.reducer, block, fields, ["r", "tau"], cls.later)
+        return cls(block, read.whole("r", 1), read.number("tau", 0.0), read.word("order", ORDERS))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -54,15 +62,20 @@ class PptStep(InnerStep):
         variance = centred.square().sum(dim=1, keepdim=True) / max(1, scores.shape[1] - 1)
         pool = variance < self.tau  # [B, 1]
         pooled, merge = match(seen.keys, prefix, self.r)
-        kept = ops.highest(scores, scores.shape[1] - self.r)
+        kept = ops.ranking(scores, scores.shape[1] - self.r)
+        if self.order == "position":
+            kept = ops.ascending(kept)
         pruned = ops.frame(kept, prefix, shift=prefix)
         # Both policies are maps of one shape: an image that prunes takes its own rows and merges with weight 0.
         size = ops.ones(merge.source) if stream.size is None else ops.take(stream.size, merge.source)
         weight = pool.float() * size
         return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))
 
-    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream:
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream | None:
         from vp_exporter import operators
+
+        if self.order == "position":  # the operator keeps them by score
+            return None
 
         assert seen.class_attention is not None
         assert seen.value_norm is not None

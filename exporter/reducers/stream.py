@@ -7,13 +7,15 @@ scatter (whose order would be undefined where several tokens merge into one).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vp_exporter.reducers import ops
+
+LEAST_SIZE = 1e-6  # of a token
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Stream:
         positions: int64 [B, n] or [1, n], places of the patch tokens in the original grid, as `ops.grid_codes`; None
             where no step asks.
         columns: of that grid.
+        links: the graphs of the embedded patches that steps ask for, by `InnerStep.links`, as `TokenGraph` makes them.
+        code_index: int64 [1, codes], the row of `links` by the place's code.
     """
 
     x: Tensor
@@ -37,6 +41,8 @@ class Stream:
     log_size: Tensor | None = None
     positions: Tensor | None = None
     columns: int = 0
+    links: Mapping[tuple[str, int], Tensor] | None = None
+    code_index: Tensor | None = None
 
     @property
     def patches(self) -> int:
@@ -73,12 +79,15 @@ class Merge:
         source_weight: [B, R]; None takes the tokens' sizes.
         keep_weight: [B, K], of what stands in the output rows already. None takes their sizes: source_weight is then
             also the size that a source brings.
+        source_size: [B, R], the size that each source brings where the mean is a plain one, of features that all
+            weigh the same; there are no weights then.
     """
 
     source: Tensor
     into: Tensor
     source_weight: Tensor | None = None
     keep_weight: Tensor | None = None
+    source_size: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,7 @@ def sizes_without_merge(stream: Stream, x: Tensor, chosen: TokenMap, *, carry_si
 
 def _moved(stream: Stream, x: Tensor, size: Tensor | None, chosen: TokenMap) -> Stream:
     positions = None if stream.positions is None else _positions(stream, chosen)
-    return Stream(x, stream.prefix, size, None, positions, stream.columns)
+    return replace(stream, x=x, size=size, log_size=None, positions=positions)
 
 
 def _with_pool(stream: Stream, keep: Tensor, size: Tensor | None, pool: Pool) -> Tensor:
@@ -204,6 +213,11 @@ def _with_pool(stream: Stream, keep: Tensor, size: Tensor | None, pool: Pool) ->
 
 def _merge(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge, run: MergeRows) -> tuple[Tensor, Tensor]:
     """The rows [B, K, D] and their sizes [B, K]."""
+    if merge.source_size is not None:
+        x, _ = run(stream.x, keep, merge.source, merge.into, None, None)
+        brought = (ops.one_hot(merge.into, keep.shape[1]) @ merge.source_size[:, :, None]).squeeze(-1)
+        # What a source brings may be below 0 (DiffRate's similarities are): no logarithm may fail for it.
+        return x, (brought + (1.0 if size is None else size)).clamp_min(LEAST_SIZE)
     weight = merge.source_weight
     if weight is None and stream.size is not None:
         weight = ops.take(stream.size, merge.source)

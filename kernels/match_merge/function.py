@@ -75,7 +75,7 @@ def body(op_type: str) -> Body:
         scores, n = given["scores"], tokens - prefix
         pools = f.Less(variance(f, scores, n), f.attribute("tau"))  # [B, 1]
         stay = n - r
-        kept = f.ascending(f.top(scores, stay)[1], stay)
+        kept = f.top(scores, stay)[1]
         # Both policies are lists of one shape: an image that prunes takes its own rows and merges with weight 0.
         keep = f.Where(pools, keep, frame(f, kept, prefix, prefix, stay))
         ones = f.float(f.GreaterOrEqual(source, 0)) if weight is None else weight

@@ -37,7 +37,7 @@ def _prune(
     scores, size, keep, source, into, weight, keep_weight, best, patches, prefix, r,
     HAS_SIZE: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Keep the prefix and the patch tokens of highest score; what would merge has weight 0 and takes no part."""
+    """Keep the prefix and the patch tokens of highest score, by descending score; what would merge has weight 0."""
     in_a = tl.arange(0, BLOCK_A)
     zeros = tl.zeros([BLOCK_A], tl.int32)
     start = 0
@@ -59,16 +59,13 @@ def _prune(
         tl.store(best + row, _key(tl.load(scores + row, mask=row < patches, other=0.0)), mask=row < patches)
         start += BLOCK_A
     tl.debug_barrier()
-    stayed = 0
     start = 0
     while start < patches:
         row = start + in_a
         key = tl.load(best + row, mask=row < patches, other=LOWEST)
         ahead = _ahead(best, patches, key, row, CHUNK)
-        stays = ((row < patches) & (ahead < patches - r)).to(tl.int32)
-        place = prefix + stayed + tl.cumsum(stays, axis=0) - stays
-        _stay(keep, keep_weight, size, place, prefix + row, stays != 0, HAS_SIZE)
-        stayed += tl.sum(stays, axis=0)
+        stays = (row < patches) & (ahead < patches - r)
+        _stay(keep, keep_weight, size, prefix + ahead, prefix + row, stays, HAS_SIZE)
         start += BLOCK_A
 
 

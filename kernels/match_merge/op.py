@@ -42,7 +42,7 @@ def match_merge(
 
     Returns:
         x': [B, N - r, D], dtype of x: the prefix, the tokens at even positions that were not merged, ascending, the
-            tokens at odd positions, ascending (pruned: the prefix and the tokens of highest score, ascending).
+            tokens at odd positions, ascending (pruned: the prefix and the tokens of highest score, descending).
         size': float32 [B, N - r].
 
     Raises:
@@ -134,7 +134,7 @@ def match_torch(
         centred = share - share.mean(dim=1, keepdim=True)
         pool = centred.square().sum(dim=1, keepdim=True) / max(1, tokens - prefix - 1) < tau  # [B, 1]
         ranked = scores.sort(dim=1, descending=True, stable=True).indices
-        highest = ranked[:, : tokens - prefix - r].sort(dim=1).values
+        highest = ranked[:, : tokens - prefix - r]
         keep = torch.where(pool, keep, torch.cat([front, highest + prefix], dim=1))
         weight = pool.to(rows.dtype) * (torch.ones_like(source) if weight is None else weight)
     return keep, source, into, weight, (None if size is None else size.gather(1, keep))

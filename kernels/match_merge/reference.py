@@ -56,7 +56,7 @@ def match_reference(
     for b in range(batch):
         if pruned[b]:
             assert scores is not None
-            best = sorted(_descending(scores[b])[: tokens - prefix - r])
+            best = _descending(scores[b])[: tokens - prefix - r]
             images[b] = (list(range(prefix)) + [prefix + i for i in best], *images[b][1:])
     keep, source, into = (torch.tensor([image[part] for image in images]) for part in range(3))
     weight = weights.gather(1, source) * torch.tensor([[0.0 if each else 1.0] for each in pruned])

@@ -51,7 +51,7 @@ def test_sloped_r(deit_s: ViTDescription) -> None:
     assert fields(down, "r")[0] == 16
     assert blocks(down) == list(range(11))  # the last block gets 0: no step
     assert blocks(up) == list(range(1, 12))
-    assert sum(fields(down, "r")) == sum(fields(up, "r")) == 96
+    assert sum(fields(down, "r")) == sum(fields(up, "r")) == 91  # each of 16, 14.5, 13.1 ... is truncated
     assert sorted(fields(down, "r"), reverse=True) == pytest.approx(fields(down, "r"), abs=1)
 
 
@@ -67,6 +67,8 @@ def test_r_is_cut_to_half_behind_the_first_block(deit_s: ViTDescription) -> None
     assert left(build_plan(MethodRequest("tome", r=16), deit_s))[-1] == 11
     assert left(build_plan(MethodRequest("pitome", r=98), deit_s))[:4] == [99, 50, 26, 14]
     assert left(build_plan(MethodRequest("gtp", r=98), deit_s))[:3] == [99, 2, 2]  # gtp may drop all but one
+    # A slope that asks for more at its first block is cut there too, as ToMe's code does.
+    assert left(build_plan(MethodRequest("tome", r=60, schedule="decreasing"), deit_s))[:3] == [99, 50, 26]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,6 @@ def test_r_is_cut_to_half_behind_the_first_block(deit_s: ViTDescription) -> None
     [
         ("tome", {"r": 99}, r"r of the tome step at block 0 is 99; expected 1 to 98: at most half.*196 patch tokens"),
         ("tome", {"r": 99, "blocks": (4,)}, r"r of the tome step at block 4 is 99; expected 1 to 98"),
-        ("tome", {"r": 50, "schedule": "decreasing"}, r"r of the tome step at block 0 is 100; expected 1 to 98"),
         ("pitome", {"r": (90, 60)}, r"r of the pitome step at block 1 is 60; expected 1 to 53"),
         ("gtp", {"r": 196}, r"r of the gtp step at block 0 is 196; expected 1 to 195"),
         ("ppt", {"r": (50, 50, 50), "tau": 0.0}, r"r of the ppt step at block 9 is 50; expected 1 to 48"),
@@ -93,6 +94,10 @@ def test_r_is_cut_to_half_behind_the_first_block(deit_s: ViTDescription) -> None
         ("evit", {"keep_rate": 0.7, "args": {"fuse": 1}}, r"fuse of the evit step at block 3 is 1; expected true or"),
         ("bat", {"keep_rate": 0.7, "args": {"pairs": 80}}, r"tokens_out of the bat step at block 3 is 139; expected"),
         ("bat", {"keep_rate": 0.7, "args": {"clusters": [1, 2]}}, r"clusters holds 2 values; expected 3, one for each"),
+        ("pitome", {"r": 8, "args": {"matching": "halves"}},
+         r"matching of the pitome step at block 0 is 'halves'; expected bipartite or protect"),
+        ("pitome", {"r": 8, "args": {"matching": ["protect"]}},
+         r"matching of the pitome step at block 0 is \['protect'\]"),
         ("gtp", {"r": 8, "args": {"alpha": -1}}, r"alpha of the gtp step at block 0 is -1; expected a finite number"),
         ("diffrate", {"args": {"prune_to": [190] * 12, "merge_to": [195] * 12}},
          r"merge_to of the diffrate step at block 0 is 195; expected 2 to 190"),
@@ -109,6 +114,26 @@ def test_pitomes_margin_falls_with_depth(deit_s: ViTDescription) -> None:
     assert fields(plan, "margin") == pytest.approx([0.75 * (1 - block / 12) for block in range(12)])
     assert not plan.proportional_attention
     assert set(fields(build_plan(MethodRequest("pitome", r=8, args={"margin": 0.9}), deit_s), "margin")) == {0.9}
+
+
+def test_pitome_matches_everybody_in_the_first_half_of_the_blocks(deit_s: ViTDescription) -> None:
+    def matching(**args: str) -> list[str]:
+        return fields(build_plan(MethodRequest("pitome", r=8, args=args), deit_s), "matching")
+
+    first, second = ["bipartite"] * 6, ["protect"] * 6
+    assert matching() == matching(matching="bipartite-first") == first + second
+    assert matching(matching="protect-first") == second + first
+    assert matching(matching="protect") == second * 2
+    assert matching(matching="bipartite") == first * 2
+    late = build_plan(MethodRequest("pitome", r=8, blocks=(5, 6)), deit_s)  # by the block, not by the acting one
+    assert fields(late, "matching") == ["bipartite", "protect"]
+
+
+def test_pitomes_keep_rate_is_its_ratio(deit_s: ViTDescription) -> None:
+    """floor(n - 0.9125 n) of the n patch tokens leave each block: the authors' --ratio 0.9125."""
+    assert fields(build_plan(MethodRequest("pitome", keep_rate=0.9125), deit_s), "r") == [
+        17, 15, 14, 13, 11, 11, 10, 9, 8, 7, 7, 6,
+    ]  # fmt: skip
 
 
 def test_gtp(deit_s: ViTDescription) -> None:
@@ -194,16 +219,25 @@ def test_any_keep_rate_makes_a_plan(deit_s: ViTDescription, method: str, rate: f
 
 def test_ppt(deit_s: ViTDescription) -> None:
     plan = build_plan(MethodRequest("ppt", r=50, tau=7e-5), deit_s)
-    assert [step.fields() for step in plan.steps] == [{"r": r, "tau": 7e-5} for r in (50, 50, 48)]  # 48: half of 96
+    assert [step.fields() for step in plan.steps] == [
+        {"r": r, "tau": 7e-5, "order": "score"} for r in (50, 50, 48)
+    ]  # half of 96
     assert blocks(plan) == [3, 6, 9]
     assert plan.proportional_attention
     assert left(build_plan(MethodRequest("ppt", keep_rate=0.7, tau=0.0), deit_s))[-1] == 69
+    ours = build_plan(MethodRequest("ppt", r=50, tau=7e-5, args={"order": "position"}), deit_s)
+    assert set(fields(ours, "order")) == {"position"}
 
 
 def test_diffrate_lists(deit_s: ViTDescription) -> None:
     lists = {"prune_to": [197, 150, 120], "merge_to": [197, 140, 100]}
     plan = build_plan(MethodRequest("diffrate", blocks=(1, 4, 8), args=lists), deit_s)
-    assert [(s.block, *s.fields().values()) for s in plan.steps] == [(4, 150, 140), (8, 120, 100)]
+    assert [(s.block, *s.fields().values()) for s in plan.steps] == [(4, 150, 140, "equal"), (8, 120, 100, "equal")]
+    for request in (
+        MethodRequest("diffrate", blocks=(1, 4, 8), args={**lists, "weights": "similarity"}),
+        MethodRequest("diffrate", target_macs=0.65, args={"weights": "similarity"}),
+    ):
+        assert set(fields(build_plan(request, deit_s), "weights")) == {"similarity"}
 
 
 # whatever the method

@@ -78,8 +78,8 @@ def test_ppts_macs_tell_49_from_47() -> None:
 def test_diffrate_preset_has_the_published_rates(deit_s: ViTDescription) -> None:
     steps = made("diffrate-deit-s-2.9g", deit_s).steps
     assert [step.block for step in steps] == list(range(1, 12))  # block 0 removes nothing
-    assert steps[0].fields() == {"prune_to": 196, "merge_to": 194}
-    assert steps[-1].fields() == {"prune_to": 3, "merge_to": 3}
+    assert steps[0].fields() == {"prune_to": 196, "merge_to": 194, "weights": "equal"}
+    assert steps[-1].fields() == {"prune_to": 3, "merge_to": 3, "weights": "equal"}
 
 
 def test_ppt_preset_has_its_tau_and_lets_it_be_changed(deit_s: ViTDescription) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vp_exporter.methods.request import SHAPES
-from vp_exporter.methods.schedule import cut, share_of, slope, whole
+from vp_exporter.methods.schedule import counts_of, cut, share_of, slope, whole
 
 
 def test_shapes_by_hand() -> None:
@@ -21,6 +21,18 @@ def test_rounding_by_hand() -> None:
     assert whole([2.5, 2.5, 2.5, 2.5]) == [3, 2, 3, 2]
     assert whole([0.3] * 10) == [0, 1, 0, 0, 1, 0, 0, 0, 1, 0]  # sums .3 .6 .9 1.2 1.5 1.8 2.1 2.4 2.7 3
     assert whole([13.0] * 12) == [13] * 12
+
+
+def test_a_slope_is_truncated_block_by_block() -> None:
+    """ToMe's (16, -1) over 12 blocks: 10 of 197 tokens are left, where rounded counts would leave 5."""
+    down = [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]
+    assert counts_of("decreasing", 12, 16) == down
+    assert counts_of("increasing", 12, 16) == down[::-1]
+    assert 197 - sum(down) == 10
+    assert counts_of("increasing", 12, 13)[-1] == 26  # 26 / 11 * 11 is not cut to 25
+    assert counts_of("decreasing", 12, 13)[-1] == 0
+    assert counts_of("constant", 4, 2.5) == [3, 2, 3, 2]  # of a MAC target: the total counts
+    assert counts_of("decreasing", 1, 13) == [13]
 
 
 @given(
@@ -48,6 +60,7 @@ def test_cut_to_half_by_hand() -> None:
 def test_the_first_block_is_not_cut() -> None:
     assert cut([120, 120], 196, lambda n: n // 2) == [120, 38]
     assert cut([0, 120, 120], 196, lambda n: n // 2) == [0, 120, 38]
+    assert cut([120, 120], 196, lambda n: n // 2, first=True) == [98, 49]
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 200))

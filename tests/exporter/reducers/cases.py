@@ -22,6 +22,7 @@ from vp_exporter.models import ViTDescription
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
+from vp_exporter.reducers.graph import TokenGraph, code_index
 from vp_exporter.reducers.stream import Seen, Stream
 
 Pick = Callable[[int, int], int]  # a whole number from low to high, both included
@@ -30,28 +31,49 @@ Pick = Callable[[int, int], int]  # a whole number from low to high, both includ
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tome": ("tome", {}),
     "ppt-pool": ("ppt", {"tau": 1e9}),
-    "ppt-prune": ("ppt", {"tau": 0.0}),
-    "ppt-mixed": ("ppt", {"tau": None}),  # to be set between the variances of the images at hand
+    "ppt-prune": ("ppt", {"tau": 0.0, "order": "score"}),
+    "ppt-prune-position": ("ppt", {"tau": 0.0, "order": "position"}),
+    "ppt-mixed": ("ppt", {"tau": None, "order": "score"}),  # to be set between the variances of the images at hand
     "evit-fuse": ("evit", {"fuse": True}),
     "evit": ("evit", {"fuse": False}),
     "topk": ("topk", {"score": "class"}),
     "topk-ats": ("topk", {"score": "ats"}),
-    "diffrate": ("diffrate", {}),
+    "diffrate": ("diffrate", {"weights": "equal"}),
+    "diffrate-similarity": ("diffrate", {"weights": "similarity"}),
     "bat": ("bat", {"weights": "attention"}),
     "bat-size": ("bat", {"weights": "size"}),
     "bat-clusters-only": ("bat", {"pairs": 0}),
     "bat-pairs-only": ("bat", {"clusters": 0}),
-    "pitome": ("pitome", {"margin": 0.5}),
+    "pitome": ("pitome", {"margin": 0.5, "matching": "protect"}),
+    "pitome-bipartite": ("pitome", {"margin": 0.5, "matching": "bipartite"}),
     **{
         f"gtp-{score}-{graph}": ("gtp", {"alpha": 0.3, "score": score, "graph": graph})
         for score in ("class", "graph")
         for graph in ("mixed", "spatial", "semantic")
     },
+    **{
+        f"gtp-patches-{graph}": ("gtp", {"alpha": 0.3, "score": "graph", "graph": graph, "graph_from": "patches"})
+        for graph in ("mixed", "spatial", "semantic")
+    },
+    "gtp-sparse": ("gtp", {"alpha": 0.3, "score": "graph", "graph_from": "patches", "theta": 0.6}),
+    "gtp-sparse-class": ("gtp", {"alpha": 0.3, "score": "class", "graph": "spatial", "theta": 0.8}),
 }
 # Reducers that lose nothing and average: every token that leaves is a mean of tokens that entered.
-PURE_MERGES = ("tome", "ppt-pool", "bat", "bat-size", "bat-clusters-only", "bat-pairs-only", "pitome")
+PURE_MERGES = (
+    "tome",
+    "ppt-pool",
+    "bat",
+    "bat-size",
+    "bat-clusters-only",
+    "bat-pairs-only",
+    "pitome",
+    "pitome-bipartite",
+)
 WITHOUT_CLASS_TOKEN = ("average-pool", "map-pool", "rms-norm-swiglu")  # kinds of tests/exporter/tiny.py
-NEED_NONE = ("tome", "pitome", "gtp-graph-mixed", "gtp-graph-spatial", "gtp-graph-semantic")
+GTP_PATCHES = ("gtp-patches-mixed", "gtp-patches-spatial", "gtp-patches-semantic", "gtp-sparse")
+NEED_NONE = (
+    "tome", "pitome", "pitome-bipartite", "gtp-graph-mixed", "gtp-graph-spatial", "gtp-graph-semantic", *GTP_PATCHES
+)  # fmt: skip
 
 
 def needs_class(variant: str) -> bool:
@@ -109,6 +131,10 @@ EXACT_ROWS = [
 ]  # fmt: skip
 
 
+# Without the row of zeros: its cosine to itself is 0, and of embedded patches each is its own nearest.
+EXACT_PATCHES = np.array(EXACT_ROWS[:-1], dtype=float)
+
+
 def exact_image(prefix: int, grid: tuple[int, int], draw: Callable[[int, int], Sequence[int]], *, sized: bool) -> Image:
     """Tokens of width 4 in which ties abound. `draw(count, high)` gives whole numbers from 0 to high."""
     n = grid[0] * grid[1]
@@ -121,6 +147,7 @@ def exact_image(prefix: int, grid: tuple[int, int], draw: Callable[[int, int], S
     return Image(
         rows[list(draw(total, most))], np.array(size), np.arange(n), prefix, grid,
         np.concatenate([attention] * heads), np.stack([keys] * heads), np.stack([keys[::-1]] * heads),
+        EXACT_PATCHES[np.arange(n) % len(EXACT_PATCHES)], np.arange(n),
     )  # fmt: skip
 
 
@@ -138,19 +165,38 @@ def rough_image(prefix: int, grid: tuple[int, int], rng: np.random.Generator, *,
     return Image(
         noise(total, 8), np.array(size), rng.permutation(n), prefix, grid,
         attention / attention.sum(-1, keepdims=True), noise(heads, total, width), noise(heads, total, width),
+        noise(n, 6), np.arange(n),
     )  # fmt: skip
 
 
 def as_stream(images: Sequence[Image], *, sized: bool, shared_places: bool = False) -> Stream:
     """A batch as the reducers get it. `shared_places`: one table of positions for all images."""
     places = [ops.grid_codes(image.positions.tolist(), image.grid[1]) for image in images]
+    columns = images[0].grid[1]
     return Stream(
         batch(image.x for image in images),
         images[0].prefix,
         batch(image.size for image in images) if sized else None,
         positions=places[0] if shared_places else torch.cat(places),
-        columns=images[0].grid[1],
+        columns=columns,
+        links=Links(images),
+        code_index=code_index(images[0].embedded_at.tolist(), columns),
     )
+
+
+class Links(dict[tuple[str, int], torch.Tensor]):
+    """The graphs of the embedded patches, each made when a step asks for it."""
+
+    def __init__(self, images: Sequence[Image]) -> None:
+        super().__init__()
+        self.images = images
+
+    def __missing__(self, asked: tuple[str, int]) -> torch.Tensor:
+        first = self.images[0]
+        places, more = first.embedded_at.tolist(), 1 if first.prefix else 2
+        graph = TokenGraph(places, first.grid[1], asked[0], asked[1] + more, 0)
+        self[asked] = graph(batch(image.embedded for image in self.images))
+        return self[asked]
 
 
 def as_seen(images: Sequence[Image]) -> Seen:

@@ -45,6 +45,8 @@ def run(
         positions = list(range(description.patches))
         size = torch.ones(len(x), dtype=torch.float64)
         leaving = []
+        embedded, embedded_at = x[prefix:], positions
+        inner = [step for step in plan.steps if step.reducer != "static"]
         for number, block in enumerate(vit.blocks):
             static = plan.steps_at(number, "input")
             if static is not None:
@@ -52,18 +54,21 @@ def run(
                 rows += [prefix + at for at, position in enumerate(positions) if position in static.keep]
                 x, size = x[rows], size[rows]
                 positions = [position for position in positions if position in static.keep]
+                if number == 0:
+                    embedded, embedded_at = x[prefix:], positions
             bias = torch.zeros(len(x), dtype=torch.float64)
             if number in plan.key_bias:
                 bias = bias + torch.tensor(plan.key_bias[number], dtype=torch.float64)
             if plan.proportional_attention:
                 bias = bias + size.log()
-            out, attention, keys, values = _attend(block.attn, block.norm1(x), bias)
-            x = x + _scaled(block, out, 1)
             step = plan.steps_at(number, "inner")
+            theta = 1.0 if step is None else step.fields().get("theta", 1.0)
+            out, attention, keys, values = _attend(block.attn, block.norm1(x), bias, theta)
+            x = x + _scaled(block, out, 1)
             if step is not None:
                 seen = Image(
                     x.numpy(), size.numpy(), np.array(positions), prefix, description.grid,
-                    attention.numpy(), keys.numpy(), values.numpy(),
+                    attention.numpy(), keys.numpy(), values.numpy(), embedded.numpy(), np.array(embedded_at),
                 )  # fmt: skip
                 reduced = ORACLES[step.reducer](seen, **step.fields())
                 x, size = torch.from_numpy(reduced[0]), torch.from_numpy(reduced[1])
@@ -76,7 +81,8 @@ def run(
             leaving.append(x)
         if not carried:
             size = torch.ones(len(x), dtype=torch.float64)
-        return leaving, _classify(vit, description, x, size, plan.proportional_attention)
+        by_size = not inner or any(step.fields().get("graph_from") != "patches" for step in inner)
+        return leaving, _classify(vit, description, x, size, plan.proportional_attention, by_size)
 
 
 def _embed(vit: nn.Module, image: Tensor) -> Tensor:
@@ -87,8 +93,8 @@ def _embed(vit: nn.Module, image: Tensor) -> Tensor:
     return vit.norm_pre(x)[0]
 
 
-def _attend(layer: nn.Module, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Self-attention over normed tokens [N, D] with one additive logit a key [N].
+def _attend(layer: nn.Module, x: Tensor, bias: Tensor, theta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Self-attention over normed tokens [N, D] with one additive logit a key [N]; `theta` of each map stays.
 
     Returns:
         The output [N, D], the softmax [H, N, N], the normed keys and the values [H, N, d_h].
@@ -107,12 +113,19 @@ def _attend(layer: nn.Module, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, 
         queries = layer.q_norm(q[:, columns])
         keys.append(layer.k_norm(k[:, columns]))
         values.append(v[:, columns])
-        maps.append(_softmax(queries @ keys[-1].T / width**0.5 + bias[None, :]))
+        maps.append(_sparse(_softmax(queries @ keys[-1].T / width**0.5 + bias[None, :]), theta))
         outs.append(maps[-1] @ values[-1])
     out = layer.norm(torch.cat(outs, dim=1))
     if layer.gate is not None:
         out = out * torch.sigmoid(layer.gate(x))
     return layer.proj(out), torch.stack(maps), torch.stack(keys), torch.stack(values)
+
+
+def _sparse(weights: Tensor, theta: float) -> Tensor:
+    """The map with 0 where an entry is below the int((1 - theta) N^2)-th lowest."""
+    ranked = sorted(weights.flatten().tolist())
+    lowest = int(len(ranked) * (1 - theta))
+    return torch.where(weights >= ranked[lowest - 1], weights, 0.0) if lowest else weights
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -129,14 +142,17 @@ def _scaled(block: nn.Module, x: Tensor, which: int) -> Tensor:
     return x if gamma is None else x * gamma
 
 
-def _classify(vit: nn.Module, description: ViTDescription, x: Tensor, size: Tensor, proportional: bool) -> Tensor:
+def _classify(
+    vit: nn.Module, description: ViTDescription, x: Tensor, size: Tensor, proportional: bool, by_size: bool
+) -> Tensor:
     """Tokens [N, D] that leave the last block, and their sizes [N], to logits."""
     x = vit.norm(x)
     if description.distilled:
         return (vit.head(x[0]) + vit.head_dist(x[1])) / 2
     first = 0 if description.pool_include_prefix else description.prefix_tokens
     pooled, sizes = x[first:], size[first:]
-    average = sum(s * token for s, token in zip(sizes, pooled, strict=True)) / sum(sizes)
+    weights = sizes if by_size else torch.ones_like(sizes)
+    average = sum(w * token for w, token in zip(weights, pooled, strict=True)) / sum(weights)
     if vit.attn_pool is not None:
         out = _attention_pool(vit.attn_pool, pooled, sizes.log() if proportional else torch.zeros_like(sizes))
     elif description.pool == "token":

@@ -37,6 +37,7 @@ class Image:
         grid: rows and columns of the original patch grid.
         attention: softmax of every head, biases and log sizes included: row i is query i [H, N, N].
         keys, values: of every head [H, N, d_h].
+        embedded: the patch tokens that entered the first block [n0, D]; embedded_at: their positions in the grid [n0].
         margins: filled by the oracles: how clear each decision was, relative to the numbers compared.
     """
 
@@ -48,6 +49,8 @@ class Image:
     attention: np.ndarray
     keys: np.ndarray
     values: np.ndarray
+    embedded: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    embedded_at: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     margins: list[float] = field(default_factory=list)
 
     @property
@@ -133,7 +136,7 @@ def tome(image: Image, r: int) -> Result:
     return output(image, rows)
 
 
-def ppt(image: Image, r: int, tau: float) -> Result:
+def ppt(image: Image, r: int, tau: float, order: str = "position") -> Result:
     score = {j: image.class_attention(j) * image.value_norm(j) for j in image.patches}
     total, n = sum(score.values()), len(score)
     if not total:  # 0 / 0 is not below any tau, and all tie
@@ -144,7 +147,13 @@ def ppt(image: Image, r: int, tau: float) -> Result:
     note(image, variance, tau)
     if variance < tau:
         return tome(image, r)
-    return output(image, [image.row(j) for j in sorted(top(image, score, n - r))])
+    kept = top(image, score, n - r)
+    if order == "position":
+        kept = sorted(kept)
+    else:
+        for before, after in pairwise(kept):
+            note(image, score[before], score[after])
+    return output(image, [image.row(j) for j in kept])
 
 
 def evit(image: Image, tokens_out: int, fuse: bool) -> Result:
@@ -168,7 +177,7 @@ def topk(image: Image, tokens_out: int, score: str) -> Result:
     return output(image, [image.row(j) for j in sorted(top(image, scores, tokens_out - image.prefix))])
 
 
-def diffrate(image: Image, prune_to: int, merge_to: int) -> Result:
+def diffrate(image: Image, prune_to: int, merge_to: int, weights: str = "similarity") -> Result:
     score = {j: image.class_attention(j) for j in image.patches}
     survivors = top(image, score, prune_to - image.prefix)
     kept = sorted(top(image, {j: score[j] for j in survivors}, merge_to - image.prefix))
@@ -177,11 +186,17 @@ def diffrate(image: Image, prune_to: int, merge_to: int) -> Result:
         if i not in kept:
             similar = {j: cosine(image.x[i], image.x[j]) for j in kept}
             best = top(image, similar, 1, scale=1.0)[0]
-            brings[best].append((i, float(image.size[i]) * max(similar[best], 0.0)))
+            brings[best].append((i, float(image.size[i]) * similar[best]))
     rows = []
     for j in kept:
+        if weights == "equal":
+            x = sum((image.x[i] for i, _ in brings[j]), start=image.x[j]) / (1 + len(brings[j]))
+            size = max(float(image.size[j]) + sum(brought for _, brought in brings[j]), 1e-6)
+            rows.append((x, size, image.position(j)))
+            continue
         x, size = image.size[j] * image.x[j], float(image.size[j])
-        for i, weight in brings[j]:
+        for i, brought in brings[j]:
+            weight = max(brought, 0.0)
             x, size = x + weight * image.x[i], size + weight
         rows.append((x / size, size, image.position(j)))
     return output(image, rows)
@@ -262,7 +277,7 @@ def cluster(image: Image, inattentive: list[int], clusters: int) -> list[Group]:
     return [(centre, members[centre]) for centre in centres]
 
 
-def pitome(image: Image, r: int, margin: float) -> Result:
+def pitome(image: Image, r: int, margin: float, matching: str = "protect") -> Result:
     energy = {}
     for i in image.patches:
         total = 0.0
@@ -270,20 +285,38 @@ def pitome(image: Image, r: int, margin: float) -> Result:
             z = cosine(image.key(i), image.key(j)) - margin
             total += z if z > 0 else math.exp(z) - 1
         energy[i] = total / len(image.patches)
-    mergeable = top(image, energy, 2 * r, scale=1.0)
+    mergeable = top(image, energy, len(energy) if matching == "bipartite" else 2 * r, scale=1.0)
     for before, after in pairwise(mergeable):  # the ranks alternate between a and b
         note(image, energy[before], energy[after], scale=1.0)
     sources: dict[int, list[int]] = {b: [] for b in mergeable[1::2]}
-    for a in mergeable[0::2]:
-        # By place among the b: of equal cosines the lowest rank wins, not the lowest index in the sequence.
-        similar = {place: cosine(image.key(a), image.key(b)) for place, b in enumerate(sources)}
-        sources[mergeable[1::2][top(image, similar, 1, scale=1.0)[0]]].append(a)
-    rows = [image.row(j) for j in image.patches if j not in mergeable]
+    # By place among the a and among the b: of equal cosines the lowest rank wins, not the lowest index in the sequence.
+    first = dict(enumerate(mergeable[0::2]))
+    similar = {p: {q: cosine(image.key(a), image.key(b)) for q, b in enumerate(sources)} for p, a in first.items()}
+    closest = rank({p: max(similar[p].values()) for p in first})
+    if matching == "bipartite":
+        score = {p: max(similar[p].values()) for p in first}
+        top(image, score, r, scale=1.0)
+        for before, after in pairwise(closest[r:]):
+            note(image, score[before], score[after], scale=1.0)
+    for p in closest[:r] if matching == "bipartite" else first:
+        sources[mergeable[1::2][top(image, similar[p], 1, scale=1.0)[0]]].append(first[p])
+    alone = [j for j in image.patches if j not in mergeable]
+    rows = [image.row(j) for j in ([first[p] for p in closest[r:]] if matching == "bipartite" else alone)]
     rows += [size_weighted(image, b, sources[b]) for b in mergeable[1::2]]
     return output(image, rows)
 
 
-def gtp(image: Image, r: int, alpha: float, neighbours: int, score: str = "class", graph: str = "mixed") -> Result:
+def gtp(
+    image: Image,
+    r: int,
+    alpha: float,
+    neighbours: int,
+    score: str = "class",
+    graph: str = "mixed",
+    graph_from: str = "keys",
+    theta: float = 1.0,
+) -> Result:
+    """`theta` has acted already: the attention of the image is what it left."""
     scores = {}
     for j in image.patches:
         if score == "class":
@@ -292,9 +325,27 @@ def gtp(image: Image, r: int, alpha: float, neighbours: int, score: str = "class
             itself = max(float(head[j, j]) for head in image.attention)
             received = max(sum(float(number) for number in head[:, j]) for head in image.attention)
             scores[j] = itself * received
-    kept = sorted(top(image, scores, len(image.patches) - r))
+    kept = top(image, scores, len(image.patches) - r)
+    if graph_from == "keys":
+        kept = sorted(kept)
+    else:
+        for before, after in pairwise(kept):
+            note(image, scores[before], scores[after])
     x = {j: image.x[j] for j in kept}
     size = {j: float(image.size[j]) for j in kept}
+    given = from_keys if graph_from == "keys" else from_patches
+    for i, j, weight in given(image, kept, graph, neighbours):
+        x[j] = x[j] + alpha * weight * image.x[i]
+        size[j] += alpha * weight * float(image.size[i])
+    return output(image, [(x[j], size[j], image.position(j)) for j in kept])
+
+
+Gift = tuple[int, int, float]  # a dropped token, a kept one, and the weight with which the second receives the first
+
+
+def from_keys(image: Image, kept: list[int], graph: str, neighbours: int) -> list[Gift]:
+    """Each dropped token in equal parts to its kept neighbours."""
+    gifts: list[Gift] = []
     for i in image.patches:
         if i in kept:
             continue
@@ -305,10 +356,42 @@ def gtp(image: Image, r: int, alpha: float, neighbours: int, score: str = "class
             similar = {j: cosine(image.key(i), image.key(j)) for j in kept}
             chosen = top(image, similar, min(neighbours, len(kept)), scale=1.0)
             near |= {j for j in kept if similar[j] >= similar[chosen[-1]]}  # a tie adds a neighbour
-        for j in near:
-            x[j] = x[j] + alpha * image.x[i] / len(near)
-            size[j] += alpha * float(image.size[i]) / len(near)
-    return output(image, [(x[j], size[j], image.position(j)) for j in kept])
+        gifts += [(i, j, 1 / len(near)) for j in near]
+    return gifts
+
+
+def from_patches(image: Image, kept: list[int], graph: str, neighbours: int) -> list[Gift]:
+    """By the graph of all embedded patches: 1 / sqrt(d_i d_j) where i is a neighbour of j."""
+    near = neighbours_of_patches(image, graph, neighbours + (1 if image.prefix == 0 else 0))
+    at = {int(position): place for place, position in enumerate(image.embedded_at)}
+    gifts: list[Gift] = []
+    for i in image.patches:
+        for j in kept:
+            a, b = at[image.position(i)], at[image.position(j)]
+            if i not in kept and a in near[b]:
+                gifts.append((i, j, 1 / math.sqrt(max(1, len(near[a])) * len(near[b]))))
+    return gifts
+
+
+def neighbours_of_patches(image: Image, graph: str, neighbours: int) -> list[set[int]]:
+    """Of each embedded patch, by place."""
+    count = len(image.embedded)
+    near: list[set[int]] = []
+    for b in range(count):
+        found: set[int] = set()
+        for a in range(count):
+            (row_a, column_a), (row_b, column_b) = (
+                divmod(int(image.embedded_at[place]), image.grid[1]) for place in (a, b)
+            )
+            touch = abs(row_a - row_b) <= 1 and abs(column_a - column_b) <= 1
+            if graph in ("spatial", "mixed") and a != b and touch:
+                found.add(a)
+        if graph in ("semantic", "mixed"):
+            similar = {a: cosine(image.embedded[b], image.embedded[a]) for a in range(count) if a != b}
+            chosen = top(image, similar, min(neighbours, count - 1), scale=1.0)
+            found |= {a for a in similar if similar[a] >= similar[chosen[-1]]}
+        near.append(found)
+    return near
 
 
 def adjacent(image: Image, i: int, j: int) -> bool:

@@ -42,7 +42,17 @@ from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
 QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**32 - 1)
 # Every row that leaves is a mean, or a token as it was.
-MEANS = (*PURE_MERGES, "diffrate", "ppt-prune", "ppt-mixed", "topk", "topk-ats", "evit")
+MEANS = (
+    *PURE_MERGES,
+    "diffrate",
+    "diffrate-similarity",
+    "ppt-prune",
+    "ppt-prune-position",
+    "ppt-mixed",
+    "topk",
+    "topk-ats",
+    "evit",
+)
 
 
 def drawn(variant: str, seed: int, *, sized: bool = True, **more: float) -> tuple[InnerStep, Stream, Seen]:
@@ -131,6 +141,8 @@ def test_images_do_not_see_each_other(variant: str, seed: int) -> None:
     assert stream.size is not None
     for chosen in (torch.tensor([2, 0, 3, 1]), torch.tensor([1])):
         part = replace(stream, x=stream.x[chosen], size=stream.size[chosen], positions=stream.positions[chosen])
+        if stream.links:
+            part = replace(part, links={key: t[chosen] if len(t) > 1 else t for key, t in stream.links.items()})
         mine = reduced(step, part, at(seen, chosen))
         assert mine.positions is not None
         assert mine.size is not None

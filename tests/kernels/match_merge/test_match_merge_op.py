@@ -27,7 +27,7 @@ def test_by_hand() -> None:
     torch.testing.assert_close(merged, torch.tensor([[[9.0], [1.0], [8.0 / 3.0], [7.0]]]))
     scores = torch.tensor([[0.1, 0.6, 0.2, 0.1]])  # peaked: the lowest is dropped, of two equal ones the last
     pruned, left = match_merge(x, metric, size, 1, 1, scores, 0.01)
-    assert (pruned.flatten().tolist(), left.tolist()) == ([9.0, 4.0, 1.0, 7.0], [[1.0, 1.0, 1.0, 1.0]])
+    assert (pruned.flatten().tolist(), left.tolist()) == ([9.0, 1.0, 7.0, 4.0], [[1.0, 1.0, 1.0, 1.0]])
     assert torch.equal(match_merge(x, metric, size, 1, 1, scores, 0.5)[0], merged)
 
 
