@@ -61,9 +61,9 @@ class Method(ABC):
     def family(self, request: MethodRequest, model: ViTDescription) -> Family:
         """The plans among which a MAC target is searched."""
 
-    def step(self, block: int, values: Mapping[str, Any]) -> Step:
+    def step(self, block: int, values: Mapping[str, Any], model: ViTDescription) -> Step:
         """A step of this method's reducer, as its authors' code has it where `values` says nothing else."""
-        return REDUCERS[self.name].new(block, values)
+        return REDUCERS[self.name].new(block, values, model)
 
 
 def acting_blocks(request: MethodRequest, model: ViTDescription, default: tuple[int, ...]) -> tuple[int, ...]:

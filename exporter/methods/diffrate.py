@@ -39,7 +39,7 @@ class DiffRateMethod(Method):
         steps, left = [], model.prefix_tokens + model.patches
         for block, prune_to, merge_to in zip(blocks, prune, merge, strict=True):
             if (prune_to, merge_to) != (left, left):  # a block that removes nothing has no step
-                steps.append(self.step(block, {**_other(request), "prune_to": prune_to, "merge_to": merge_to}))
+                steps.append(self.step(block, {**_other(request), "prune_to": prune_to, "merge_to": merge_to}, model))
             left = merge_to
         return tuple(steps)
 
@@ -74,7 +74,7 @@ class DiffRateMethod(Method):
                 dropped = rounded((left - out) * share_dropped((block + 1) / model.depth))
                 prefix = model.prefix_tokens
                 counts = {"prune_to": prefix + left - dropped, "merge_to": prefix + out}
-                steps.append(self.step(block, {**_other(request), **counts}))
+                steps.append(self.step(block, {**_other(request), **counts}, model))
             left = out
         return tuple(steps)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vp_exporter.models import ViTDescription
 
 
-# How PiToMe matches in the two halves of the blocks; without a word, as its authors' DeiT code does.
+# How PiToMe matches in the two halves of the blocks: as its authors have it for DeiT, and for MAE.
 HALVES = {"bipartite-first": ("bipartite", "protect"), "protect-first": ("protect", "bipartite")}
 
 
@@ -90,7 +90,7 @@ class MergingMethod(Method):
         self, request: MethodRequest, model: ViTDescription, blocks: Sequence[int], counts: Sequence[int]
     ) -> Steps:
         return tuple(
-            self.step(block, {"r": r, **self._fields(request, block, model)})
+            self.step(block, {"r": r, **self._fields(request, block, model)}, model)
             for block, r in zip(blocks, counts, strict=False)
             if r
         )
@@ -98,11 +98,9 @@ class MergingMethod(Method):
     def _fields(self, request: MethodRequest, block: int, model: ViTDescription) -> dict[str, Any]:
         """The reducer's fields besides r; what is left out has the reducer's own default."""
         values = dict(request.args)
-        if self.name == "pitome":
-            values.setdefault("margin", round(0.75 * (1 - block / model.depth), 6))  # Tran et al. 2024
-            matching = values.get("matching", "bipartite-first")
-            if isinstance(matching, str) and matching in HALVES:
-                values["matching"] = HALVES[matching][block >= math.ceil(model.depth / 2)]
+        matching = values.get("matching")
+        if isinstance(matching, str) and matching in HALVES:
+            values["matching"] = HALVES[matching][block >= math.ceil(model.depth / 2)]
         if self.name == "ppt":
             values["tau"] = request.tau
         return values

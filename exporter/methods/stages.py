@@ -78,7 +78,7 @@ class StageMethod(Method):
             known = isinstance(clusters, int) and 0 <= clusters <= m  # else the step refuses it
             values["clusters"], values["pairs"] = bat_split(n, m, clusters if known else None)
             values |= said
-        return self.step(block, {"tokens_out": model.prefix_tokens + m, **values})
+        return self.step(block, {"tokens_out": model.prefix_tokens + m, **values}, model)
 
 
 def bat_split(n: int, m: int, clusters: int | None = None, pair_share: float = PAIR_SHARE) -> tuple[int, int]:

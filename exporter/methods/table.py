@@ -16,7 +16,7 @@ _RATE_OR_LIST = (("keep_rate",), ("tokens_out",))
 _MASK = ("keep_rate", "target_macs")
 
 _METHODS: tuple[Method, ...] = (
-    MergingMethod("tome", _SLOPED, (("r",),)),
+    MergingMethod("tome", _SLOPED, (("r",),), ("order",)),
     MergingMethod(
         "ppt", ("r", "keep_rate", "tau", "blocks", "target_macs"), (("r",), ("keep_rate",)), ("order",), staged=True
     ),

@@ -47,7 +47,6 @@ class Step(ABC):
         place: "input" acts on what enters the block; "inner" acts between its attention and its MLP.
         later: fields that came after the first plans were written -> what a plan that lacks them means: what it meant
             before there were such fields.
-        usual: fields of a new step that nobody laid down -> their value: what the authors' released code does.
     """
 
     block: int
@@ -55,16 +54,20 @@ class Step(ABC):
     reducer: ClassVar[str]
     place: ClassVar[Literal["input", "inner"]]
     later: ClassVar[Mapping[str, Any]] = {}
-    usual: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
-    def new(cls, block: int, fields: Mapping[str, Any]) -> Self:
+    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+        """Fields of a new step that nobody laid down: what the authors' released code does at this block."""
+        return {}
+
+    @classmethod
+    def new(cls, block: int, fields: Mapping[str, Any], model: ViTDescription) -> Self:
         """A step for a new plan: fields that are left out are the authors'.
 
         Raises:
             PlanError: a field is missing, unknown or malformed.
         """
-        return cls.from_fields(block, {**cls.usual, **fields})
+        return cls.from_fields(block, {**cls.usual(block, model), **fields})
 
     @classmethod
     @abstractmethod

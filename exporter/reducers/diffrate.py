@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
+    from vp_exporter.models import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 WEIGHTS = ("equal", "similarity")
@@ -33,7 +34,10 @@ class DiffRateStep(InnerStep):
     merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
     later: ClassVar[Mapping[str, Any]] = {"weights": "similarity"}
-    usual: ClassVar[Mapping[str, Any]] = {"weights": "equal"}
+
+    @classmethod
+    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+        return {"weights": "equal"}
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:

@@ -12,6 +12,7 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vp_exporter.models import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 SCORES, GRAPHS, SOURCES = ("graph", "class"), ("mixed", "spatial", "semantic"), ("patches", "keys")
@@ -44,7 +45,10 @@ class GtpStep(InnerStep):
     merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
     later: ClassVar[Mapping[str, Any]] = {"graph_from": "keys", "theta": 1.0}
-    usual: ClassVar[Mapping[str, Any]] = {"alpha": 0.1, "score": "graph", "graph_from": "patches"}
+
+    @classmethod
+    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+        return {"alpha": 0.1, "score": "graph", "graph_from": "patches"}
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:

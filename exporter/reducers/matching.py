@@ -8,7 +8,7 @@ from vp_exporter.reducers import ops
 from vp_exporter.reducers.stream import Merge
 
 
-def match(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Merge]:
+def match(keys: Tensor, prefix: int, r: int, *, sort: bool = True) -> tuple[Tensor, Merge]:
     """Merge the r patch tokens of A that resemble a token of B most.
 
     A holds the patch tokens at even positions of the sequence, B those at odd ones, as in the paper for a class token
@@ -18,9 +18,10 @@ def match(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Merge]:
         keys: float32 [B, N, d_h], the similarity's metric.
         prefix: P, tokens in front that take no part.
         r: tokens to merge, at most half of the patch tokens.
+        sort: the rest of A ascending; else by falling similarity.
 
     Returns:
-        The rows that stay, int64 [B, N - r] (prefix, rest of A ascending, B ascending), and what merges into them.
+        The rows that stay, int64 [B, N - r] (prefix, rest of A, B ascending), and what merges into them.
     """
     tokens = keys.shape[1]
     first_a, first_b = prefix + prefix % 2, prefix + (prefix + 1) % 2
@@ -28,7 +29,9 @@ def match(keys: Tensor, prefix: int, r: int) -> tuple[Tensor, Merge]:
     metric = ops.unit(keys)
     score, partner = ops.best(metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2))
     order = ops.ranking(score)
-    source, rest = order[:, :r], ops.ascending(order[:, r:])
+    source, rest = order[:, :r], order[:, r:]
+    if sort:
+        rest = ops.ascending(rest)
     keep = ops.frame(rest, prefix, b_rows, scale=2, shift=first_a)
     into = ops.take(partner, source) + (prefix + rest.shape[1])
     return keep, Merge(source * 2 + first_a, into)

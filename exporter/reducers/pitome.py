@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -11,6 +12,7 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vp_exporter.models import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 MATCHINGS = ("bipartite", "protect")
@@ -36,6 +38,11 @@ class PitomeStep(InnerStep):
     reducer: ClassVar[str] = "pitome"
     merges: ClassVar[bool] = True
     later: ClassVar[Mapping[str, Any]] = {"matching": "protect"}
+
+    @classmethod
+    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+        matching = "bipartite" if block < math.ceil(model.depth / 2) else "protect"
+        return {"margin": round(0.75 * (1 - block / model.depth), 6), "matching": matching}
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:

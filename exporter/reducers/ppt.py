@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
+    from vp_exporter.models import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 ORDERS = ("score", "position")
@@ -32,7 +33,10 @@ class PptStep(InnerStep):
     merges: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
     later: ClassVar[Mapping[str, Any]] = {"order": "position"}
-    usual: ClassVar[Mapping[str, Any]] = {"order": "score"}
+
+    @classmethod
+    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+        return {"order": "score"}
 
     @classmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:

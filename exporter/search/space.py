@@ -110,7 +110,7 @@ def steps_of(
         elif name == "diffrate":
             dropped = rounded((n - m) * (said.dropped or usual.dropped)[block])
             values = {"prune_to": prefix + n - dropped, "merge_to": prefix + m}
-        steps.append(REDUCERS[name].new(block, values))
+        steps.append(REDUCERS[name].new(block, values, description))
     return tuple(steps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -156,6 +157,31 @@ def test_fingerprint_ignores_what_does_not_run(change: dict[str, Any]) -> None:
 def test_fingerprint_takes_whole_numbers_for_floats() -> None:
     whole = ReductionPlan(MODEL, key_bias={0: (0, 1, 0, 0, 0, 0, 2)})
     assert whole.fingerprint() == ReductionPlan.loads(whole.dumps()).fingerprint()
+
+
+def test_a_plan_of_before_keeps_its_meaning_and_its_fingerprint() -> None:
+    """Fields that came later are missing in it: they mean what ran then, and are no part of the fingerprint."""
+    model = {**as_json()["model"], "patches": 30, "image_size": [80, 96]}
+    steps = [
+        {"block": 0, "reducer": "pitome", "r": 3, "margin": 0.5},
+        {"block": 1, "reducer": "diffrate", "prune_to": 26, "merge_to": 24},
+        {"block": 2, "reducer": "ppt", "r": 3, "tau": 0.0},
+        {"block": 3, "reducer": "gtp", "r": 3, "alpha": 0.2, "score": "class", "graph": "mixed", "neighbours": 8},
+    ]
+    what = {"model": model, "steps": steps, "key_bias": {}, "proportional_attention": False}
+    as_before = hashlib.sha256(json.dumps(what, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    plan = ReductionPlan.from_dict({"format": "vp-plan", "version": 1, **what})
+    assert plan.fingerprint() == as_before
+    assert ReductionPlan.loads(plan.dumps()).fingerprint() == as_before
+    later = [{"matching": "protect"}, {"weights": "similarity"}, {"order": "position"}]
+    later.append({"graph_from": "keys", "theta": 1.0})
+    assert [step.fields() for step in plan.steps] == [
+        {key: value for key, value in {**entry, **more}.items() if key not in ("block", "reducer")}
+        for entry, more in zip(steps, later, strict=True)
+    ]
+    now = [{**steps[0], "matching": "bipartite"}, *steps[1:]]
+    other = ReductionPlan.from_dict({"format": "vp-plan", "version": 1, **what, "steps": now})
+    assert other.fingerprint() != as_before
 
 
 def test_fingerprint_changes_with_what_runs() -> None:

@@ -71,7 +71,7 @@ CASES = [
            rf"the {method} step at block \d scores patches by .*, and {NAME} has no class token; expected a model with "
            r"a class token; use a reducer that needs none")
       for method, extra in (("evit", {}), ("topk", {}), ("bat", {}), ("ppt", {"tau": 0}), ("diffrate", {}),
-                            ("gtp", {}))),
+                            ("gtp", {"method_arg": "score=class"}))),
     # steps that conflict
     Case("two-steps-in-one-block", {}, r"block 1 has two steps in the same place; expected one; join them",
          [step(1, "tome", r=2), step(1, "evit", tokens_out=8, fuse=True)]),
@@ -80,7 +80,7 @@ CASES = [
          [step(0, "tome", r=2), step(1, "static", keep=[0, 1])]),
     Case("unknown-reducer", {}, r"the step at block 0 has the reducer 'atc'; expected one of static, .*; this version",
          [step(0, "atc", r=2)]),
-    Case("field-missing", {}, r"the ppt step at block 0 lacks tau; expected exactly the fields r, tau",
+    Case("field-missing", {}, r"the ppt step at block 0 lacks tau; expected only the fields order, r, tau",
          [step(0, "ppt", r=2)]),
     # what is missing, too much or unknown
     Case("tau-missing", {"method": "ppt", "r": 4},

@@ -138,10 +138,24 @@ def test_pitomes_keep_rate_is_its_ratio(deit_s: ViTDescription) -> None:
 
 def test_gtp(deit_s: ViTDescription) -> None:
     plan = build_plan(MethodRequest("gtp", r=8), deit_s)
-    assert plan.steps[0].fields() == {"r": 8, "alpha": 0.2, "score": "class", "graph": "mixed", "neighbours": 8}
-    plan = build_plan(MethodRequest("gtp", r=8, args={"score": "graph", "alpha": 0.1}), deit_s)
-    assert plan.steps[0].fields()["score"] == "graph"
+    assert plan.steps[0].fields() == {
+        "r": 8, "alpha": 0.1, "score": "graph", "graph": "mixed", "neighbours": 8, "graph_from": "patches",
+        "theta": 1.0,
+    }  # fmt: skip
+    plan = build_plan(MethodRequest("gtp", r=8, args={"score": "class", "graph_from": "keys", "theta": 0.6}), deit_s)
+    ours = plan.steps[0].fields()
+    assert (ours["score"], ours["graph_from"], ours["theta"]) == ("class", "keys", 0.6)
     assert left(plan)[-1] == 197 - 96
+
+
+def test_tomes_tokens_are_left_by_similarity_without_a_class_token(
+    deit_s: ViTDescription, without_class_token: ViTDescription
+) -> None:
+    assert build_plan(MethodRequest("tome", r=2), deit_s).steps[0].fields() == {"r": 2}
+    plan = build_plan(MethodRequest("tome", r=2), without_class_token)
+    assert plan.steps[0].fields() == {"r": 2, "order": "similarity"}
+    ours = build_plan(MethodRequest("tome", r=2, args={"order": "position"}), without_class_token)
+    assert ours.steps[0].fields() == {"r": 2}
 
 
 # stages
@@ -250,14 +264,15 @@ def test_proportional_attention_can_be_said(deit_s: ViTDescription) -> None:
     assert plan.budget == {"keep_rate": 0.7, "proportional_attention": True}
 
 
-@pytest.mark.parametrize("method", ["evit", "topk", "bat", "ppt", "diffrate", "gtp"])
+@pytest.mark.parametrize("method", ["evit", "topk", "bat", "ppt", "diffrate"])
 def test_a_model_without_class_token_is_refused(method: str, without_class_token: ViTDescription) -> None:
     tau = {"tau": 7e-5} if method == "ppt" else {}
     with pytest.raises(PlanError, match=rf"the {method} step at block \d .*vit_medium\w* has no class token; expected"):
         build_plan(MethodRequest(method, target_macs=0.7, **tau), without_class_token)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["tome", "pitome", "random", "grid", "center"])
+@pytest.mark.parametrize("method", ["tome", "pitome", "gtp", "random", "grid", "center"])
 def test_a_model_without_class_token_will_do(method: str, without_class_token: ViTDescription) -> None:
     assert build_plan(MethodRequest(method, target_macs=0.7), without_class_token).reduces
-    assert build_plan(MethodRequest("gtp", r=2, args={"score": "graph"}), without_class_token).reduces
+    with pytest.raises(PlanError, match=r"the gtp step at block 0 .* has no class token"):
+        build_plan(MethodRequest("gtp", r=2, args={"score": "class"}), without_class_token)

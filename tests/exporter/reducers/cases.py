@@ -30,6 +30,7 @@ Pick = Callable[[int, int], int]  # a whole number from low to high, both includ
 # id -> reducer and the fields that are no counts.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tome": ("tome", {}),
+    "tome-similarity": ("tome", {"order": "similarity"}),
     "ppt-pool": ("ppt", {"tau": 1e9}),
     "ppt-prune": ("ppt", {"tau": 0.0, "order": "score"}),
     "ppt-prune-position": ("ppt", {"tau": 0.0, "order": "position"}),
@@ -61,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 # Reducers that lose nothing and average: every token that leaves is a mean of tokens that entered.
 PURE_MERGES = (
     "tome",
+    "tome-similarity",
     "ppt-pool",
     "bat",
     "bat-size",
@@ -72,7 +74,8 @@ PURE_MERGES = (
 WITHOUT_CLASS_TOKEN = ("average-pool", "map-pool", "rms-norm-swiglu")  # kinds of tests/exporter/tiny.py
 GTP_PATCHES = ("gtp-patches-mixed", "gtp-patches-spatial", "gtp-patches-semantic", "gtp-sparse")
 NEED_NONE = (
-    "tome", "pitome", "pitome-bipartite", "gtp-graph-mixed", "gtp-graph-spatial", "gtp-graph-semantic", *GTP_PATCHES
+    "tome", "tome-similarity", "pitome", "pitome-bipartite",
+    "gtp-graph-mixed", "gtp-graph-spatial", "gtp-graph-semantic", *GTP_PATCHES,
 )  # fmt: skip
 
 

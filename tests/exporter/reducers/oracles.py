@@ -121,7 +121,7 @@ def size_weighted(image: Image, j: int, sources: list[int]) -> Row:
     return x / total, total, image.position(j)
 
 
-def tome(image: Image, r: int) -> Result:
+def tome(image: Image, r: int, order: str = "position") -> Result:
     even = [j for j in image.patches if j % 2 == 0]
     odd = [j for j in image.patches if j % 2 == 1]
     similar = {a: {b: cosine(image.key(a), image.key(b)) for b in odd} for a in even}
@@ -131,7 +131,12 @@ def tome(image: Image, r: int) -> Result:
     for a in merged:
         partner = top(image, similar[a], 1, scale=1.0)[0]
         sources[partner].append(a)
-    rows = [image.row(a) for a in even if a not in merged]
+    rest = [a for a in even if a not in merged]
+    if order == "similarity":
+        rest = [a for a in rank(score) if a not in merged]
+        for before, after in pairwise(rest):
+            note(image, score[before], score[after], scale=1.0)
+    rows = [image.row(a) for a in rest]
     rows += [size_weighted(image, b, sources[b]) for b in odd]
     return output(image, rows)
 

@@ -55,12 +55,12 @@ Steps = list[tuple[str, dict[str, Any]]]
 # A class token and 64 patch tokens enter the first block.
 EVERY_REDUCER: Steps = [
     ("tome", {"r": 4}),
-    ("ppt", {"r": 4, "tau": 0.0}),  # tau is set between the images' variances
-    ("gtp", {"r": 4, "alpha": 0.3}),
+    ("ppt", {"r": 4, "tau": 0.0, "order": "score"}),  # tau is set between the images' variances
+    ("gtp", {"r": 4, "alpha": 0.3, "score": "graph", "graph_from": "patches"}),
     ("evit", {"tokens_out": 49, "fuse": True}),
-    ("diffrate", {"prune_to": 45, "merge_to": 41}),
+    ("diffrate", {"prune_to": 45, "merge_to": 41, "weights": "equal"}),
     ("bat", {"tokens_out": 33, "clusters": 4, "pairs": 3}),
-    ("pitome", {"r": 4, "margin": 0.3}),
+    ("pitome", {"r": 4, "margin": 0.3, "matching": "bipartite"}),
     ("topk", {"tokens_out": 25, "score": "ats"}),
 ]
 OTHER_FIELDS: Steps = [
@@ -70,8 +70,16 @@ OTHER_FIELDS: Steps = [
     ("evit", {"tokens_out": 49, "fuse": False}),
     ("bat", {"tokens_out": 41, "clusters": 3, "pairs": 0}),
     ("topk", {"tokens_out": 37}),
+    ("diffrate", {"prune_to": 35, "merge_to": 33, "weights": "similarity"}),
+    ("pitome", {"r": 4, "margin": 0.3, "matching": "protect"}),
+    ("ppt", {"r": 3, "tau": 0.0, "order": "position"}),
+    ("gtp", {"r": 3, "alpha": 0.3, "score": "graph", "graph_from": "patches", "graph": "spatial", "theta": 0.7}),
 ]
-NO_CLASS_TOKEN: Steps = [("tome", {"r": 9}), ("pitome", {"r": 9, "margin": 0.3})]
+NO_CLASS_TOKEN: Steps = [
+    ("tome", {"r": 9, "order": "similarity"}),
+    ("pitome", {"r": 9, "margin": 0.3}),
+    ("gtp", {"r": 9, "alpha": 0.3, "score": "graph", "graph_from": "patches", "graph": "semantic"}),
+]
 
 
 class Model(NamedTuple):

@@ -1,0 +1,192 @@
+"""The reducers as the methods make them, beside authors.py: what the papers' authors compute, read by somebody else.
+
+What a method makes where nobody says otherwise has to be that: the tokens, their order, sizes and places.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.exporter.reducers import authors
+from tests.exporter.reducers.cases import as_seen, as_stream, model_of, rough_image
+from tests.exporter.reducers.oracles import Image
+from vp_exporter.evidence import attention_map
+from vp_exporter.methods import MethodRequest, build_plan
+from vp_exporter.models import ViTDescription
+from vp_exporter.reducers import REDUCERS, InnerStep, ops
+from vp_exporter.reducers.stream import reduce_tokens
+
+CLEAR = 1e-5  # float32 tells two numbers of one step apart that differ by this share
+GRID = (4, 5)
+
+Author = Callable[[Image, InnerStep], authors.Reduced]
+
+
+@pytest.fixture(scope="module")
+def description() -> ViTDescription:
+    return model_of("class-token")[1]
+
+
+def made(method: str, description: ViTDescription, block: int = 0, **fields: Any) -> InnerStep:
+    """The step that the method puts at a block."""
+    step = REDUCERS[method].new(block, fields, description)
+    assert isinstance(step, InnerStep)
+    return step
+
+
+def compare(step: InnerStep, author: Author, *, prefix: int = 1, sized: bool = True, images: int = 40) -> None:
+    """Every image whose decisions float32 can tell apart; few may not be."""
+    count: Counter[str] = Counter()
+    for seed in range(images):
+        image = rough_image(prefix, GRID, np.random.default_rng(seed), sized=sized)
+        # Scores that tie may go either way with the authors: here each is another.
+        image.attention[:, 0] += np.random.default_rng(seed + 1000).uniform(0, 0.01, len(image.x))
+        stream = as_stream([image], sized=sized)
+        out = reduce_tokens(stream, step.choose(stream, as_seen([image])), carry_size=True)
+        x, size, positions = author(image, step)
+        count["images"] += 1
+        if image.margin < CLEAR:
+            count["skipped"] += 1
+            continue
+        assert out.positions is not None
+        assert out.positions[0].tolist() == ops.grid_codes(positions.tolist(), GRID[1])[0].tolist()
+        np.testing.assert_allclose(out.x[0].numpy(), x, atol=1e-5, rtol=2e-5)
+        sizes = np.ones(len(x)) if out.size is None else out.size[0].numpy()
+        np.testing.assert_allclose(sizes, np.maximum(size, 1e-6), rtol=1e-5, atol=1e-6)
+    assert count["skipped"] <= 0.1 * count["images"], count
+
+
+def ascending(image: Image, result: authors.Reduced, count: int) -> authors.Reduced:
+    """The first `count` patch tokens in the sequence's order, as ours stand where the order decides nothing later."""
+    x, size, positions = result
+    place = {int(position): at for at, position in enumerate(image.positions)}
+    order = sorted(range(count), key=lambda row: place[int(positions[row])]) + list(range(count, len(positions)))
+    rows = [*range(image.prefix), *(image.prefix + row for row in order)]
+    return x[rows], size[rows], positions[order]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("last", [False, True])
+def test_pitome(description: ViTDescription, last: bool, sized: bool) -> None:
+    """The first block and the last one: two algorithms."""
+    block, depth = (description.depth - 1 if last else 0), description.depth
+    margin, half = authors.pitome_margin(block, depth), authors.pitome_half(block, depth)
+    step = made("pitome", description, block, r=6)
+    protected = 20 - 2 * 6 if last else 0
+    compare(step, lambda image, _: ascending(image, authors.pitome(image, 6, margin, half), protected), sized=sized)
+
+
+def test_pitome_without_a_class_token(description: ViTDescription) -> None:
+    step = made("pitome", description, r=10)
+    compare(step, lambda image, _: authors.pitome(image, 10, authors.pitome_margin(0, 4), "first"), prefix=0)
+
+
+def test_pitome_halves_and_margins(description: ViTDescription) -> None:
+    plan = build_plan(MethodRequest("pitome", r=1), description)
+    depth = description.depth
+    words = {"first": "bipartite", "second": "protect"}
+    assert [step.fields()["matching"] for step in plan.steps] == [
+        words[authors.pitome_half(block, depth)] for block in range(depth)
+    ]
+    assert [step.fields()["margin"] for step in plan.steps] == pytest.approx(
+        [authors.pitome_margin(block, depth) for block in range(depth)], abs=1e-6
+    )
+    assert plan.proportional_attention == authors.PITOME_PROPORTIONAL_ATTENTION
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize(("prune_to", "merge_to"), [(15, 9), (20, 12), (11, 11), (20, 1)])
+def test_diffrate(description: ViTDescription, prune_to: int, merge_to: int, sized: bool) -> None:
+    step = made("diffrate", description, prune_to=1 + prune_to, merge_to=1 + merge_to)
+
+    compare(
+        step,
+        lambda image, _: ascending(image, authors.diffrate(image, prune_to, merge_to), merge_to),
+        sized=sized,
+    )
+    assert step.proportional == authors.DIFFRATE_PROPORTIONAL_ATTENTION
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("neighbours", [1, 4, 8])
+def test_gtp(description: ViTDescription, neighbours: int, sized: bool) -> None:
+    step = made("gtp", description, r=7, neighbours=neighbours)
+    compare(
+        step,
+        lambda image, _: authors.gtp(image, 7, authors.GTP_ALPHA, image.embedded, neighbours),
+        sized=sized,
+    )
+
+
+def test_gtp_defaults(description: ViTDescription) -> None:
+    plan = build_plan(MethodRequest("gtp", r=1), description)
+    fields = plan.steps[0].fields()
+    assert (fields["alpha"], fields["neighbours"], fields["theta"]) == (
+        authors.GTP_ALPHA,
+        authors.GTP_NEIGHBOURS,
+        authors.GTP_THETA,
+    )
+    assert plan.proportional_attention == authors.GTP_PROPORTIONAL_ATTENTION
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.9, 0.6, 0.1])
+def test_gtp_attention(theta: float) -> None:
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 3, 9, 8)).astype(np.float32)
+    size = rng.uniform(1, 4, 9).astype(np.float32)
+    logits = q @ k.transpose(0, 2, 1) / 8**0.5
+    mine = attention_map(
+        torch.from_numpy(q)[None], torch.from_numpy(k)[None], torch.from_numpy(size).log()[None], theta
+    )
+    theirs = authors.gtp_attention(logits, theta, size)
+    np.testing.assert_allclose(mine[0].numpy(), theirs, atol=1e-6)
+    assert (mine[0] == 0).sum() == (theirs == 0).sum()
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_ppt(description: ViTDescription, sized: bool) -> None:
+    """Both policies: tau is below every variance, then above."""
+    prunes, pools = (made("ppt", description, r=8, tau=tau) for tau in (0.0, 1e9))
+    compare(prunes, lambda image, _: authors.ppt_prune(image, 20 - 8), sized=sized)
+    compare(pools, lambda image, _: authors.ppt_pool(image, 8), sized=sized)
+    assert prunes.proportional == authors.PPT_PROPORTIONAL_ATTENTION
+
+
+def test_ppt_chooses_as_they_do(description: ViTDescription) -> None:
+    images = [rough_image(1, GRID, np.random.default_rng(seed), sized=False) for seed in range(30)]
+    tau = float(np.median([authors.ppt_scores(image).var(ddof=1) for image in images]))
+    step = made("ppt", description, r=8, tau=tau)
+    stream = as_stream(images, sized=False)
+    merge = step.choose(stream, as_seen(images)).merge
+    assert merge is not None
+    assert merge.source_weight is not None
+    found = ["pool" if weight else "prune" for weight in merge.source_weight[:, 0].tolist()]
+    wanted = [authors.ppt_policy(image, tau) for image in images]
+    assert [f for f, image in zip(found, images, strict=True) if image.margin >= CLEAR] == [
+        w for w, image in zip(wanted, images, strict=True) if image.margin >= CLEAR
+    ]
+    assert set(wanted) == {"pool", "prune"}
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_tome(prefix: int) -> None:
+    """Without a prefix token their code leaves the rest of A by falling similarity: other tokens pair up next."""
+    kind = "class-token" if prefix else "average-pool"
+    step = made("tome", model_of(kind)[1], r=7)
+    compare(step, lambda image, _: authors.tome(image, 7), prefix=prefix)
+    assert step.proportional == authors.TOME_PROPORTIONAL_ATTENTION
+
+
+@pytest.mark.parametrize(("schedule", "inflect"), [("constant", 0), ("decreasing", -1), ("increasing", 1)])
+@pytest.mark.parametrize("r", [1, 2, 7, 13, 16])
+def test_tome_schedule(r: int, schedule: str, inflect: int) -> None:
+    from vp_exporter.methods.schedule import counts_of
+
+    for depth in (4, 12, 24, 32):
+        assert counts_of(schedule, depth, r) == authors.tome_schedule(depth, r, inflect)
