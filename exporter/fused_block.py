@@ -67,6 +67,7 @@ class FusedBlock(ReducedBlock):
     ) -> None:
         super().__init__(block, index, key_bias)
         self.needs, self.theta = (frozenset(), 1.0) if step is None else (step.needs, step.theta)
+        self.maps = self.theta < 1
         self.fused_reduce = (
             None
             if step is None

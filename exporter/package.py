@@ -203,7 +203,7 @@ def _lower(
     """The form of the model that the backend builds from."""
     ready = reduced.for_export(precision, backend.attention_form, kernels)
     inputs, outputs = signature(ready)
-    blocks = reduced.description.depth
+    blocks = ready.fused_attentions
     if backend.source == "program":
         program = export_program(ready if build is None else ready.to(build.device))
         return BuildSource(precision, inputs, outputs, program=program, attention_blocks=blocks)

@@ -119,6 +119,11 @@ class ReducedViT(nn.Module):
         self.register_buffer("code_index", index, persistent=False)
 
     @property
+    def fused_attentions(self) -> int:
+        """Blocks whose attention is one operator: a step that needs the whole map takes its block's apart."""
+        return sum(not block.maps for block in self.blocks)
+
+    @property
     def output_name(self) -> Literal["logits", "features"]:
         """What `forward` returns."""
         return "logits" if self.description.num_classes else "features"

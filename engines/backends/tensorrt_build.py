@@ -182,7 +182,7 @@ def _check_attentions(trt: Any, network: Any, expected: int) -> None:
     if expected and found != expected:
         raise BuildError(
             f"TensorRT {trt.__version__} sees {found} attention operators",
-            expected=f"{expected}, one for each block of the model",
+            expected=f"{expected}, one for each block that computes it by an operator",
             fix="export with opset 23, which has the Attention operator",
         )
 

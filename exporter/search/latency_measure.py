@@ -166,12 +166,12 @@ def _open(
         folder.mkdir()
         if backend.source == "program":
             program = export_program(model.to(options.device))
-            source = BuildSource(precision, inputs, outputs, program=program, attention_blocks=model.description.depth)
+            source = BuildSource(precision, inputs, outputs, program=program, attention_blocks=model.fused_attentions)
         else:
             assert backend.opset is not None
             onnx = Path(scratch) / "model.onnx"
             lower_onnx(model, onnx, opset=backend.opset, functions=backend.onnx_functions)
-            source = BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=model.description.depth)
+            source = BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=model.fused_attentions)
         built = backend.build(source, folder, options)
         files = {name: (folder / name).read_bytes() for name in built.files}
         how = RunOptions(device=options.device, threads=threads)

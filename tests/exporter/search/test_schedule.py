@@ -79,8 +79,9 @@ def test_settings_reach_the_steps() -> None:
     assert [s.fields()["tau"] for s in steps_of("ppt", alive, DESCRIPTION, Extras(tau=(0, 0.1, 0.2, 1)))] == [0, 0.1, 1]
     steps = steps_of("diffrate", alive, DESCRIPTION, Extras(dropped=(0.0, 1.0, 0.5, 0.5)))
     assert [step.fields() for step in steps] == [
-        {"prune_to": 17, "merge_to": 13}, {"prune_to": 9, "merge_to": 9}, {"prune_to": 7, "merge_to": 5},
-    ]  # fmt: skip
+        {"prune_to": prune_to, "merge_to": merge_to, "weights": "equal"}  # as the authors' code
+        for prune_to, merge_to in ((17, 13), (9, 9), (7, 5))
+    ]
     for step, (n, m) in zip(steps_of("bat", alive, DESCRIPTION), ((16, 12), (12, 8), (8, 4)), strict=True):
         assert (step.fields()["clusters"], step.fields()["pairs"]) == bat_split(n, m)
     assert [s.fields()["fuse"] for s in steps_of("evit", (16, 2, 2, 1), DESCRIPTION)] == [True, False]
