@@ -204,7 +204,7 @@ class Bench:
         masked, plain = profile(paths, self.shown, PROFILED)
         found = {}
         for batch in PROFILED:
-            times = [spent(masked[batch], op="Attention"), spent(plain[batch], op="Attention")]
+            times = [spent(masked[batch], op="MultiHeadAttention"), spent(plain[batch], op="MultiHeadAttention")]
             ratio = bootstrap_ratio_of_medians(*times)
             medians = [float(np.median(values)) for values in (*times, spent(masked[batch], name=MASK))]
             found[str(batch)] = {"ms": medians, "ratio": asdict(ratio)}

@@ -48,6 +48,7 @@ class ExportRequest:
         classes: class names, in the order of the logits; None takes the model's own, or those of the folders of
             `check.data` where these are all the classes.
         kernels: torch's own operations, the vp operators, or what is faster (vp_exporter.kernel_choice).
+        opset: of the ONNX file, for engines that leave a choice (ort: 18 to 23); None takes the engine's own.
         force: replace what is at `out`.
     """
 
@@ -59,6 +60,7 @@ class ExportRequest:
     check: CheckRequest | None = field(default_factory=CheckRequest)
     classes: Sequence[str] | None = None
     kernels: KernelsOption = "auto"
+    opset: int | None = None
     force: bool = False
 
 
@@ -106,6 +108,7 @@ def export_bundle(
         )
     backend.check_precision(precision)
     backend.check_options(request.build)
+    backend.check_opset(request.opset)
     description = model.description
     choices = candidates(request.kernels, backend, request.build, description, model.vit.blocks[0].attn.head_dim)
     data = None
@@ -134,7 +137,7 @@ def export_bundle(
             def lower(kernels: Kernels, reduced: ReducedViT = reduced, variant: str = variant) -> BuildSource:
                 with progress.stage(f"lowering the {variant} model"):
                     onnx = work / f"{variant}-{kernels}.onnx"
-                    return _lower(backend, reduced, precision, onnx, kernels, request.build)
+                    return _lower(backend, reduced, precision, onnx, kernels, request.build, request.opset)
 
             result, kernels, why = build_best(
                 backend,
@@ -199,6 +202,7 @@ def _lower(
     onnx: Path,
     kernels: Kernels = "portable",
     build: BuildOptions | None = None,
+    opset: int | None = None,
 ) -> BuildSource:
     """The form of the model that the backend builds from."""
     ready = reduced.for_export(precision, backend.attention_form, kernels)
@@ -207,9 +211,10 @@ def _lower(
     if backend.source == "program":
         program = export_program(ready if build is None else ready.to(build.device))
         return BuildSource(precision, inputs, outputs, program=program, attention_blocks=blocks)
-    assert backend.opset is not None
+    opset = opset or backend.opset
+    assert opset is not None
     plugins = kernels == "vp" and build is not None and backend.takes_plugin_nodes(build)
-    lower_onnx(ready, onnx, opset=backend.opset, functions=backend.onnx_functions, plugins=plugins)
+    lower_onnx(ready, onnx, opset=opset, functions=backend.onnx_functions, plugins=plugins)
     if plugins:  # attention is one of them
         return BuildSource(precision, inputs, outputs, onnx=onnx, plugin_nodes=plugin_nodes(onnx))
     return BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=blocks)

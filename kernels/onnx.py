@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import product
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vp_kernels.errors import KernelError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DOMAIN, VERSION = "vp", 1
 PLUGIN_VERSION = "1"  # kVersion of kernels/plugins/src/plugin.hpp; the namespace there is the domain
 OPSET = 23  # of the bodies: the first in which Attention is a standard operator
+OLDEST_OPSET = 18  # of a model that gets bodies: the first with axes as inputs of every reduction
 _ROOMS = ("attention", "gather_norm", "select", "merge_rows", "match_merge", "density_merge")
 
 
@@ -65,20 +67,24 @@ def variants(operator: str, *suffixes: str) -> list[str]:
 
 def function_names() -> list[str]:
     """The operator types that have a body, e.g. "MatchMergeSize"."""
-    return list(_bodies())
+    return list(_rooms())
 
 
 def add_functions(model: onnx.ModelProto) -> list[str]:
     """Give a model the body of every `vp` operator type that it uses, in place. A second call changes nothing.
 
+    The bodies are in the model's own opset; below 23, attention is written out in them.
+
     Returns:
         The operator types, sorted.
 
     Raises:
-        KernelError: a node of the domain has a type that is none of ours; the model is then as it was.
+        KernelError: a node of the domain has a type that is none of ours, or the model's opset is older than 18; the
+            model is then as it was.
     """
     used = sorted({each.op_type for each in model.graph.node if each.domain == DOMAIN})
-    functions = [_function(op_type) for op_type in used]
+    opset = _opset(model)
+    functions = [_function(op_type, opset) for op_type in used]
     present = {function.name for function in model.functions if function.domain == DOMAIN}
     model.functions.extend(function for function in functions if function.name not in present)
     if used:
@@ -116,13 +122,14 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     del twin.functions[:]
     twin.functions.extend(others)
     scopes: Counter[str] = Counter()
+    opset = _opset(model)
     for index, each in enumerate(twin.graph.node):
         if each.domain != DOMAIN:
             continue
         scope = each.name or f"{each.op_type}.{index}"
         scopes[scope] += 1
         # One function a node: so what it holds can bear the node's name.
-        function = _function(each.op_type)
+        function = _function(each.op_type, opset)
         function.name = each.op_type = f"{each.op_type}_{index}"
         _rename(function, scope if scopes[scope] == 1 else f"{scope}.{scopes[scope] - 1}")
         twin.functions.append(function)
@@ -142,17 +149,28 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     return twin
 
 
-def _bodies() -> dict[str, Callable[[str], Body]]:
-    """Every operator type and what writes its body (each room's `TYPES` and `body`)."""
+def _rooms() -> dict[str, ModuleType]:
+    """Every operator type and the module that writes its body (its `TYPES` and `body`)."""
     rooms = [import_module(f"vp_kernels.{room}.function") for room in _ROOMS]
-    return {op_type: room.body for room in rooms for op_type in room.TYPES}
+    return {op_type: room for room in rooms for op_type in room.TYPES}
 
 
-def _function(op_type: str) -> onnx.FunctionProto:
-    bodies = _bodies()
-    if op_type not in bodies:
-        raise KernelError(f"{DOMAIN}::{op_type}", "the operator type", repr(op_type), f"one of {', '.join(bodies)}")
-    return bodies[op_type](op_type).function()
+def _function(op_type: str, opset: int) -> onnx.FunctionProto:
+    """The body of a type in an opset. A room whose body needs operators of opset 23 has an `explicit_body` as well."""
+    rooms = _rooms()
+    if op_type not in rooms:
+        raise KernelError(f"{DOMAIN}::{op_type}", "the operator type", repr(op_type), f"one of {', '.join(rooms)}")
+    if opset < OLDEST_OPSET:
+        raise KernelError(f"{DOMAIN}::{op_type}", "the opset", str(opset), f"at least {OLDEST_OPSET}")
+    room = rooms[op_type]
+    body = room.body if opset >= OPSET else getattr(room, "explicit_body", room.body)
+    written: Body = body(op_type)
+    return written.function(min(opset, OPSET))
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    """Of the standard domain."""
+    return max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=OPSET)
 
 
 def _import(model: onnx.ModelProto, domain: str, version: int) -> None:
@@ -256,7 +274,7 @@ class Body:
         self.results = list(results.items())
         return self
 
-    def function(self) -> onnx.FunctionProto:
+    def function(self, opset: int = OPSET) -> onnx.FunctionProto:
         """The body as ONNX holds it, without nodes that nothing uses: helpers may compute more than a variant needs."""
         from onnx import helper
 
@@ -276,7 +294,7 @@ class Body:
             self.input_names,
             [name for name, _ in self.results],
             self.nodes,
-            [helper.make_opsetid("", OPSET)],
+            [helper.make_opsetid("", opset)],
             list(self.attributes),
         )
 

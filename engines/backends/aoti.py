@@ -115,6 +115,10 @@ class AotInductorBackend(Backend):
                 notes = (f"compiled {_width(bits)}: the C++ compiler refuses torch's code {_width(widths[0])}",)
         return BuildResult(ARTEFACT, (ARTEFACT,), requirements, notes)
 
+    def needs(self, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
+        minor = ".".join(map(str, version_tuple(str(requirements.get("torch", "")))[:2]))
+        return {**requirements, "torch": f"{minor}.*"}
+
     def open(
         self,
         artefact: str,

@@ -195,7 +195,8 @@ class Backend(ABC):
     Class attributes:
         name: the word after --engine.
         source: which form of the lowered model `build` reads.
-        opset: newest ONNX opset that the engine takes (None for `source == "program"`).
+        opset: ONNX opset that the engine gets (None for `source == "program"`).
+        oldest_opset: the oldest one that a user may ask for in its place; None: no choice.
         precisions: what `build` accepts, the default first.
         extra: the pip extra that installs the runtime (vp_engines.extras).
         attention_form: how the lowered model should write attention (vp_exporter.attention says what each one is).
@@ -207,6 +208,7 @@ class Backend(ABC):
     name: ClassVar[str]
     source: ClassVar[Literal["onnx", "program"]]
     opset: ClassVar[int | None]
+    oldest_opset: ClassVar[int | None] = None
     precisions: ClassVar[tuple[Precision, ...]]
     extra: ClassVar[str]
     attention_form: ClassVar[Literal["sdpa", "packed", "explicit"]] = "sdpa"
@@ -221,6 +223,27 @@ class Backend(ABC):
     def takes_plugin_nodes(self, options: BuildOptions) -> bool:
         """Whether nodes of the vp operators become plugins in an engine so built: the one way for kernels into ONNX."""
         return self.source == "onnx" and self.runs_kernels(options).ok
+
+    def check_opset(self, opset: int | None) -> None:
+        """Check that a graph for this engine may be written in `opset` (None: the engine's own).
+
+        Raises:
+            BuildError: it may not.
+        """
+        if opset is None or opset == self.opset:
+            return
+        if self.opset is None:
+            raise BuildError(f"--opset is {opset} and engine '{self.name}' is not built from ONNX", fix="leave it out")
+        if self.oldest_opset is None:
+            raise BuildError(f"--opset is {opset}", expected=f"{self.opset}, for engine '{self.name}'")
+        if not self.oldest_opset <= opset <= self.opset:
+            raise BuildError(
+                f"--opset is {opset}", expected=f"{self.oldest_opset} to {self.opset}, for engine '{self.name}'"
+            )
+
+    def needs(self, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a machine must have to run an engine with these requirements, by name, for people to read."""
+        return requirements
 
     def check_precision(self, precision: Precision) -> None:
         """Check that this backend builds in `precision`.

@@ -76,8 +76,14 @@ class OpenVinoBackend(Backend):
             notes.append(f"this CPU has no {source.precision}: OpenVINO computes in fp32 on it, at the speed of fp32")
         if options.device != "cpu":
             notes.append("OpenVINO bundles run on the CPU only")
-        requirements = {"openvino": self.version(), "device": "cpu", "precision_hint": _HINT[source.precision]}
+        # IR is read by every later version; of earlier ones OpenVINO promises nothing.
+        oldest = ".".join(map(str, version_tuple(self.version())[:2]))
+        requirements = {"openvino_min": oldest, "device": "cpu", "precision_hint": _HINT[source.precision]}
         return BuildResult(ARTEFACT, (ARTEFACT, WEIGHTS), requirements, tuple(notes))
+
+    def needs(self, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
+        rest = {key: value for key, value in requirements.items() if not key.startswith("openvino")}
+        return {"openvino": f">= {_oldest(requirements)}", **rest}
 
     def open(
         self,
@@ -93,11 +99,10 @@ class OpenVinoBackend(Backend):
                 f"engine 'openvino' was asked for device {options.device}", expected="cpu", fix="use another --engine"
             )
         ov = require("openvino", self.name, self.extra)
-        built = str(requirements.get("openvino", "0"))
-        # IR is read by every later version, not by an earlier one.
-        if version_tuple(self.version())[:2] < version_tuple(built)[:2]:
+        oldest = _oldest(requirements)
+        if version_tuple(self.version())[:2] < version_tuple(oldest)[:2]:
             raise BundleIncompatibleError(
-                f"openvino {self.version()} is installed", expected=f">= {built}", fix=install_hint(self.extra)
+                f"openvino {self.version()} is installed", expected=f">= {oldest}", fix=install_hint(self.extra)
             )
         hint = str(requirements.get("precision_hint", "f32"))
         if hint not in _HINT.values():
@@ -182,6 +187,11 @@ def _recorded_run(request: Any) -> RecordedRun:
         for entry in request.profiling_info
         if entry.status.name == "EXECUTED"
     )
+
+
+def _oldest(requirements: Mapping[str, Any]) -> str:
+    """The oldest OpenVINO for a bundle; the first bundles say which one they were built with, in full."""
+    return str(requirements.get("openvino_min", requirements.get("openvino", "0")))
 
 
 def _within(core: Any, hint: str) -> str:

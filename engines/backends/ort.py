@@ -7,12 +7,15 @@ stored as lowered and optimised when opened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,6 +34,7 @@ from vp_engines.backends.base import (
     require,
     version_tuple,
 )
+from vp_engines.backends.ort_versions import OLDEST, least_version, opset_of
 from vp_engines.backends.recording import Operation, RecordedRun, nothing_recorded
 from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
 from vp_engines.extras import install_hint, installed
@@ -43,8 +47,6 @@ ARTEFACT = "model.onnx"
 DOMAINS = frozenset({"", "ai.onnx", "vp", "com.microsoft"})
 _KERNEL = "_kernel_time"  # what ONNX Runtime's profiler puts behind a node's name
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Oldest ONNX Runtime that takes an opset; older opsets run on every version that the extras allow.
-_OLDEST_FOR_OPSET = {23: "1.23", 24: "1.24", 25: "1.25"}
 
 
 class OnnxRuntimeBackend(Backend):
@@ -53,6 +55,7 @@ class OnnxRuntimeBackend(Backend):
     name = "ort"
     source = "onnx"
     opset = 23
+    oldest_opset = 18
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "fp16")  # no bf16: the CPU has no kernels for it
     extra = "cpu"
     attention_form = "packed"
@@ -61,6 +64,9 @@ class OnnxRuntimeBackend(Backend):
     def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
         if not installed("onnxruntime"):
             return Availability(False, f"onnxruntime is not installed: {install_hint(self.extra)}")
+        too_old = _too_old(_installed_version())
+        if too_old is not None:
+            return Availability(False, str(too_old))
         if purpose == "build" and not installed("onnx"):
             return Availability(False, f"onnx is not installed: {install_hint('export')}")
         return Availability(True, "onnxruntime is installed")
@@ -83,11 +89,12 @@ class OnnxRuntimeBackend(Backend):
         shutil.copyfile(source.onnx, out / ARTEFACT)
         for name in weights:
             shutil.copyfile(source.onnx.parent / name, out / name)
-        opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+        # A server that reads the file without us may have the version that the graph needs; we need one that is safe.
+        needed = least_version(onnx, model, self.version())
         requirements = {
-            "onnxruntime": self.version(),
-            "onnxruntime_min": _OLDEST_FOR_OPSET.get(opset, "1.23"),
-            "opset": opset,
+            "onnxruntime_min": max(needed, OLDEST, key=version_tuple),
+            "onnxruntime_min_graph": needed,
+            "opset": opset_of(model),
             "providers": [_PROVIDERS[options.device]],
         }
         files = (ARTEFACT, *weights)
@@ -103,6 +110,11 @@ class OnnxRuntimeBackend(Backend):
                 notes.append("fp16 on the CPU is for checking: ONNX Runtime converts to fp32 there and is slower")
         return BuildResult(ARTEFACT, files, requirements, tuple(notes))
 
+    def needs(self, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
+        oldest = max(str(requirements.get("onnxruntime_min", OLDEST)), OLDEST, key=version_tuple)
+        rest = {key: value for key, value in requirements.items() if not key.startswith("onnxruntime")}
+        return {"onnxruntime": f">= {oldest}", **rest}
+
     def open(
         self,
         artefact: str,
@@ -113,7 +125,7 @@ class OnnxRuntimeBackend(Backend):
         options: RunOptions,
     ) -> Runner:
         ort = _onnxruntime(self)
-        oldest = str(requirements.get("onnxruntime_min", "0"))
+        oldest = str(requirements.get("onnxruntime_min", OLDEST))
         if version_tuple(ort.__version__) < version_tuple(oldest):
             raise BundleIncompatibleError(
                 f"onnxruntime {ort.__version__} is installed", expected=f">= {oldest}", fix=install_hint(self.extra)
@@ -140,7 +152,32 @@ def _onnxruntime(backend: OnnxRuntimeBackend) -> ModuleType:
     """Import ONNX Runtime. Its wheels carry telemetry, which leaves a file in the temporary folder on import: off,
     unless the user has set it otherwise."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    return require("onnxruntime", backend.name, backend.extra)
+    module = require("onnxruntime", backend.name, backend.extra)
+    too_old = _too_old(str(module.__version__))
+    if too_old is not None:
+        raise too_old
+    return module
+
+
+def _too_old(version: str | None) -> EngineUnavailableError | None:
+    """Why we do not open bundles with this ONNX Runtime; None: we do."""
+    if version is None or version_tuple(version) >= version_tuple(OLDEST):
+        return None
+    return EngineUnavailableError(
+        f"onnxruntime {version} is installed, which reads files outside of the bundle",
+        expected=f">= {OLDEST}",
+        fix="pip install --upgrade onnxruntime",
+    )
+
+
+def _installed_version() -> str | None:
+    """Of ONNX Runtime, without importing it; None where no package of a known name says it."""
+    if "onnxruntime" in sys.modules:
+        return str(sys.modules["onnxruntime"].__version__)
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 class OnnxRuntimeRunner(Runner):

@@ -59,6 +59,7 @@ class _Polygraphy(Backend):
     fixed_batch_range = True
     module: ClassVar[str]
     rtx: ClassVar[bool]
+    tied: ClassVar[int]  # parts of the version that an engine is tied to
     where: ClassVar[str]
 
     def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
@@ -135,6 +136,10 @@ class _Polygraphy(Backend):
             )
         return target
 
+    def needs(self, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
+        parts = version_tuple(str(requirements.get(self.module, "")))[: self.tied]
+        return {**requirements, self.module: ".".join(map(str, parts)) + ".*"}
+
     def open(
         self,
         artefact: str,
@@ -151,8 +156,7 @@ class _Polygraphy(Backend):
         if not ready.ok:
             raise EngineUnavailableError(f"engine '{self.name}' cannot run: {ready.reason}")
         built, here = str(requirements.get(self.module)), self.version()
-        parts = 2 if self.rtx else 3  # a TensorRT plan is tied to the patch release
-        if version_tuple(built)[:parts] != version_tuple(here)[:parts]:
+        if version_tuple(built)[: self.tied] != version_tuple(here)[: self.tied]:
             raise BundleIncompatibleError(
                 f"{self.module} {here} is installed", expected=built, fix="install that version, or export again"
             )
@@ -187,6 +191,7 @@ class TensorRtBackend(_Polygraphy):
     extra = "trt"
     module = "tensorrt"
     rtx = False
+    tied = 3  # a TensorRT plan is tied to the patch release
     where = " (from NVIDIA's index, on a machine with an NVIDIA GPU)"
 
     def runs_kernels(self, options: BuildOptions) -> Availability:
@@ -202,6 +207,7 @@ class TensorRtRtxBackend(_Polygraphy):
     extra = "trt-rtx"
     module = "tensorrt_rtx"
     rtx = True
+    tied = 2
     where = ""
 
     def runs_kernels(self, options: BuildOptions) -> Availability:

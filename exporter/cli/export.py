@@ -49,6 +49,10 @@ def export(
     kernels: Annotated[
         str, typer.Option(help="portable (torch's operations), vp (our operators) or auto (the faster one, measured).")
     ] = "auto",
+    opset: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="ONNX opset of ort, 18 to 23 (the default): older runtimes take older ones."),
+    ] = None,
     compute_capability: Annotated[
         str | None, typer.Option(metavar="X.Y", help="Target of trt-rtx, e.g. 8.9; by default this machine's GPU.")
     ] = None,
@@ -126,6 +130,7 @@ def export(
         from vp_engines.backends import get_backend
 
         backend = get_backend(engine)
+        backend.check_opset(opset)
         # Before the seconds that torch takes to import; one pip line for all that is missing.
         needs = [*EXPORT, *(ONNX_LOWERING if backend.source == "onnx" else ())]
         lacking = [] if all(map(installed, backend.packages)) else [backend.extra]
@@ -176,6 +181,7 @@ def export(
             else None,
             classes=None if classes is None else read_names(classes),
             kernels=cast(Literal["portable", "vp", "auto"], kernels),
+            opset=opset,
         )
         source = options.ModelSource(model, model_arg, weights, pretrained, random_init, num_classes, img_size, use_ema)
         inputs = options.InputOverrides(crop_pct, interpolation, mean, std)

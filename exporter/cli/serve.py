@@ -89,6 +89,8 @@ def triton(
             f"max_batch_size {served.max_batch}: {served.max_batch_reason} (--max-batch N changes it)",
             soft_wrap=True, markup=False,
         )  # fmt: skip
+        if served.server is not None:
+            console.stdout.print(f"needs {served.server}", soft_wrap=True, markup=False)
         console.stdout.print(
             f"serve it: tritonserver --model-repository {out}   (model {served.name}, version {served.version}, "
             f"engine under {served.backend})",

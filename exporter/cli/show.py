@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from vp_engines.backends import ENGINES, get_backend
 from vp_engines.manifest import Manifest, Preprocessing, TensorInfo
 from vp_exporter.cli.console import stderr, stdout
 from vp_exporter.cli.tables import facts, table
@@ -117,10 +118,10 @@ def manifest(info: Manifest, digest: str) -> None:
             ),
             (
                 "engine",
-                f"{engine.name} {engine.version}, {engine.precision}, {engine.device}"
+                f"{engine.name}, built with {engine.version}, {engine.precision}, {engine.device}"
                 + (f", batch {batch.min}-{batch.max}" if batch else ""),
             ),
-            ("needs", info.variants["reduced"].requirements),
+            ("needs", _needs(engine.name, info.variants["reduced"].requirements)),
             ("input", ", ".join(map(_tensor, info.inputs))),
             ("output", ", ".join(map(_tensor, info.outputs))),
             ("preprocessing", info.preprocessing.summary()),
@@ -141,6 +142,10 @@ def manifest(info: Manifest, digest: str) -> None:
             ("digest", digest),
         ],
     )
+
+
+def _needs(engine: str, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
+    return get_backend(engine).needs(requirements) if engine in ENGINES else requirements
 
 
 def _tensor(tensor: TensorInfo) -> str:

@@ -30,7 +30,8 @@ def lower_onnx(
 
     Args:
         path: the file to write; weights of models above 1.8 GB go to `path` + ".data" beside it.
-        opset: of the standard domain; from 23 on, attention is one Attention node.
+        opset: of the standard domain, 18 or newer; the form "sdpa" is one Attention node from 23 on. Functions of the
+            vp operators write attention out below 23.
         functions: keep the nodes of domain `vp` of a model over the vp operators, each with its function body; False
             writes the twin in standard operators alone, for runtimes that do not know functions.
         plugins: keep the nodes, and say on each which TensorRT plugin it is (docs/plugins.md).
@@ -39,8 +40,23 @@ def lower_onnx(
         `path`.
 
     Raises:
-        BuildError: the result fails onnx.checker or shape inference, or lost its dynamic batch.
+        BuildError: the graph cannot be written in that opset; the result fails onnx.checker or shape inference, or lost
+            its dynamic batch.
     """
+    exported = _export(model, opset)
+    _name_nodes(exported.model)
+    _strip(exported.model)
+    exported.model.producer_name = PRODUCER
+    inline = sum(p.numel() * p.element_size() for p in model.parameters()) < MAX_INLINE_BYTES
+    with _quiet():
+        exported.save(str(path), external_data=not inline)
+    if model.kernels == "vp":
+        _finish_functions(path, keep=functions or plugins, plugins=plugins)
+    check_onnx(path, model)
+    return path
+
+
+def _export(model: ReducedViT, opset: int) -> torch.onnx.ONNXProgram:
     with _quiet():
         # From the module and not from our exported program: only so does the batch axis keep its name.
         exported = torch.onnx.export(
@@ -55,16 +71,13 @@ def lower_onnx(
             verbose=False,
         )
     assert exported is not None
-    _name_nodes(exported.model)
-    _strip(exported.model)
-    exported.model.producer_name = PRODUCER
-    inline = sum(p.numel() * p.element_size() for p in model.parameters()) < MAX_INLINE_BYTES
-    with _quiet():
-        exported.save(str(path), external_data=not inline)
-    if model.kernels == "vp":
-        _finish_functions(path, keep=functions or plugins, plugins=plugins)
-    check_onnx(path, model)
-    return path
+    found = exported.model.opset_imports.get("", 0)
+    if found != opset:  # the exporter goes on where its conversion to another opset fails
+        raise BuildError(
+            f"{model.description.name} cannot be written in opset {opset}: torch {torch.__version__} wrote {found}",
+            fix="choose another --opset",
+        )
+    return exported
 
 
 def plugin_nodes(path: Path) -> int:
@@ -133,6 +146,10 @@ def _strip(model: object) -> None:
             output.metadata_props.clear()
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
+    for value in graph.initializers.values():
+        # Else the file states the shape of a weight a second time, as value_info. A quantizer puts another weight under
+        # that name, and shape inference then refuses the model.
+        value.type = value.shape = None
 
 
 @contextlib.contextmanager

@@ -138,10 +138,9 @@ def unit(x: Tensor) -> Tensor:
     """Rows of length 1, float32; a row of zeros stays so."""
     x = x.float()
     if torch.onnx.is_in_onnx_export():
-        rows: Tensor = torch.onnx.ops.symbolic(
-            "LpNormalization", (x,), {"axis": -1, "p": 2}, dtype=x.dtype, shape=x.shape, version=1
-        )
-        return rows
+        # Not LpNormalization, which ONNX Runtime has no kernel for before 1.25 (in opset 22 and later). OpenVINO fuses
+        # this spelling. The bound is F.normalize's, squared.
+        return x / (x * x).sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
     return F.normalize(x, dim=-1)
 
 

@@ -39,15 +39,10 @@ def attention_node(
 
 def body(op_type: str) -> Body:
     """The function body of one type."""
-    biased, mean, from_class = "Bias" in op_type, "Mean" in op_type, "Class" in op_type
-    attributes = dict.fromkeys(("tokens", "heads", "head_dim"), int)
-    f = Body(op_type, ["qkv", "key_bias"] if biased else ["qkv"], attributes)
-    qkv = f.inputs()[0]
-    bias = f.inputs()[1] if biased else None
+    if "Mean" in op_type:
+        return explicit_body(op_type)
+    f, qkv, bias, scale = _start(op_type)
     tokens, heads, width = f.attribute("tokens"), f.attribute("heads"), f.attribute("head_dim")
-    scale = f.Reciprocal(f.Sqrt(f.float(width)))
-    if mean:
-        return _with_map(f, qkv, bias, scale)
     # Heads stay side by side, as the projection wrote them: no transposes, 3 to 6% faster on ONNX Runtime.
     packed = f.Reshape(qkv, [0, 0, -1])
     q, k, v = f.nodes_of("Split", (packed,), 3, {"axis": 2, "num_outputs": 3})
@@ -57,7 +52,7 @@ def body(op_type: str) -> Body:
         row = f.CastLike(f.Unsqueeze(bias, [1, 2]), qkv)
         mask = f.Expand(row, f.Concat([1, 1], tokens, 1, axis=0))
     out = f.Attention(q, k, v, mask, q_num_heads=Ref("heads"), kv_num_heads=Ref("heads"))
-    if not from_class:
+    if "Class" not in op_type:
         return f.outputs(out=out)
     # The query of token 0 is spread over H rows, row h holding head h alone, so that one product with all of k gives
     # every head's logits: no transpose of k by heads, no N x N.
@@ -70,8 +65,11 @@ def body(op_type: str) -> Body:
     return f.outputs(out=out, importance=f.ReduceMean(f.Softmax(logits, axis=-1), 1, keepdims=0))
 
 
-def _with_map(f: Body, qkv: Value, bias: Value | None, scale: Value) -> Body:
-    """The mean needs every row of the map: built once, in fp32, it serves the output too."""
+def explicit_body(op_type: str) -> Body:
+    """The same without the operator Attention: for opsets that lack it, and for the mean, which needs every row of the
+    map. Built once, in fp32, the map serves the output too.
+    """
+    f, qkv, bias, scale = _start(op_type)
     heads_first = f.Transpose(f.float(qkv), perm=[2, 0, 3, 1, 4])  # [3, B, H, N, d]
     q, k, v = (f.Squeeze(part, 0) for part in f.nodes_of("Split", (heads_first,), 3, {"axis": 0, "num_outputs": 3}))
     logits = f.MatMul(q * scale, f.Transpose(k, perm=[0, 1, 3, 2]))
@@ -80,4 +78,18 @@ def _with_map(f: Body, qkv: Value, bias: Value | None, scale: Value) -> Body:
     weights = f.Softmax(logits, axis=-1)  # [B, H, N, N]
     rows = f.Transpose(f.MatMul(weights, v), perm=[0, 2, 1, 3])  # [B, N, H, d]
     out = f.CastLike(f.Reshape(rows, [0, 0, -1]), qkv)
-    return f.outputs(out=out, importance=f.ReduceMean(weights, [1, 2], keepdims=0))
+    if "Mean" in op_type:
+        return f.outputs(out=out, importance=f.ReduceMean(weights, [1, 2], keepdims=0))
+    if "Class" in op_type:
+        first = f.Squeeze(f.slice(weights, 2, 0, 1), 2)  # [B, H, N]
+        return f.outputs(out=out, importance=f.ReduceMean(first, 1, keepdims=0))
+    return f.outputs(out=out)
+
+
+def _start(op_type: str) -> tuple[Body, Value, Value | None, Value]:
+    """An empty body, qkv, the key bias (None: it has none) and 1 / sqrt(d)."""
+    biased = "Bias" in op_type
+    attributes = dict.fromkeys(("tokens", "heads", "head_dim"), int)
+    f = Body(op_type, ["qkv", "key_bias"] if biased else ["qkv"], attributes)
+    scale = f.Reciprocal(f.Sqrt(f.float(f.attribute("head_dim"))))
+    return f, f.inputs()[0], f.inputs()[1] if biased else None, scale

@@ -86,8 +86,9 @@ def body(op_type: str) -> Body:
 
 
 def unit(f: Body, x: Value) -> Value:
-    """Rows of length 1, float32; a row of zeros stays so."""
-    return f.LpNormalization(x, axis=-1, p=2)
+    """Rows of [B, N, d] of length 1, float32; a row of zeros stays so."""
+    # Not LpNormalization: ONNX Runtime has no kernel for its opset 22 before 1.25.
+    return x / f.Sqrt(f.Max(f.sum(x * x, 2, keep=True), 1e-24))
 
 
 def nearest(f: Body, a: Value, b: Value) -> tuple[Value, Value]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vp_engines.atomic import building, check_parent, put_in_place
+from vp_engines.backends import ENGINES, get_backend
 from vp_engines.backends.base import TensorSpec
 from vp_engines.bundle import Bundle, read_bundle, verify_bundle
 from vp_engines.errors import BundleError, BundleIncompatibleError, InputError
@@ -38,6 +39,7 @@ from vp_engines.serving.triton.config import (
     signature,
     to_text,
 )
+from vp_engines.serving.triton.releases import server_needed
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -140,6 +142,7 @@ class Served:
         backend: which runs the engine.
         max_batch: largest batch that the server forms, `max_batch_size` in its configuration.
         max_batch_reason: why that one.
+        server: which server has what the engine needs, in words; None: the bundle does not say.
     """
 
     name: str
@@ -148,6 +151,7 @@ class Served:
     backend: str
     max_batch: int
     max_batch_reason: str
+    server: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,22 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
         for folder in done:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Served(models[-1].config.name, version, tuple(places), backend, *batch)
+    server = _server(found, options.variant, backend)
+    return Served(models[-1].config.name, version, tuple(places), backend, *batch, server)
+
+
+def _server(bundle: Bundle, variant: str, backend: str) -> str | None:
+    """Which server has what an engine needs."""
+    manifest = bundle.manifest
+    requirements = manifest.variants["dense" if variant == "dense" else "reduced"].requirements
+    if backend == "onnxruntime":  # the server reads the file itself: what the graph needs counts, not what we ask for
+        oldest = requirements.get("onnxruntime_min_graph", requirements.get("onnxruntime_min"))
+        return None if oldest is None else server_needed(str(oldest))
+    if manifest.engine.name not in ENGINES or not requirements:
+        return None
+    needs = get_backend(manifest.engine.name).needs(requirements)
+    package = next(iter(needs))
+    return f"a server {'whose Python has' if backend == 'python' else 'with'} {package} {needs[package]}"
 
 
 def _max_batch(bundle: Bundle, options: ServeOptions) -> tuple[int, str]:

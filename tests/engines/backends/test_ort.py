@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import INPUTS, OUTPUTS
-from vp_engines.backends.base import BuildOptions, BuildResult, BuildSource, Runner, RunOptions
+from vp_engines.backends import ort_versions
+from vp_engines.backends.base import BuildOptions, BuildResult, BuildSource, Runner, RunOptions, version_tuple
 from vp_engines.backends.ort import OnnxRuntimeBackend
 from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError, VpError
 
@@ -43,6 +46,29 @@ def save(model: onnx.ModelProto, source: BuildSource, path: Path) -> BuildSource
     return replace(source, onnx=path)
 
 
+@pytest.fixture
+def source_with(fp32: BuildSource, tmp_path: Path) -> Callable[..., BuildSource]:
+    """Makes a graph with the model's signature: a product with the flat image, and one operator behind it."""
+
+    def make(op_type: str, *, opset: int = 23, **attributes: object) -> BuildSource:
+        (images,), (logits,) = INPUTS, OUTPUTS
+        pixels, classes = int(np.prod(images.shape[1:])), logits.shape[1]
+        weight = numpy_helper.from_array(np.ones((pixels, classes), np.float32), "weight")
+        nodes = [
+            helper.make_node("Flatten", ["images"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weight"], ["product"]),
+            helper.make_node(op_type, ["product"], ["logits"], **attributes),
+        ]
+        values = [
+            helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, list(spec.shape)) for spec in (images, logits)
+        ]
+        graph = helper.make_graph(nodes, "one", values[:1], values[1:], [weight])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+        return save(model, fp32, tmp_path / f"{op_type}.onnx")
+
+    return make
+
+
 def test_same_answers_as_pytorch(built: tuple[BuildResult, dict[str, bytes]], vit: nn.Module) -> None:
     with open_(built, RunOptions(threads=1)) as runner:
         tiny_vit.check_outputs(runner, vit)
@@ -55,10 +81,34 @@ def test_requirements(built: tuple[BuildResult, dict[str, bytes]]) -> None:
     result, _ = built
     assert result.files == ("model.onnx",)
     assert result.requirements["opset"] == 23
-    assert result.requirements["onnxruntime_min"] == "1.23"
+    assert result.requirements["onnxruntime_min"] == ort_versions.OLDEST == "1.24.1"
+    assert result.requirements["onnxruntime_min_graph"] == "1.23.0"  # the first that takes opset 23
     assert result.requirements["providers"] == ["CPUExecutionProvider"]
     with pytest.raises(BundleIncompatibleError, match=r"is installed; expected >= 99\.0"):
         open_(built, onnxruntime_min="99.0")
+
+
+def test_the_minimum_follows_from_the_graph(source_with: Callable[..., BuildSource], tmp_path: Path) -> None:
+    """LpNormalization of opset 22 loads nowhere before 1.25, whatever the opset of the graph says."""
+    result, _ = build(source_with("LpNormalization", axis=-1, p=2), tmp_path)
+    assert result.requirements["onnxruntime_min"] == result.requirements["onnxruntime_min_graph"] == "1.25.0"
+    older = tmp_path / "older"
+    older.mkdir()
+    result, _ = build(source_with("Relu", opset=18), older)
+    assert result.requirements["onnxruntime_min"] == "1.24.1"
+    assert version_tuple(result.requirements["onnxruntime_min_graph"]) < (1, 20)
+
+
+def test_an_onnxruntime_that_reads_other_files_is_refused(
+    built: tuple[BuildResult, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    line = r"onnxruntime 1\.23\.2 is installed, which reads files outside of the bundle; expected >= 1\.24\.1; pip"
+    with pytest.raises(EngineUnavailableError, match=line) as caught:
+        open_(built, onnxruntime_min="1.20")
+    assert caught.value.exit_code == 3
+    assert not BACKEND.available("run").ok
+    assert "1.23.2" in BACKEND.available("build").reason
 
 
 def test_fp16_runs_on_the_cpu_and_says_that_it_is_slow(fp16: BuildSource, vit: nn.Module, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_every_operation_has_its_part(measured: tuple[dict[str, Any], Path], mer
         for group in (EMBEDDING, ATTENTION, MLP, NORM, HEAD, RUNTIME):
             assert each["groups"][group] > 0
         kinds = Counter((operation["group"], operation["kind"]) for operation in each["operations"])
-        assert kinds[ATTENTION, "Attention"] == DEPTH
+        assert kinds[ATTENTION, "MultiHeadAttention"] == DEPTH
         assert kinds[NORM, "LayerNormalization"] == 2 * DEPTH + 1
         assert kinds[MLP, "MatMul"] == 2 * DEPTH
         assert kinds[ATTENTION, "MatMul"] == 2 * DEPTH

@@ -22,6 +22,8 @@ from vp_exporter.plan import ReductionPlan
 from vp_exporter.reduced import ReducedViT
 
 BATCHES = (1, 3, 8, 64)
+# The standard operator, and ONNX Runtime's own, which is in every opset.
+ATTENTION = {"sdpa": "Attention", "packed": "MultiHeadAttention"}
 # What a graph of constant shapes needs none of.
 USELESS = {"Shape", "Expand", "ConstantOfShape", "Where", "Range", "If", "Loop", "Scan", "Size"}
 
@@ -109,7 +111,7 @@ def test_equals_torch_at_every_batch(lowered: tuple[Path, ReducedViT]) -> None:
 @pytest.mark.slow
 def test_one_attention_node_a_block_and_nothing_useless(lowered: tuple[Path, ReducedViT]) -> None:
     found = operators(lowered[0])
-    assert found["Attention"] == DEPTH
+    assert found[ATTENTION["packed"]] == DEPTH
     assert not USELESS & set(found)
 
 
@@ -151,9 +153,31 @@ def test_dense_model(tmp_path: Path, form: AttentionForm) -> None:
     path = lower_onnx(model.for_export("fp32", form), tmp_path / "dense.onnx")
     agrees_at_every_batch(path, model)
     found = operators(path)
-    assert found["Attention"] == DEPTH
+    assert found[ATTENTION[form]] == DEPTH
     assert not USELESS & set(found)
     assert found["Gather"] <= 1  # no token leaves: at most the class token is picked
+
+
+@pytest.mark.parametrize("opset", [18, 20, 22])
+def test_older_opsets(tmp_path: Path, opset: int) -> None:
+    model = reduced_vit(scales=True)
+    path = lower_onnx(model.for_export("fp32", "packed"), tmp_path / "older.onnx", opset=opset)
+    assert [entry.version for entry in onnx.load(str(path)).opset_import if entry.domain == ""] == [opset]
+    found = operators(path)
+    assert found[ATTENTION["packed"]] == DEPTH
+    assert not USELESS & set(found)
+    agrees_at_every_batch(path, model)
+
+
+def test_an_opset_that_torch_does_not_write_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch goes on in another opset where its conversion fails; that must not pass for the one asked for."""
+    model = reduced_vit(dense=True)
+    export = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kw: export(*args, **{**kw, "opset_version": 20}))
+    with pytest.raises(BuildError, match=r"cannot be written in opset 18: torch [\d.+a-z]+ wrote 20; choose another"):
+        lower_onnx(model.for_export("fp32", "packed"), tmp_path / "model.onnx", opset=18)
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23])
@@ -207,7 +231,7 @@ def test_bf16_lowers(tmp_path: Path) -> None:
     graph = onnx.load(str(path)).graph
     assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
     assert onnx.TensorProto.BFLOAT16 in {tensor.data_type for tensor in graph.initializer}
-    assert operators(path)["Attention"] == DEPTH
+    assert operators(path)[ATTENTION["sdpa"]] == DEPTH
     assert not USELESS & set(operators(path))
 
 
