@@ -211,7 +211,9 @@ def single_nodes(content: bytes) -> dict[tuple[Any, ...], bytes]:
         fed = [values[name] for name in inputs if name not in weights and name not in constants]
         single = helper.make_graph(body, "one", fed, outputs, [weights[name] for name in inputs if name in weights])
         # In the oldest opset that has this form: what the opset itself needs is measured apart.
-        imports = [helper.make_opsetid("", max(since, OPSETS[0]))] + ([helper.make_opsetid(node.domain, 1)] if node.domain else [])
+        imports = [helper.make_opsetid("", max(since, OPSETS[0]))] + (
+            [helper.make_opsetid(node.domain, 1)] if node.domain else []
+        )
         one = helper.make_model(single, opset_imports=imports, ir_version=8)
         found[key] = one.SerializeToString()
     return found

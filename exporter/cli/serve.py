@@ -78,6 +78,7 @@ def triton(
                     "name": served.name,
                     "version": served.version,
                     "backend": served.backend,
+                    "server": served.server,
                     "max_batch": served.max_batch,
                     "folders": list(map(str, served.folders)),
                 }

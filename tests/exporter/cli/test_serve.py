@@ -33,7 +33,7 @@ def test_a_repository_and_its_versions(bundle: Path, tmp_path: Path) -> None:
     assert "max_batch_size 64: what the engine was built for (--max-batch N changes it)" in first.output
     second = call(app, "triton", str(bundle), "--out", str(out), "--json", "--max-batch", "4", "--no-warmup")
     assert json.loads(second.output) == {
-        "name": "linear", "version": 2, "backend": "onnxruntime", "max_batch": 4,
+        "name": "linear", "version": 2, "backend": "onnxruntime", "server": None, "max_batch": 4,
         "folders": [str(out / "linear")],
     }  # fmt: skip
     config = (out / "linear" / "config.pbtxt").read_text()
