@@ -12,8 +12,9 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper, parser
 
+from vp_kernels.attention import function as attention
 from vp_kernels.errors import KernelError
-from vp_kernels.onnx import add_functions, function_names, inline
+from vp_kernels.onnx import DOMAIN, add_functions, function_names, inline
 
 TEXT = """<ir_version: 10, opset_import: ["": 23]>
 two (float[batch, 6] scores, float[batch, 6] other)
@@ -142,3 +143,27 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("op_type", attention.TYPES)
+def test_older_opsets_have_attention_written_out(op_type: str) -> None:
+    """The same answers in opset 18, which has no Attention, as in 23."""
+    rng = np.random.default_rng(0)
+    given = {"qkv": rng.normal(size=(2, 5, 3, 2, 8)).astype(np.float32)}
+    if "Bias" in op_type:
+        given["key_bias"] = rng.normal(size=(2, 5)).astype(np.float32)
+    names = ["out"] if op_type.endswith(("Plain", "Bias")) else ["out", "importance"]
+    answers = []
+    for opset in (18, 23):
+        node = helper.make_node(op_type, list(given), names, domain=DOMAIN, tokens=5, heads=2, head_dim=8)
+        inputs = [helper.make_tensor_value_info(name, 1, list(value.shape)) for name, value in given.items()]
+        outputs = [helper.make_tensor_value_info(name, 1, None) for name in names]
+        graph = helper.make_graph([node], "one", inputs, outputs)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+        add_functions(model)
+        assert {each.version for each in model.functions[0].opset_import} == {opset}
+        assert opset == 23 or "Attention" not in {each.op_type for each in model.functions[0].node}
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, given))
+    for old, new in zip(*answers, strict=True):
+        np.testing.assert_allclose(old, new, atol=2e-6)

@@ -247,7 +247,11 @@ def test_graph(source: str, request: pytest.FixtureRequest) -> None:
     assert not FORBIDDEN & set(found)
     steps = OTHER_FIELDS if source == "other_fields" else EVERY_REDUCER
     maps = sum(fields.get("score") == "graph" for _, fields in steps)  # gtp's score needs the map itself
-    assert found["MultiHeadAttention" if source == "packed" else "Attention"] == lowered.attention_blocks == len(steps) - maps
+    assert (
+        found["MultiHeadAttention" if source == "packed" else "Attention"]
+        == lowered.attention_blocks
+        == len(steps) - maps
+    )
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     shapes = {
         value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
