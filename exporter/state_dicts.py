@@ -280,7 +280,7 @@ def _filter_options(model: nn.Module) -> dict[str, Any]:
 
 
 def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor], model: nn.Module, source: str) -> list[str]:
-    notes = []
+    notes: list[str] = []
     old, new = before.get("pos_embed"), after.get("pos_embed")
     if old is not None and new is not None and old.shape != new.shape:
         wanted = model.get_parameter("pos_embed").shape[1]
