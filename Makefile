@@ -96,7 +96,7 @@ TEST_KERNELS := attention_fp32_d32* attention_fp16_d64_n17_32* attention_bf16_d6
     select/fuse_fp32_64 merge_rows/fp32_192_r16* match_merge/fp32_d64_32* density_merge/fp32*
 build/nvinfer/.installed:
 	@mkdir -p $(@D); { $(PYTHON) -m pip download -q --disable-pip-version-check --no-deps -d $(@D) kernel-lens==2.0.1 && \
-	cd $(@D) && $(PYTHON) -m zipfile -e kernel_lens-*.whl .; } >$(@D).log 2>&1 && touch $@ || { tail -n 1 $(@D).log >&2; test -z "$${VP_REQUIRE_CPP:-}"; }
+	(cd $(@D) && $(PYTHON) -m zipfile -e kernel_lens-*.whl .); } >$(@D).log 2>&1 && touch $@ || { tail -n 1 $(@D).log >&2; test -z "$${VP_REQUIRE_CPP:-}"; }
 
 build/plugin-kernels/index.json: $(STAMP) Makefile $(wildcard kernels/*.py kernels/*/*.py)
 	env -u TRITON_INTERPRET $(BIN)/python -m vp_kernels.aot --sm 90 --all --force --out build/plugin-kernels \
