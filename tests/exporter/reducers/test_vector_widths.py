@@ -44,8 +44,8 @@ def refused(package: Path, isa: cpu_vec_isa.VecISA, folder: Path) -> list[str]:
     ("steps", "arguments", "isa"),
     [
         (ALL_MERGE, {"img_size": (80, 48), "depth": 3}, cpu_vec_isa.VecAVX512()),
-        (EVERY_REDUCER, {}, cpu_vec_isa.VecAVX512VNNI()),
-        (EVERY_REDUCER, {}, cpu_vec_isa.VecAVX2()),
+        pytest.param(EVERY_REDUCER, {}, cpu_vec_isa.VecAVX512VNNI(), marks=pytest.mark.exhaustive),
+        pytest.param(EVERY_REDUCER, {}, cpu_vec_isa.VecAVX2(), marks=pytest.mark.exhaustive),
     ],
     ids=["all-merge-avx512", "every-avx512-vnni", "every-avx2"],
 )
