@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from gpu_cases import BATCHES, TOKENS, Call, Case, calls, cases
 from gpu_runs import Row
-from gpu_setup import fingerprint, first_line, of_the_tests, part_of
+from gpu_setup import complete_interpreter, fingerprint, first_line, of_the_tests, part_of
 from torch import Tensor
 
 SHOWN = 10  # failures of a case that are kept
@@ -55,6 +55,7 @@ def kernel_of(case: Case) -> Callable[..., Any]:
         LookupError: it does not exist (yet).
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
+        complete_interpreter()
         return part_of(case.room, "kernel", f"launch_{case.operator}")
     return part_of(case.room, "op", case.operator)
 

@@ -58,6 +58,7 @@ def _remove(links: Path, owner: int) -> None:
 
 
 @cache
+@cache
 def of_the_tests(name: str) -> ModuleType:
     """tests/kernels/NAME.py: the tests' criterion of accuracy is ours. By its file: `tests` may be another package."""
     spec = importlib.util.spec_from_file_location(f"vp_kernel_test_{name}", ROOT / "tests" / "kernels" / f"{name}.py")
@@ -67,6 +68,12 @@ def of_the_tests(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def complete_interpreter() -> None:
+    """Triton's interpreter as the tests have it: it rounds to bf16 as a GPU does."""
+    of_the_tests("interpreter").complete_interpreter()
 
 
 def part_of(operator: str, file: str, name: str) -> Any:
