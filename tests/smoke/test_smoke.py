@@ -74,12 +74,10 @@ def test_a_plan_is_searched(inputs: Inputs, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def every() -> Model:
     """A reducer of its own in every block."""
-    return make(EVERY_REDUCER)
+    return make(EVERY_REDUCER, num_heads=2)  # of 32 channels, the fewest that the vp operators take
 
 
-@pytest.mark.parametrize(
-    ("engine", "kernels"), [("ort", "portable"), ("ort", "vp"), ("openvino", "portable")], ids="-".join
-)
+@pytest.mark.parametrize(("engine", "kernels"), [("ort", "portable"), ("ort", "vp"), ("openvino", "portable")])
 def test_every_reducer(every: Model, engine: str, kernels: str, tmp_path: Path) -> None:
     backend = get_backend(engine)
     if not backend.available("build").ok:
