@@ -185,7 +185,7 @@ def test_bad_input_is_one_line(inputs: Inputs, tmp_path: Path, changes: dict[str
 def test_a_plan_is_not_written_over(searched: Path, inputs: Inputs) -> None:
     refused("exists already", *options(inputs, searched / "plan.json"))
     refused("is a folder", *options(inputs, searched))
-    refused("there is no folder", *options(inputs, searched / "none" / "plan.json"))
+    refused("is not a folder", *options(inputs, searched / "plan.json" / "none" / "plan.json"))
 
 
 def test_one_class_with_labels_asked_for(inputs: Inputs, tmp_path: Path) -> None:
