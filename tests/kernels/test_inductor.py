@@ -38,7 +38,7 @@ print(json.dumps({"code": code, "launches": launches(code), "compiled": compile_
 MERGING = [
     {"block": 1, "reducer": "static", "keep": list(range(0, 196, 2))},
     {"block": 1, "reducer": "tome", "r": 9},
-    {"block": 2, "reducer": "ppt", "r": 9, "tau": 1e-6},
+    {"block": 2, "reducer": "ppt", "r": 9, "tau": 1e-6, "order": "score"},
     {"block": 3, "reducer": "bat", "tokens_out": 60, "clusters": 5, "pairs": 4},
     {"block": 4, "reducer": "diffrate", "prune_to": 55, "merge_to": 50},
     {"block": 5, "reducer": "pitome", "r": 5, "margin": 0.5},
