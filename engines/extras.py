@@ -30,11 +30,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 def installed(module: str) -> bool:
     """Whether `module` can be found, without importing it (torch takes seconds)."""
+    parent = module.rpartition(".")[0]
+    if parent and not installed(parent):
+        return False
     if module in sys.modules:
         return sys.modules[module] is not None
-    parent = module.rpartition(".")[0]
     try:
-        return (not parent or installed(parent)) and find_spec(module) is not None
+        return find_spec(module) is not None
     except (ImportError, ValueError):  # a package around it that is broken
         return False
 

@@ -84,7 +84,7 @@ def test_only_the_cpu(built: Built) -> None:
 
 def test_requirements(built: Built) -> None:
     with pytest.raises(BundleIncompatibleError, match=r"is installed; expected >= 2099\.1"):
-        open_(built, openvino="2099.1")
+        open_(built, openvino_min="2099.1")
     with pytest.raises(BundleIncompatibleError, match="precision hint 'i4'"):
         open_(built, precision_hint="i4")
 
