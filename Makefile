@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test test-fast test-exhaustive test-portable test-lowest test-newest onnxruntimes test-wheel tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
+.PHONY: help setup test test-fast test-exhaustive test-portable test-lowest test-newest test-wheel tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
     bench-cpp support-table clean
 
 help:  ## list the targets
@@ -61,15 +61,6 @@ RAY := build/ray
 $(RAY)/.installed: constraints.txt
 	$(call beside,Ray Serve,VP_REQUIRE_RAY,\
 	    'ray[serve]==2.60.0' numpy==2.4.6 onnxruntime==1.31.1 pydantic==2.14.3 pillow==13.0.0)
-
-# Older ONNX Runtimes, for the tests: the oldest that we open bundles with, and the oldest that reads our graphs.
-ORT := build/onnxruntime
-ORT_VERSIONS := 1.23.0 1.24.1
-$(ORT)/%/.installed:
-	$(PYTHON) -m pip install -q --disable-pip-version-check --no-deps --target $(@D) onnxruntime==$*
-	touch $@
-
-onnxruntimes: $(ORT_VERSIONS:%=$(ORT)/%/.installed)  ## older ONNX Runtimes, for the tests
 
 # The smoke suite with the oldest versions that pyproject.toml allows, and with the newest that there are.
 LEG := '.[export,cpu,search,openvino,serve]' 'tritonclient[http]' pytest pytest-timeout
