@@ -75,12 +75,21 @@ def attention(qkv: Tensor, key_bias: Tensor | None, importance: str) -> tuple[Te
 
 
 def gather_norm(
-    x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, extra: Tensor | None
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    extra: Tensor | None = None,
+    *,
+    one_pass: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Of vp::gather_norm, both [B, K + E, D]; index within x.
 
     A row is exact, or a sum of two that is rounded in fp32; the statistics are sums of D, of the values before they
-    are rounded to x's dtype.
+    are rounded to x's dtype. With `one_pass` the variance is the mean square less the squared mean, as in ONNX
+    Runtime's LayerNormalization: both are as large as the rows and not as their spread.
     """
     batch, _, width = x.shape
     where = index.expand(batch, -1)[:, :, None].expand(-1, -1, width)
@@ -94,6 +103,8 @@ def gather_norm(
     off = off + off.mean(2, keepdim=True) + gamma(width + 1) * rows.abs().mean(2, keepdim=True) + UNIT * centred.abs()
     variance = centred.square().mean(2, keepdim=True) + eps
     change = (2 * centred.abs() * off + off.square()).mean(2, keepdim=True) + gamma(width + 3) * variance
+    if one_pass:
+        change = change + 2 * gamma(width + 3) * rows.square().mean(2, keepdim=True)
     scale = variance.rsqrt()
     relative = (1 - change / variance).clamp_min(1e-3).rsqrt() - 1 + APPROXIMATE  # of the scale
     wide, shift = weight.double(), bias.double()

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.kernels import bounds
 from tests.kernels.density_merge.cases import Plan, decided
 from tests.kernels.support import seeded
 from vp_kernels.attention.function import attention_node
 from vp_kernels.attention.op import attention
 from vp_kernels.density_merge.function import density_merge_node
 from vp_kernels.density_merge.op import density_merge
+from vp_kernels.density_merge.reference import density_merge as density_reference
 from vp_kernels.gather_norm.function import gather_norm_node
 from vp_kernels.gather_norm.op import gather_norm
 from vp_kernels.match_merge.function import match_merge_node
@@ -59,6 +61,27 @@ class Case:
     def expected(self) -> tuple[Tensor, ...]:
         """What the operator itself answers, on the CPU."""
         return outputs(self.operator(**self.tensors, **self.fixed, **self.settings))
+
+    def rounding(self) -> tuple[Tensor, ...]:
+        """How far rounding may put each floating-point output from the truth, in any form of the operator."""
+        given = {**self.tensors, **self.fixed, **self.settings}
+        if self.operator is attention:
+            return bounds.attention(given["qkv"], given.get("key_bias"), given["importance"])
+        if self.operator is gather_norm:
+            return bounds.gather_norm(**given, one_pass=True)
+        if self.operator is select_fuse:
+            return (bounds.select_fuse(**given),)
+        if self.operator is merge_rows:
+            return bounds.merge_rows(**given)
+        if self.operator is match_merge:
+            x, metric = given.pop("x"), given.pop("metric").double()
+            return bounds.merge_rows(x, *match_reference(metric, **given))
+        assert self.operator is density_merge
+        x, scores, size = given["x"], given["scores"], given["size"]
+        counts = tuple(given[name] for name in ("tokens_out", "clusters", "pairs", "prefix"))
+        rows, mass = density_reference(x.double(), scores, size, *counts, given["weights"])
+        members = bounds.density_members(x, scores, counts)
+        return bounds.density_merge(x, rows, members), bounds.gamma(members) * mass
 
 
 def outputs(found: Any) -> tuple[Tensor, ...]:

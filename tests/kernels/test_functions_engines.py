@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from tests.kernels.test_functions import assert_close, by_case, export, exported, run, shared
+from tests.kernels.test_functions import by_case, check, export, exported, run, shared
 from tests.kernels.test_functions_cases import CASES, Case
 from vp_engines.backends import tensorrt_build
 from vp_engines.backends.openvino import _make_stable
@@ -32,14 +32,11 @@ def _every_type() -> tuple[list[Case], onnx.ModelProto]:
 
 
 def test_half_precision() -> None:
-    """Decisions, sizes and importances are those of fp32; rows are rounded once, give or take an ulp."""
+    """Decisions, sizes and importances are those of fp32; rows are rounded once."""
     cases, model = _every_type()
     onnx.checker.check_model(model, full_check=True)
     for case, found in zip(cases, run(model, cases), strict=True):
-        for place, (mine, theirs) in enumerate(zip(found, case.expected(), strict=True)):
-            assert_close(
-                f"{case.name}, output {place}", mine, theirs, ulps=2.0 if mine.dtype == torch.float16 else 32.0
-            )
+        check(case, found)
 
 
 def _nothing_left(case: Case) -> bool:
@@ -62,8 +59,7 @@ def test_inlined_twin_on_openvino(operator: str, tmp_path: Path) -> None:
     answers = compiled([value.numpy() for value in shared(cases).values()])
     flat = [torch.from_numpy(answers[port]) for port in compiled.outputs]
     for case, found in zip(cases, by_case(flat, cases), strict=True):
-        for place, (mine, theirs) in enumerate(zip(found, case.expected(), strict=True)):
-            assert_close(f"{case.name}, output {place}", mine, theirs, ulps=64.0)
+        check(case, found)
 
 
 def _six(dtype: torch.dtype) -> list[Case]:
