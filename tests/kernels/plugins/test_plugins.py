@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from tests.kernels.plugins.calls import calls, launched, node_of
 from tests.kernels.plugins.isolation import FOLDER, driver, isolated, need_plugins, plugins
 from tests.pairwise import thinned
 from vp_kernels.attention.kernel import launch_attention
+from vp_kernels.density_merge.op import density_merge
 from vp_kernels.onnx import function_names
 from vp_kernels.plugins.harness import FLOAT32, INT32, Node, PluginError
 
 pytestmark = pytest.mark.built
 CALLS = calls()
+FIRST = {number for number, case in enumerate(CALLS) if case.operator not in [each.operator for each in CALLS[:number]]}
 
 
 def ran(made: Node, inputs: list[Tensor]) -> list[Tensor]:
@@ -53,9 +56,13 @@ def goals(number: int) -> set[Hashable]:
 def test_same_answers_as_the_python_launcher(number: int) -> None:
     """Bit for bit: the same kernels, with the same arguments, on the same memory; and as near to the operator's own."""
     case = CALLS[number]
+    if case.operator is density_merge:  # the slowest; its images have nothing of their own
+        case = replace(case, tensors={name: tensor[:2].contiguous() for name, tensor in case.tensors.items()})
     node = node_of(case)
     with plugins().create(node.op_type, node.attributes) as made, made.serialised() as loaded, loaded.clone() as clone:
-        answers = [ran(each, node.inputs) for each in (made, clone)]
+        # Whatever a node loses on the way its copy's copy lacks too; the node itself, with one call of each operator.
+        nodes = (made, clone) if number in FIRST else (clone,)
+        answers = [ran(each, node.inputs) for each in nodes]
     wanted = launched(case)
     for found in answers:
         assert [(each.dtype, list(each.shape)) for each in found] == node.outputs
