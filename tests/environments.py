@@ -6,13 +6,16 @@ run in: seconds, and no network. `fresh` has pip do it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +44,41 @@ def build_wheel(out: Path) -> Path:
     return wheel
 
 
+# Commands one after the other, each in a process that is forked when what takes seconds to import is there already.
+FORKING = """
+import json, os, runpy, shlex, sys, traceback
+from importlib import import_module
+for name in ("torch", "timm", "onnxscript", "torch.onnx._internal.exporter._core"):
+    try:
+        import_module(name)
+    except ImportError:
+        pass
+folder = sys.argv[1]
+codes = []
+for number, command in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if child == 0:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        code = 1
+        try:
+            program, *sys.argv[1:] = shlex.split(command)
+            sys.argv[0] = os.path.join(os.path.dirname(sys.executable), program)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if codes[-1]:
+        break
+print(json.dumps(codes))
+"""
+
+
 class Environment:
     """A virtual environment; `run` is a shell of its own."""
 
@@ -54,11 +92,28 @@ class Environment:
         return found
 
     def run(self, command: str, cwd: Path, timeout: float = 1800) -> subprocess.CompletedProcess[str]:
+        return self._run(["sh", "-c", command], cwd, timeout)
+
+    def run_each(self, commands: Sequence[str], cwd: Path, timeout: float = 1800) -> list[tuple[str, int, str, str]]:
+        """Installed commands in turn, up to the first that fails: (command, exit code, stdout, stderr) of each."""
+        with tempfile.TemporaryDirectory() as folder:
+            words = [str(self.bin / "python"), "-c", FORKING, folder]
+            done = self._run(words, cwd, timeout, json.dumps(list(commands)))
+            assert done.returncode == 0, done.stderr
+            codes = json.loads(done.stdout)
+            return [
+                (command, code, *(Path(folder, f"{number}.{stream}").read_text() for stream in ("out", "err")))
+                for number, (command, code) in enumerate(zip(commands, codes, strict=False))
+            ]
+
+    def _run(
+        self, words: list[str], cwd: Path, timeout: float, given: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         keep = ("OMP_NUM_THREADS", "LANG", "TMPDIR")
         env = {name: os.environ[name] for name in keep if name in os.environ}
         env |= {"PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(cwd), "HF_HUB_OFFLINE": "1"}
         return subprocess.run(
-            ["sh", "-c", command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+            words, cwd=cwd, env=env, input=given, capture_output=True, text=True, timeout=timeout, check=False
         )
 
 
