@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup test test-fast test-exhaustive test-portable test-lowest test-newest test-wheel tritonserver plugins ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
+.PHONY: help setup test test-fast test-exhaustive test-portable test-lowest test-newest test-wheel tritonserver plugins loader ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
     bench-cpp support-table clean
 
 help:  ## list the targets
@@ -21,13 +21,13 @@ setup: $(STAMP)  ## create .venv with everything the tests and the demo need
 # so that what its fixtures build is built once.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-test: setup tritonserver ray plugins cpp-deps  ## run the whole test suite (docs/testing.md)
+test: setup tritonserver ray plugins loader  ## run the whole test suite (docs/testing.md)
 	$(PYTEST)
 
 test-fast: setup  ## what a developer runs before a commit: a few minutes, nothing to build
 	$(PYTEST) -m "not (slow or built or exhaustive)"
 
-test-exhaustive: setup tritonserver ray plugins cpp-deps  ## every combination, and other random examples each time
+test-exhaustive: setup tritonserver ray plugins loader  ## every combination, and other random examples each time
 	$(PYTEST) -m "" --hypothesis-profile=random
 
 # $(call beside,WHAT,VARIABLE,PACKAGES): the venv of a target, with what some tests need beside ours. Where that cannot be
@@ -101,6 +101,9 @@ plugins: cpp-deps build/plugin-kernels/index.json build/nvinfer/.installed  ## t
 	cmake -S . -B $(PLUGINS) -DVP_BUILD_ENGINE=OFF -DVP_PLUGIN_HARNESS=ON -DVP_KERNELS_DIR="$(CURDIR)/build/plugin-kernels" \
 	    -DTENSORRT_INCLUDE_DIR="$(CURDIR)/build/nvinfer/kernel_lens/include/tensorrt" >/dev/null && \
 	cmake --build $(PLUGINS) --parallel 2 -- -s
+
+loader: setup cpp-deps  ## the C++ loader as its tests run it
+	@$(BIN)/python -m tests.engines.cpp.builds
 
 cpp-deps:  ## Debian packages that the C++ loader is built with, where they are missing
 	@engines/cpp/install-deps.sh

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,25 +23,17 @@ from tests.embedding import blocks, replaced, words
 from tests.engines.backends import tiny_vit
 from tests.engines.backends.tiny_vit import CLASSES, INPUTS, OUTPUTS, SIZE
 from tests.engines.bundle_samples import document, fields, forge
+from tests.engines.cpp.builds import build_light, build_sanitized, call, install, missing
 from tests.waiting import LONG
 from vp_engines.backends.aoti import AotInductorBackend
 from vp_engines.backends.base import BuildOptions, BuildSource
 from vp_engines.bundle import write_bundle
 from vp_engines.errors import VpError
 
-ROOT = Path(__file__).resolve().parents[3]
-BUILD = ROOT / "build" / "cpp"
 SAME = 1e-5  # of logits of about 1: the threads of a run may share out its sums otherwise
 pytestmark = [pytest.mark.slow, pytest.mark.built]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-def missing() -> str:
-    """What the machine lacks to build the loader ("make cpp-deps" installs it), or nothing."""
-    tools = [name for name in ("cmake", "ninja", "g++") if shutil.which(name) is None]
-    headers = ["nlohmann/json.hpp", "openssl/evp.h", "gtest/gtest.h"]
-    return ", ".join(tools + [name for name in headers if not Path("/usr/include", name).exists()])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,42 +42,14 @@ def tools() -> None:
         optional.missing(f"the C++ loader cannot be built without {lacking}: make cpp-deps", "VP_REQUIRE_CPP")
 
 
-def call(*command: str | Path, timeout: float = LONG) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
-
-
-def build(name: str, *options: str) -> Path:
-    folder = BUILD / name
-    common = ["-G", "Ninja", "-DCMAKE_UNITY_BUILD=ON", f"-DPython3_EXECUTABLE={sys.executable}"]  # JSON is parsed once
-    call("cmake", "-S", ROOT, "-B", folder, *common, *options)
-    call("cmake", "--build", folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def sanitized(tools: None) -> Path:
-    """The loader and its tests with ASan and UBSan. -O0: with them the optimiser takes longer than all the tests."""
-    options = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0", "-DVP_ENGINE_SANITIZE=ON", "-DVP_ENGINE_AOTI=ON"]
-    return build("sanitized", *options)
+    return build_sanitized()
 
 
 @pytest.fixture(scope="module")
 def installed(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An install prefix of the loader as a user builds it: by the commands of docs/embedding.md."""
-    prefix = tmp_path_factory.mktemp("prefix")
-    places = {"build/loader": str(BUILD / "release"), "/opt/vp_engine": str(prefix), ".venv/bin/python": sys.executable}
-    text = blocks("C and C++", "bash")[0]
-    assert all(place in text for place in places)
-    lines = [words(line, {old: new for old, new in places.items() if old in line}) for line in text.splitlines()]
-    configure, *others = lines
-    configure[configure.index(".")] = str(ROOT)
-    # Faster to build, with all that the tests look for.
-    quick = ["-DCMAKE_UNITY_BUILD=ON", "-DBUILD_TESTING=OFF", "-DVP_ENGINE_AOTI=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
-    for command in ([*configure, *quick], *others):
-        call(*command)
-    return prefix
+    return install(tmp_path_factory.mktemp("prefix"))
 
 
 @pytest.fixture(scope="module")
@@ -372,8 +335,7 @@ def test_the_page_on_embedding(installed: Path, sound: Path, tmp_path: Path) -> 
 
 
 def test_without_libtorch_it_still_verifies(tools: None, sound: Path, images: Path) -> None:
-    folder = build("light", "-DCMAKE_BUILD_TYPE=None", "-DVP_ENGINE_AOTI=OFF", "-DBUILD_TESTING=OFF")
-    program = folder / "engines" / "cpp" / "vp-run"
+    program = build_light() / "engines" / "cpp" / "vp-run"
     assert json.loads(call(program, sound, "--describe"))["digest"] == vp_engines.bundle.verify_bundle(sound).digest
     done = subprocess.run([program, sound, "--input", images], capture_output=True, text=True)
     assert done.returncode == 3
