@@ -40,8 +40,8 @@ beside = @echo "installing $(1) for the tests into $(@D)"; mkdir -p $(dir $(@D))
 # The tests that compute numbers, as other processors would: other vector code in torch, oneDNN and OpenBLAS, MKL's own
 # choice of code for every machine, another number of threads. Each line is one run. Widths that this processor lacks do
 # nothing; those that it has beyond AVX2 are what `make test` uses.
-NUMERIC := tests/kernels tests/exporter/reducers tests/exporter/lowering tests/exporter/search tests/exporter/test_reduced.py \
-    tests/exporter/test_fused_block.py tests/engines/backends tests/engines/test_preprocess.py tests/examples
+NUMERIC := tests/kernels tests/exporter/reducers tests/exporter/lowering tests/exporter/search tests/exporter/rewrite \
+    tests/engines/backends tests/engines/test_preprocess.py tests/examples
 test-portable: setup  ## the tests that compute numbers, under other vector code and BLAS (long)
 	@set -e; for settings in \
 	    'ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1' \
@@ -89,7 +89,7 @@ build/nvinfer/.installed:
 	@mkdir -p $(@D); { $(PYTHON) -m pip download -q --disable-pip-version-check --no-deps -d $(@D) kernel-lens==2.0.1 && \
 	(cd $(@D) && $(PYTHON) -m zipfile -e kernel_lens-*.whl .); } >$(@D).log 2>&1 && touch $@ || { tail -n 1 $(@D).log >&2; test -z "$${VP_REQUIRE_CPP:-}"; }
 
-build/plugin-kernels/index.json: $(STAMP) Makefile $(wildcard kernels/*.py kernels/*/*.py)
+build/plugin-kernels/index.json: $(STAMP) Makefile $(wildcard kernels/vp_kernels/*.py kernels/vp_kernels/*/*.py)
 	env -u TRITON_INTERPRET $(BIN)/python -m vp_kernels.aot --sm 90 --all --force --out build/plugin-kernels \
 	    $(foreach kernel,$(TEST_KERNELS),--match '$(kernel)') 2>build/plugin-kernels.log || { rm -f $@; test -z "$${VP_REQUIRE_CPP:-}"; }
 
@@ -112,10 +112,8 @@ lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-typecheck: setup  ## mypy (the links give it the names that the packages are installed under)
-	@mkdir -p build/typecheck
-	@for p in exporter kernels engines; do ln -sfn ../../$$p build/typecheck/vp_$$p; done
-	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vp_exporter -p vp_kernels -p vp_engines
+typecheck: setup  ## mypy
+	$(BIN)/mypy
 
 check: lint typecheck test  ## what CI runs
 
@@ -135,13 +133,13 @@ bench-search: setup  ## searched plans on the flowers ViT-S/16 (needs ../shared;
 
 bench-gpu:  ## kernels and reduced models on a GPU, with nothing installed but torch, triton and timm
 	@mkdir -p build
-	$(PYTHON) benchmarks/gpu.py --cache build/gpu.json --out docs/results/gpu.md
+	$(PYTHON) -m benchmarks.gpu --cache build/gpu.json --out docs/results/gpu.md
 
 bench-cpp: setup cpp-deps  ## the C++ loader against torch's own (needs ../shared)
 	$(BIN)/python benchmarks/cpp_loader.py --out docs/results/cpp.md
 
 support-table: setup  ## regenerate docs/models.md
-	$(BIN)/python -m vp_exporter.support > docs/models.md
+	$(BIN)/python -m vp_exporter.model.support_table > docs/models.md
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from vp_engines.preprocess import preprocess
-from vp_exporter.loading import LoadedModel, ModelRequest, load_model
-from vp_exporter.preprocessing import PreprocessingOverrides, preprocessing_of
+from vp_exporter.model.loading import LoadedModel, ModelRequest, load_model
+from vp_exporter.model.preprocessing import PreprocessingOverrides, preprocessing_of
 from vp_exporter.validate.latency import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

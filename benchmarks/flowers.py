@@ -38,8 +38,8 @@ from common import (
 
 import vp_engines
 from vp_engines.backends import ENGINES, get_backend
-from vp_exporter.loading import LoadedModel
-from vp_exporter.masks import plan_from_mask
+from vp_exporter.model.loading import LoadedModel
+from vp_exporter.plan.masks import plan_from_mask
 from vp_exporter.validate.check import CheckRequest, check_bundle
 from vp_exporter.validate.latency import LatencyRow, compare
 from vp_exporter.validate.report import ReportData
@@ -129,7 +129,7 @@ def precision_errors(bundle: Path, model: LoadedModel, mask: Path, images: np.nd
     """Largest absolute logit difference to PyTorch in fp32 of the reduced engine, and of the dense one."""
     import torch
 
-    from vp_exporter.reduced import ReducedViT
+    from vp_exporter.rewrite.reduced_vit import ReducedViT
 
     plan = plan_from_mask(np.load(mask), model.description.plan_model())
     errors = []

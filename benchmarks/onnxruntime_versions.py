@@ -1,4 +1,4 @@
-"""Which ONNX Runtime runs what we write: measures the tables of engines/backends/ort_versions.py.
+"""Which ONNX Runtime runs what we write: measures the tables of engines/vp_engines/backends/ort_versions.py.
 
     python benchmarks/onnxruntime_versions.py            # measures, prints the tables, compares
     python benchmarks/onnxruntime_versions.py --write    # and puts them into it
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ROOT / "engines/backends/ort_versions.py"
+TABLES = ROOT / "engines/vp_engines/backends/ort_versions.py"
 # The first release of each series that PyPI has for Python 3.11, and the newest of all.
 VERSIONS = (
     *("1.17.1", "1.18.0", "1.19.0", "1.20.0", "1.21.0", "1.22.0", "1.23.0"),
@@ -137,10 +137,10 @@ def whole_graphs() -> dict[str, tuple[bytes, Any, Any, float]]:
     import torch
 
     from vp_engines.backends import get_backend
+    from vp_exporter.export import _lower
     from vp_exporter.methods import METHODS, MethodRequest, build_plan
-    from vp_exporter.models import describe
-    from vp_exporter.package import _lower
-    from vp_exporter.reduced import ReducedViT
+    from vp_exporter.model.describe import describe
+    from vp_exporter.rewrite.reduced_vit import ReducedViT
 
     name = "vit_tiny_patch16_224"
     torch.manual_seed(0)

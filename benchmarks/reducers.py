@@ -43,13 +43,13 @@ import vp_exporter
 from vp_engines.backends import get_backend
 from vp_engines.backends.base import Runner, RunOptions
 from vp_engines.errors import VpError
+from vp_exporter.data.image_folder import Batch, ImageFolder
 from vp_exporter.lowering import lower_onnx, signature
-from vp_exporter.macs import count_macs
 from vp_exporter.methods import MethodRequest, build_plan
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.plan.macs import count_macs
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.validate.accuracy import evaluate
-from vp_exporter.validate.data import Batch, ImageFolder
 from vp_exporter.validate.intervals import bootstrap_ratio_of_medians
 from vp_exporter.validate.latency import compare
 
@@ -229,10 +229,8 @@ def sources(*more: str) -> str:
     """
     exporter, engines = Path(vp_exporter.__file__).parent, Path(vp_engines.__file__).parent
     files = [engines / "backends" / "ort.py", *sorted(Path(__file__).parent.glob("*.py"))]
-    files += [exporter / f"{name}.py" for name in ("attention", "blocks", "evidence", "reduced")]
-    files += [
-        path for name in ("lowering", "methods", "reducers", *more) for path in sorted((exporter / name).glob("*.py"))
-    ]
+    rooms = ("lowering", "methods", "reducers", "rewrite", *more)
+    files += [path for name in rooms for path in sorted((exporter / name).rglob("*.py"))]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 

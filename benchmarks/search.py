@@ -23,13 +23,13 @@ import torch
 from common import SHARED, Cache, command_line, machine, need_shared, preparation, prose, span, table
 from reducers import BATCH, Bench, Recorded, short_tokens, sources
 
-from vp_exporter.macs import count_macs
 from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan.macs import count_macs
 from vp_exporter.reducers import StaticStep
-from vp_exporter.search.baselines import PRIOR, baselines
 from vp_exporter.search.calibration import Calibration, load_calibration
 from vp_exporter.search.checkpoint import Checkpoint
-from vp_exporter.search.lifetimes import plan_of
+from vp_exporter.search.mask.baselines import PRIOR, baselines
+from vp_exporter.search.mask.encoding import plan_of
 from vp_exporter.search.pipeline import search
 from vp_exporter.search.scoring import Scorer
 from vp_exporter.search.settings import STATIC, SearchSettings, usual_images

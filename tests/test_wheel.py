@@ -85,8 +85,8 @@ def folder(environment: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(top / "mask.npy", mask)
     made = environment(("export", "cpu"))
     plan = (
-        "import numpy as np, timm; from pathlib import Path; from vp_exporter.masks import plan_from_mask;"
-        "from vp_exporter.models import describe;"
+        "import numpy as np, timm; from pathlib import Path; from vp_exporter.plan.masks import plan_from_mask;"
+        "from vp_exporter.model.describe import describe;"
         "vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=3, embed_dim=64, num_heads=2);"
         "model = describe(vit, 'vit_tiny_patch16_224').plan_model();"
         "plan_from_mask(np.load('mask.npy'), model).save(Path('plan.json'))"
@@ -122,10 +122,10 @@ def test_everything_is_in_the_wheel(wheel: Path) -> None:
     for source in SOURCES:
         for path in (ROOT / source).rglob("*"):
             parts = path.relative_to(ROOT / source).parts
-            if "__pycache__" in parts or parts[0] == "cpp" or parts[:2] == ("plugins", "src"):
+            if "__pycache__" in parts or parts[0] != f"vp_{source}":
                 continue  # C++ is built from a clone
             if path.suffix in (".py", ".j2") or path.name == "py.typed":
-                wanted.add("/".join((f"vp_{source}", *parts)))
+                wanted.add("/".join(parts))
     names = zipfile.ZipFile(wheel).namelist()
     assert wanted == {name for name in names if ".dist-info/" not in name}
     assert "vp_kernels/plugins/embed.py" in wanted

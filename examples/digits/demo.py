@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vp_engines.errors import VpError
 from vp_engines.extras import require_packages
-from vp_exporter.needs import EXPORT
+from vp_exporter.utils.required_packages import EXPORT
 
 try:  # before anything below imports them
     require_packages("the digits demo", "demo", [*EXPORT, "onnxruntime", "mlxtend"], load=False)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tests.ports import free_ports
 from tests.waiting import LONG
-from vp_exporter.workers import Workers
+from vp_exporter.utils.distributed import Workers
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ import timm
 import torch
 import torch.nn as nn
 
-from vp_exporter.masks import plan_from_mask
-from vp_exporter.models import ViTDescription, describe
+from vp_exporter.model.describe import ViTDescription, describe
 from vp_exporter.plan import PlanModel, ReductionPlan
+from vp_exporter.plan.masks import plan_from_mask
 
 # id -> (timm name, arguments): each one differs from the others in something that ReducedViT must get right.
 KINDS: dict[str, tuple[str, dict]] = {

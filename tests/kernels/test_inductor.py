@@ -1,6 +1,6 @@
 """What Inductor makes of a reduced model on an H200, on a machine that has none (fake_cuda): kernels, and no copies.
 
-AOTInductor lowers by the same code. That its packages run is for a machine with a GPU to show: benchmarks/gpu.py.
+AOTInductor lowers by the same code. That its packages run is for a machine with a GPU to show: benchmarks/gpu.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SCRIPT = """
 import json, sys
 import timm, torch
 from tests.kernels.fake_cuda import compile_ours, inductor_code, launches, pretend
-from vp_exporter.models import describe
+from vp_exporter.model.describe import describe
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.reducers import step_from_dict
 
 pretend()

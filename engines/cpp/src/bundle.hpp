@@ -1,4 +1,4 @@
-// Read a bundle with every file verified. Mirrors engines/bundle.py.
+// Read a bundle with every file verified. Mirrors engines/vp_engines/bundle.py.
 #pragma once
 
 #include <functional>

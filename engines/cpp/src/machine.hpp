@@ -1,4 +1,4 @@
-// What this machine is, as the requirements of a bundle name it (engines/backends/aoti.py, tensorrt.py).
+// What this machine is, as the requirements of a bundle name it (engines/vp_engines/backends/aoti.py, tensorrt.py).
 #pragma once
 
 #include <set>

@@ -112,7 +112,7 @@ bool real_time(const std::string& text) {  // 2026-11-21T03:24:00Z, and no 31st 
          minute < 60 && second >= 0 && second <= 61;
 }
 
-/// The schema, in the order of engines/manifest.py.
+/// The schema, in the order of engines/vp_engines/manifest.py.
 class Reader {
  public:
   Reader(const Json& document, Manifest& manifest, bool newer) : document_(document), out_(manifest), newer_(newer) {}

@@ -1,4 +1,4 @@
-// The manifest of a bundle: the checks that a stranger's manifest must pass. Mirrors engines/manifest.py.
+// The manifest of a bundle: the checks that a stranger's manifest must pass. Mirrors engines/vp_engines/manifest.py.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ constexpr int kFormatMajor = 1;
 constexpr int kFormatMinor = 0;
 constexpr const char* kManifestName = "manifest.json";
 
-// The limits of engines/manifest.py: far above any bundle, far below what would hurt the machine that reads a hostile
+// The limits of engines/vp_engines/manifest.py: far above any bundle, far below what would hurt the machine that reads a hostile
 // one.
 constexpr std::size_t kMaxManifestBytes = std::size_t{8} << 20;
 constexpr std::size_t kMaxFiles = 1000;

@@ -1,4 +1,4 @@
-// vp::Attention: as `launch_attention` in kernels/attention/kernel.py.
+// vp::Attention: as `launch_attention` in kernels/vp_kernels/attention/kernel.py.
 #include "operator.hpp"
 
 namespace vp {

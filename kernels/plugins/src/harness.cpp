@@ -1,6 +1,6 @@
 // TensorRT's side of a plugin, without TensorRT: finds creators, makes plugins and drives them as an engine would.
 //
-// The tests and benchmarks/gpu.py call it through ctypes. Every function returns 0, or fails with a reason in
+// The tests and benchmarks/gpu call it through ctypes. Every function returns 0, or fails with a reason in
 // `harnessError`. A "node" is one plugin.
 #include <NvInfer.h>
 

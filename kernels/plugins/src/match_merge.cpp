@@ -1,4 +1,4 @@
-// vp::MatchMerge: as `launch_match_merge` in kernels/match_merge/kernel.py, the matching and then the merge.
+// vp::MatchMerge: as `launch_match_merge` in kernels/vp_kernels/match_merge/kernel.py, the matching and then the merge.
 #include "operator.hpp"
 
 namespace vp {

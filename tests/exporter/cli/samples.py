@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from vp_engines.manifest import MANIFEST_NAME, canonical_json
-from vp_exporter.masks import plan_from_mask
-from vp_exporter.models import describe
+from vp_exporter.model.describe import describe
+from vp_exporter.plan.masks import plan_from_mask
 
 NAME = "vit_tiny_patch16_224"
 ARGS: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}

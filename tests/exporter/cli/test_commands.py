@@ -32,11 +32,11 @@ from tests.exporter.cli.samples import (
 )
 from vp_engines.bundle import read_manifest, verify_bundle
 from vp_exporter.cli import export, inspect, validate
-from vp_exporter.loading import ModelRequest, load_model
-from vp_exporter.masks import plan_from_mask
-from vp_exporter.models import describe
+from vp_exporter.model.describe import describe
+from vp_exporter.model.loading import ModelRequest, load_model
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.plan.masks import plan_from_mask
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 SCRIPTS = Path(sys.executable).parent
 MODEL = argv({"--model": NAME, "--model-arg": model_args()})

@@ -70,7 +70,7 @@ def test_unexpected_error_is_called_a_bug(inputs: Inputs, tmp_path: Path, monkey
     def fail(*args: Any) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("vp_exporter.package.export_bundle", fail)
+    monkeypatch.setattr("vp_exporter.export.export_bundle", fail)
     words = argv(export_options(inputs, tmp_path / "new.vpe", quiet=True))
     check_error(
         call(export.app, *words), 70,

@@ -24,7 +24,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 from vp_engines.backends.base import BuildResult
 from vp_engines.backends.ort import OnnxRuntimeBackend
-import vp_exporter.package as package
+import vp_exporter.export as package
 
 engines, doomed = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
 

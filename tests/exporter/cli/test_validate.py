@@ -15,8 +15,8 @@ from tests.exporter.cli.samples import FAST, Inputs, call
 from tests.exporter.processes import together
 from vp_engines.bundle import verify_bundle
 from vp_engines.errors import VpError
-from vp_exporter import workers
 from vp_exporter.cli import validate
+from vp_exporter.utils import distributed as workers
 
 MODULE = "vp_exporter.cli.validate"
 

@@ -15,11 +15,11 @@ import torch
 
 from tests.exporter.tiny import DEPTH, KINDS, random_plan, tiny_vit
 from vp_engines.errors import BuildError
-from vp_exporter.attention import AttentionForm
 from vp_exporter.lowering import lower_onnx
 from vp_exporter.lowering import onnx as lowering
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.rewrite.attention import AttentionForm
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 BATCHES = (1, 3, 8, 64)
 # The standard operator, and ONNX Runtime's own, which is in every opset.

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.exporter.reducers.test_export import EVERY_REDUCER, OTHER_FIELDS, Model, images_of, make, near_ties
-from tests.exporter.test_fused_block import HEADS, both
+from tests.exporter.rewrite.test_fused_block import HEADS, both
 from tests.exporter.tiny import random_plan, tiny_vit
 from vp_exporter.lowering import lower_onnx, plugin_nodes
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 SAME = 5e-4
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.exporter.tiny import tiny_vit
-from vp_exporter.loading import describe_by_name
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.loading import describe_by_name
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vp_exporter.errors import PlanError
 from vp_exporter.methods import METHODS, MethodRequest, build_plan
 from vp_exporter.methods.stages import bat_split
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reducers import REDUCERS
 

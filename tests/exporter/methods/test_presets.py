@@ -7,11 +7,11 @@ import re
 import pytest
 
 from vp_exporter.errors import PlanError
-from vp_exporter.loading import describe_by_name
-from vp_exporter.macs import count_macs
 from vp_exporter.methods import METHODS, PRESETS, MethodRequest, Preset, build_plan
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.loading import describe_by_name
 from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan.macs import count_macs
 
 # preset, backbone, {block: tokens that leave it, class token included}, 10^9 MACs: copied once more from the sources,
 # so that a slip in the table shows. PPT: README, and the re-measurement in its fork. ToMe: README and issue 11.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vp_exporter.methods import MethodRequest, build_plan
 from vp_exporter.methods.static import center_patches, grid_patches, random_patches
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
 
 GRIDS = st.tuples(st.integers(1, 20), st.integers(1, 20))
 

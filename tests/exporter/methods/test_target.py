@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.pairwise import pairwise
 from vp_exporter.errors import PlanError
-from vp_exporter.macs import count_macs
 from vp_exporter.methods import METHODS, MethodRequest, build_plan
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
 from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan.macs import count_macs
 
 SHAPES = ("constant", "decreasing", "increasing", None)
 

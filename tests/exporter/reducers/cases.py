@@ -18,12 +18,12 @@ import torch.nn as nn
 
 from tests.exporter.reducers.oracles import Image
 from tests.exporter.tiny import tiny_vit
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
 from vp_exporter.reducers.graph import TokenGraph, code_index
 from vp_exporter.reducers.stream import Seen, Stream
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 Pick = Callable[[int, int], int]  # a whole number from low to high, both included
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from tests.exporter.reducers.oracles import ORACLES, Image
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
 from vp_exporter.plan import ReductionPlan
 
 MERGING = {"tome", "ppt", "pitome", "diffrate", "gtp"}

@@ -16,11 +16,11 @@ import torch
 from tests.exporter.reducers import authors
 from tests.exporter.reducers.cases import as_seen, as_stream, model_of, rough_image
 from tests.exporter.reducers.oracles import Image
-from vp_exporter.evidence import attention_map
 from vp_exporter.methods import MethodRequest, build_plan
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
 from vp_exporter.reducers import REDUCERS, InnerStep, ops
 from vp_exporter.reducers.stream import reduce_tokens
+from vp_exporter.rewrite.attention_statistics import attention_map
 
 CLEAR = 1e-5  # float32 tells two numbers of one step apart that differ by this share
 GRID = (4, 5)

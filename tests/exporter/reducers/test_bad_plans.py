@@ -11,8 +11,8 @@ from tests.exporter.reducers.cases import NEED_NONE, VARIANTS, WITHOUT_CLASS_TOK
 from tests.pairwise import thinned
 from vp_exporter.errors import PlanError
 from vp_exporter.plan import PlanModel, ReductionPlan
-from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import REDUCERS
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 # 4 blocks; a class token and 16 patches enter the first.
 MODEL = PlanModel("vit_tiny_patch16_224", (64, 64), (16, 16), prefix_tokens=1, depth=4, patches=16)

@@ -33,19 +33,19 @@ from tests.exporter.reducers.cases import (
     widest_gap,
 )
 from tests.exporter.reducers.oracle_model import run as oracle
-from tests.exporter.test_reduced import images_for
+from tests.exporter.rewrite.test_reduced_vit import images_for
 from tests.pairwise import thinned
 from vp_engines.backends import get_backend
 from vp_engines.backends.base import BuildOptions, BuildSource, Precision, RunOptions, TensorSpec
 from vp_engines.errors import BuildError
+from vp_exporter.export import _lower
 from vp_exporter.lowering.program import dynamic_batch
-from vp_exporter.models import ViTDescription, describe
-from vp_exporter.package import _lower
+from vp_exporter.model.describe import ViTDescription, describe
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import REDUCERS, InnerStep, ops, step_from_dict
 from vp_exporter.reducers.evit import EvitStep
 from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 TOLERANCE = 1e-4
 CLEAR = 1e-4  # an image without a nearer tie must agree

@@ -30,14 +30,14 @@ from tests.exporter.reducers.cases import (
 from tests.exporter.reducers.oracle_model import run
 from tests.exporter.reducers.oracles import ORACLES, Image
 from tests.exporter.reducers.test_parity import CLEAR, CLEAR_IN_MODEL
-from tests.exporter.test_reduced import images_for
+from tests.exporter.rewrite.test_reduced_vit import images_for
 from tests.exporter.tiny import DEPTH, KINDS
-from vp_exporter.macs import count_macs
-from vp_exporter.models import describe
+from vp_exporter.model.describe import describe
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.plan.macs import count_macs
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
 from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**32 - 1)

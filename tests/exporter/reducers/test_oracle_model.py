@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.exporter.reducers.oracle_model import run
-from tests.exporter.test_reduced import images_for, masked_dense
+from tests.exporter.rewrite.test_reduced_vit import images_for, masked_dense
 from tests.exporter.tiny import KINDS, random_mask, tiny_vit
-from vp_exporter.masks import plan_from_mask
 from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan.masks import plan_from_mask
 from vp_exporter.reducers import step_from_dict
 
 

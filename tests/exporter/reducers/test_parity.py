@@ -30,15 +30,15 @@ from tests.exporter.reducers.cases import (
 )
 from tests.exporter.reducers.oracle_model import run
 from tests.exporter.reducers.oracles import ORACLES, Image
-from tests.exporter.test_reduced import images_for
+from tests.exporter.rewrite.test_reduced_vit import images_for
 from tests.exporter.tiny import DEPTH, KINDS
 from tests.pairwise import thinned
-from vp_exporter.attention import AttentionForm
 from vp_exporter.errors import PlanError
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
 from vp_exporter.reducers.stream import reduce_tokens
+from vp_exporter.rewrite.attention import AttentionForm
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 CLEAR = 1e-5  # float32 tells two numbers of one step apart that differ by this share
 CLEAR_IN_MODEL = 5e-5  # and behind several blocks

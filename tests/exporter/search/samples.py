@@ -6,10 +6,10 @@ import torch
 import torch.nn as nn
 
 from tests.exporter.tiny import tiny_vit
-from vp_exporter.models import ViTDescription
+from vp_exporter.model.describe import ViTDescription
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.scoring import Scorer
-from vp_exporter.workers import Workers
+from vp_exporter.utils.distributed import Workers
 
 
 def images(description: ViTDescription, count: int, seed: int = 0) -> torch.Tensor:

@@ -12,10 +12,10 @@ from PIL import Image
 from tests.exporter.tiny import tiny_vit
 from vp_engines.preprocess import preprocess
 from vp_exporter.errors import SearchError
-from vp_exporter.preprocessing import preprocessing_of
-from vp_exporter.reduced import ReducedViT
+from vp_exporter.model.preprocessing import preprocessing_of
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.calibration import Calibration, load_calibration
-from vp_exporter.workers import Workers
+from vp_exporter.utils.distributed import Workers
 
 CLASSES, EACH = 7, 4
 

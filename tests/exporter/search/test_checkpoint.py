@@ -25,9 +25,9 @@ from vp_exporter.errors import SearchError
 from vp_exporter.search import checkpoint as module
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.checkpoint import Checkpoint, write_atomically
-from vp_exporter.search.lifetimes import plan_of
+from vp_exporter.search.mask.encoding import plan_of
 from vp_exporter.search.scoring import Scorer
-from vp_exporter.workers import Workers
+from vp_exporter.utils.distributed import Workers
 
 IDENTITY = {"model": "tiny", "weights": "ab12", "settings": {"budget": 0.5, "seeds": [0, 1]}}
 

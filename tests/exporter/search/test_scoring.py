@@ -14,11 +14,11 @@ from tests.exporter.search.samples import calibrated, images, scorer
 from tests.exporter.tiny import random_plan
 from vp_exporter.errors import SearchError
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.reduced import ReducedViT
 from vp_exporter.reducers import StaticStep, step_from_dict
-from vp_exporter.search.allowance import Allowance, Trace
+from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.calibration import Calibration, split
-from vp_exporter.search.lifetimes import counts_of, life_of, mask_of, plan_of, same_until
+from vp_exporter.search.limits import Allowance, Trace
+from vp_exporter.search.mask.encoding import counts_of, life_of, mask_of, plan_of, same_until
 from vp_exporter.search.scoring import block_keys, kl, merit, settled
 
 

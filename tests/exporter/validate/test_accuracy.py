@@ -9,10 +9,11 @@ import pytest
 
 from tests.exporter.processes import in_threads
 from vp_engines.backends.base import Runner, TensorSpec
+from vp_exporter.data.image_folder import Batch, ImageFolder
 from vp_exporter.errors import DataError, VpError
+from vp_exporter.utils.distributed import Workers
 from vp_exporter.validate import accuracy
 from vp_exporter.validate.accuracy import evaluate, kl_divergence
-from vp_exporter.validate.data import Batch, ImageFolder
 from vp_exporter.validate.intervals import (
     bootstrap_mean,
     bootstrap_ratio_of_medians,
@@ -20,7 +21,6 @@ from vp_exporter.validate.intervals import (
     paired_difference,
     wilson,
 )
-from vp_exporter.workers import Workers
 
 
 class Table(Runner):

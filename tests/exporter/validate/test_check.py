@@ -17,12 +17,12 @@ from tests.exporter.validate.samples import CLASSES, QUICK, FakeEngine, make_bun
 from tests.exporter.validate.test_report import page
 from vp_engines.backends.base import Availability
 from vp_engines.errors import BundleError, VpError
-from vp_exporter.progress import SilentProgress, recording
+from vp_exporter.utils.distributed import Workers
+from vp_exporter.utils.progress import SilentProgress, recording
 from vp_exporter.validate import check
 from vp_exporter.validate.check import CheckRequest, check_bundle, open_data
 from vp_exporter.validate.report import Report, ReportData, report_files, validation_fields
 from vp_exporter.validate.verdict import Budget
-from vp_exporter.workers import Workers
 
 
 def test_images_give_accuracy_and_samples(tmp_path: Path, images: Path, loaded: list) -> None:

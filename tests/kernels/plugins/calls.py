@@ -1,6 +1,6 @@
 """Calls of every operator type at sizes that `make plugins` has kernels for, as nodes and by Python's launchers.
 
-Needs no pytest: benchmarks/gpu.py runs them on a GPU.
+Needs no pytest: benchmarks/gpu runs them on a GPU.
 """
 
 from __future__ import annotations

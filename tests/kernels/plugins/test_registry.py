@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.exporter.reducers.test_export import EVERY_REDUCER
-from tests.exporter.test_fused_block import both
+from tests.exporter.rewrite.test_fused_block import both
 from tests.kernels.plugins.isolation import LIBRARY, ROOT, need_plugins
 from tests.waiting import LONG
 from vp_exporter.lowering import lower_onnx

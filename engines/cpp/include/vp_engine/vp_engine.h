@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-/* What Python's vp_engines raises, by the same names (engines/errors.py). */
+/* What Python's vp_engines raises, by the same names (engines/vp_engines/errors.py). */
 typedef enum vp_status {
   VP_OK = 0,
   VP_ERROR_INPUT = 1,               /* an argument or a tensor has the wrong shape, dtype, name or size */

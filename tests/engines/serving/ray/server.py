@@ -58,13 +58,9 @@ def environment(work: Path, scratch: Path) -> dict[str, str]:
     """What a node has: Ray, the engine and vp_engines; a word to nobody outside, nothing outside `scratch`."""
     if not PYTHON.is_file():
         missing("there is no Ray: make ray", "VP_REQUIRE_RAY")
-    names = work / "packages"
-    names.mkdir(exist_ok=True)
-    if not (names / "vp_engines").exists():
-        (names / "vp_engines").symlink_to(ROOT / "engines")
     return {
         **{key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ},
-        "PYTHONPATH": str(names),
+        "PYTHONPATH": str(ROOT / "engines"),
         "OMP_NUM_THREADS": "1",
         "RAY_TMPDIR": str(scratch),
         "TMPDIR": str(scratch),

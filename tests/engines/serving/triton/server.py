@@ -55,13 +55,10 @@ def running(repository: Path, work: Path, *arguments: str) -> Iterator[Server]:
     for file in (program, backend / "triton_python_backend_stub"):
         file.chmod(0o755)
     # What a server has: the packages that `pip install vp-export[cpu]` brings, and not those of this process.
-    names = work / "packages"
-    names.mkdir()
-    (names / "vp_engines").symlink_to(ROOT / "engines")
     environment = {
         **{key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ},
         "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
-        "PYTHONPATH": f"{names}:{site}",
+        "PYTHONPATH": f"{ROOT / 'engines'}:{site}",
         "OMP_NUM_THREADS": "1",
     }
     http, grpc = free_ports(2)

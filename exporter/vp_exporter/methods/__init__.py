@@ -1,0 +1,62 @@
+"""From a method's name to a plan, without a plan file: schedules, published presets, MAC targets, static baselines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vp_exporter.errors import PlanError
+from vp_exporter.methods.presets import PRESETS, Preset
+from vp_exporter.methods.request import MethodRequest
+from vp_exporter.methods.table import METHODS
+from vp_exporter.methods.target import solve
+
+if TYPE_CHECKING:
+    from vp_exporter.model.describe import ViTDescription
+    from vp_exporter.plan import ReductionPlan
+
+__all__ = ["METHODS", "PRESETS", "MethodRequest", "Preset", "build_plan"]
+
+
+def build_plan(request: MethodRequest, description: ViTDescription) -> ReductionPlan:
+    """The plan that a request makes for a model.
+
+    Its `budget` is what was asked; its `provenance` names the preset and its paper, the seed, or what a MAC target
+    was solved to.
+
+    Raises:
+        PlanError: an amount that does not fit the model, naming the block and the limit; a preset for another depth or
+            number of patches; MACs out of reach; a model that lacks what the method needs.
+    """
+    from vp_exporter.plan import ReductionPlan
+
+    method, settled = METHODS[request.method], request
+    provenance: dict[str, Any] = {}
+    if request.preset is not None:
+        preset = PRESETS[request.preset]
+        settled = preset.apply(request, description)
+        provenance |= preset.provenance
+    if method.name == "random":
+        provenance["seed"] = request.seed or 0
+    if settled.target_macs is not None:
+        steps, found = solve(method.family(settled, description), description, settled.target_macs)
+        provenance["solved"] = found
+    else:
+        steps = method.steps(settled, description)
+    if not steps:
+        raise PlanError(
+            f"method {method.name} removes no token of {description.name}",
+            expected="at least one step",
+            fix="ask for more: a higher --r or a lower --keep-rate",
+        )
+    by_paper = any(getattr(step, "proportional", False) for step in steps)
+    wanted = request.proportional_attention
+    plan = ReductionPlan(
+        model=description.plan_model(),
+        steps=steps,
+        method=method.name,
+        proportional_attention=by_paper if wanted is None else wanted,
+        budget=request.asked(),
+        provenance=provenance,
+    )
+    plan.check_model(description)
+    return plan

@@ -1,0 +1,106 @@
+"""Methods that remove r tokens at a block: tome, pitome and gtp at every block, ppt at stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vp_exporter.errors import PlanError
+from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, stage_blocks
+from vp_exporter.methods.schedule import counts_of, cut, share_of, slope
+
+if TYPE_CHECKING:
+    from vp_exporter.methods.request import MethodRequest
+    from vp_exporter.model.describe import ViTDescription
+
+
+# How PiToMe matches in the two halves of the blocks: as its authors have it for DeiT, and for MAE.
+HALVES = {"bipartite-first": ("bipartite", "protect"), "protect-first": ("protect", "bipartite")}
+
+
+def half(patches: int) -> int:
+    """The most that bipartite matching can merge."""
+    return patches // 2
+
+
+def all_but_one(patches: int) -> int:
+    """The most that propagation can drop."""
+    return patches - 1
+
+
+@dataclass(frozen=True)
+class MergingMethod(Method):
+    """Removes r patch tokens at each acting block.
+
+    Attributes:
+        limit: patch tokens at hand -> the most that can leave.
+        staged: acts at the stage blocks by default, not at every block.
+    """
+
+    limit: Callable[[int], int] = half
+    staged: bool = False
+
+    def steps(self, request: MethodRequest, model: ViTDescription) -> Steps:
+        blocks = self._blocks(request, model)
+        if request.keep_rate is not None:
+            return self._made(request, model, blocks, self._kept(request.keep_rate, model.patches, len(blocks)))
+        if isinstance(request.r, tuple):
+            if len(request.r) > len(blocks):
+                raise PlanError(
+                    f"--r lists {len(request.r)} values",
+                    expected=f"at most {len(blocks)}, one for each of the blocks {', '.join(map(str, blocks))}",
+                )
+            return self._made(request, model, blocks, request.r)
+        assert request.r is not None
+        return self._made(request, model, blocks, self._sloped(request, model, len(blocks), request.r))
+
+    def family(self, request: MethodRequest, model: ViTDescription) -> Family:
+        blocks = self._blocks(request, model)
+        # The most that the shape can ask: as much as its first acting block can give.
+        weights = slope(request.schedule or "constant", len(blocks), 1.0)
+        first = next(i for i, weight in enumerate(weights) if weight > 0)
+        most = self.limit(model.patches) / weights[first]
+        why = f"block {blocks[first]} can lose at most {self.limit(model.patches)} of its {model.patches} patch tokens"
+        return Family(
+            at=lambda u: self._made(request, model, blocks, self._sloped(request, model, len(blocks), u * most)),
+            setting=lambda u: {"r": round(u * most, 6)},
+            bound=why,
+        )
+
+    def _blocks(self, request: MethodRequest, model: ViTDescription) -> tuple[int, ...]:
+        default = stage_blocks(model.depth) if self.staged else tuple(range(model.depth))
+        return acting_blocks(request, model, default)
+
+    def _sloped(self, request: MethodRequest, model: ViTDescription, blocks: int, r: float) -> list[int]:
+        shape = request.schedule or "constant"
+        # A slope's first count is not what the caller wrote: it is cut like the others.
+        return cut(counts_of(shape, blocks, r), model.patches, self.limit, first=shape != "constant")
+
+    @staticmethod
+    def _kept(keep_rate: float, patches: int, blocks: int) -> list[int]:
+        counts = []
+        for _ in range(blocks):
+            counts.append(patches - share_of(keep_rate, patches))
+            patches -= counts[-1]
+        return counts
+
+    def _made(
+        self, request: MethodRequest, model: ViTDescription, blocks: Sequence[int], counts: Sequence[int]
+    ) -> Steps:
+        return tuple(
+            self.step(block, {"r": r, **self._fields(request, block, model)}, model)
+            for block, r in zip(blocks, counts, strict=False)
+            if r
+        )
+
+    def _fields(self, request: MethodRequest, block: int, model: ViTDescription) -> dict[str, Any]:
+        """The reducer's fields besides r; what is left out has the reducer's own default."""
+        values = dict(request.args)
+        matching = values.get("matching")
+        if isinstance(matching, str) and matching in HALVES:
+            values["matching"] = HALVES[matching][block >= math.ceil(model.depth / 2)]
+        if self.name == "ppt":
+            values["tau"] = request.tau
+        return values

@@ -1,0 +1,96 @@
+"""The plan of a family whose MACs are nearest to a target: token counts and MACs only, nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from vp_exporter.errors import PlanError
+from vp_exporter.methods.base import Family, Steps
+
+if TYPE_CHECKING:
+    from vp_exporter.model.describe import ViTDescription
+
+TOLERANCE = 0.005  # share of the dense MACs
+_SAMPLES = 64
+_HALVINGS = 40
+
+
+def solve(family: Family, model: ViTDescription, target: float) -> tuple[Steps, dict[str, Any]]:
+    """Steps nearest to `target`, a share of the dense MACs (what count_macs counts: not the reducers' own arithmetic).
+
+    A coarse sweep finds where the family crosses the target, bisection closes in. (Rounding makes MACs fall in small
+    steps along a family, where a token more may leave at one block and a token fewer at the next: hence the sweep, and
+    hence the nearest of all plans seen, not the last.)
+
+    Returns:
+        the steps; and {family's own setting, "macs_share"} for the plan's provenance.
+
+    Raises:
+        PlanError: the target is out of the family's reach by more than `TOLERANCE`; it names the reach and the block.
+    """
+    from vp_exporter.plan import ReductionPlan
+    from vp_exporter.plan.macs import count_macs
+
+    dense, target_model = count_macs(model).total, model.plan_model()
+    seen: dict[float, float | None] = {}
+    refused: list[PlanError] = []
+
+    def share(u: float) -> float | None:
+        """None where the family has no plan, or one that removes nothing."""
+        if u not in seen:
+            seen[u] = None
+            try:
+                steps = family.at(u)
+                macs = count_macs(model, ReductionPlan(target_model, steps)).total
+                seen[u] = macs / dense if macs < dense else None
+            except PlanError as error:
+                refused.append(error)
+        return seen[u]
+
+    def halve(low: float, high: float, upwards: Callable[[float | None], bool]) -> None:
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if upwards(share(middle)) else (low, middle)
+
+    samples = [i / _SAMPLES for i in range(_SAMPLES + 1)]
+    for low, high in pairwise(samples):  # where the plans begin and end
+        first, last = share(low), share(high)
+        if first is None and last is not None:
+            halve(low, high, lambda found: found is None)
+        elif first is not None and last is None:
+            halve(low, high, lambda found: found is not None)
+    for (low, first), (high, last) in pairwise(sorted(seen.items())):  # where they cross the target
+        if first is not None and last is not None and (first > target) != (last > target):
+            falls = first > target
+            halve(low, high, partial(_towards, target, falls))
+
+    found_shares = {u: value for u, value in seen.items() if value is not None}
+    if not found_shares:
+        raise PlanError(
+            f"--target-macs {target:g} is out of reach: no plan of this method fits the model",
+            fix=f"of the last one tried, {refused[-1]}" if refused else "choose a model with more patches",
+        )
+    best = min(found_shares, key=lambda u: (abs(found_shares[u] - target), u))
+    least, most = min(found_shares.values()), max(found_shares.values())
+    if not least - TOLERANCE <= target <= most + TOLERANCE:
+        why = family.bound
+        if target > most:
+            steps = family.at(next(u for u, value in found_shares.items() if value == most))
+            lost = (
+                target_model.prefix_tokens + target_model.patches - ReductionPlan(target_model, steps).tokens()[-1].mlp
+            )
+            why = f"the least that it removes is {lost} tokens, at block {steps[0].block} first"
+        raise PlanError(
+            f"--target-macs {target:g} is out of reach",
+            expected=f"{least:.4f} to {most:.4f} of the dense MACs: {why}",
+            fix="choose a share in reach",
+        )
+    return family.at(best), {**family.setting(best), "macs_share": round(found_shares[best], 6)}
+
+
+def _towards(target: float, falls: bool, found: float | None) -> bool:
+    """Whether the target lies behind a plan with the share `found`, where shares fall (or rise) towards it."""
+    return found is not None and (found > target) == falls

@@ -1,0 +1,80 @@
+"""DiffRate: prune the tail, merge the next tail, with counts for each layer (Chen et al., ICCV 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+
+if TYPE_CHECKING:
+    from vp_exporter.model.describe import ViTDescription
+    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+
+WEIGHTS = ("equal", "similarity")
+
+
+@dataclass(frozen=True)
+class DiffRateStep(InnerStep):
+    """Rank patch tokens by class attention; drop the last, merge the next to last into the most similar kept ones.
+
+    Attributes:
+        prune_to: tokens after dropping, prefix included.
+        merge_to: tokens after merging, prefix included.
+        weights: "equal": a plain mean of the features, as the authors' code takes it; "similarity" (ours): weighted by
+            the sizes, a source's times its similarity. Either way the similarity scales the size that a source brings.
+    """
+
+    prune_to: int = 0
+    merge_to: int = 0
+    weights: str = "equal"
+
+    reducer: ClassVar[str] = "diffrate"
+    merges: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
+    later: ClassVar[Mapping[str, Any]] = {"weights": "similarity"}
+
+    @classmethod
+    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+        return {"weights": "equal"}
+
+    @classmethod
+    def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
+        read = Fields(cls.reducer, block, fields, ["prune_to", "merge_to"], cls.later)
+        return cls(block, read.whole("prune_to", 1), read.whole("merge_to", 1), read.word("weights", WEIGHTS))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"class_attention"})
+
+    def apply(self, tokens: Tokens) -> Tokens:
+        self._limit("prune_to", self.prune_to, tokens.prefix + 1, tokens.total, tokens, "at least 1 patch token stays")
+        why = f"at least 1 patch token stays, and prune_to is {self.prune_to}"
+        self._limit("merge_to", self.merge_to, tokens.prefix + 1, self.prune_to, tokens, why)
+        return after_choice(tokens, self.merge_to - tokens.prefix)
+
+    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+        from vp_exporter.reducers import ops
+        from vp_exporter.reducers.stream import Merge, TokenMap
+
+        assert seen.class_attention is not None
+        prefix = stream.prefix
+        stay, alive = self.merge_to - prefix, self.prune_to - prefix
+        order = ops.ranking(seen.class_attention[:, prefix:], alive)
+        kept = ops.ascending(order[:, :stay])
+        keep = ops.frame(kept, prefix, shift=prefix)
+        if stay == alive:
+            return TokenMap(keep)
+        source = order[:, stay:] + prefix
+        # Against the very rows that leave, prefix included, so that they are gathered once; its columns are cut off.
+        rows, away = ops.take_rows(stream.x, keep).float(), ops.take_rows(stream.x, source).float()
+        product = (away @ rows.transpose(1, 2)) / ops.norm(rows).clamp_min(1e-12)[:, None, :]
+        similarity, partner = ops.best(product[:, :, prefix:])
+        similarity = similarity / ops.norm(away).clamp_min(1e-12)
+        weight = similarity if self.weights == "equal" else similarity.clamp_min(0.0)
+        if stream.size is not None:
+            weight = weight * ops.take(stream.size, source)
+        if self.weights == "equal":
+            return TokenMap(keep, Merge(source, partner + prefix, source_size=weight))
+        return TokenMap(keep, Merge(source, partner + prefix, source_weight=weight))

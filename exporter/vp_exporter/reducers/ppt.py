@@ -1,0 +1,90 @@
+"""PPT: prune or pool, decided for each image and layer by how peaked the scores are (Wu et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+
+if TYPE_CHECKING:
+    from vp_exporter.model.describe import ViTDescription
+    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+
+ORDERS = ("score", "position")
+
+
+@dataclass(frozen=True)
+class PptStep(InnerStep):
+    """Remove `r` tokens: merge similar ones where scores are flat (variance below `tau`), else drop the lowest.
+
+    Attributes:
+        tau: of a model and a number of tokens: scores sum to 1, so their variance falls with the token count.
+        order: of the tokens that an image keeps where it drops: by descending "score", as the authors' code leaves
+            them, or by "position" (ours). It decides which tokens a later step can pair.
+    """
+
+    r: int = 0
+    tau: float = 0.0
+    order: str = "score"
+
+    reducer: ClassVar[str] = "ppt"
+    merges: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
+    later: ClassVar[Mapping[str, Any]] = {"order": "position"}
+
+    @classmethod
+    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+        return {"order": "score"}
+
+    @classmethod
+    def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
+        read = Fields(cls.reducer, block, fields, ["r", "tau"], cls.later)
+        return cls(block, read.whole("r", 1), read.number("tau", 0.0), read.word("order", ORDERS))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"class_attention", "value_norm", "keys"})
+
+    def apply(self, tokens: Tokens) -> Tokens:
+        self._limit("r", self.r, 1, tokens.patches // 2, tokens, "at most half of the patch tokens can merge")
+        return after_choice(tokens, tokens.patches - self.r)
+
+    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+        from vp_exporter.reducers import ops
+        from vp_exporter.reducers.matching import match
+        from vp_exporter.reducers.stream import Merge, TokenMap
+
+        assert seen.class_attention is not None
+        assert seen.value_norm is not None
+        assert seen.keys is not None
+        prefix = stream.prefix
+        scores = (seen.class_attention * seen.value_norm)[:, prefix:]
+        scores = scores / scores.sum(dim=1, keepdim=True)
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        variance = centred.square().sum(dim=1, keepdim=True) / max(1, scores.shape[1] - 1)
+        pool = variance < self.tau  # [B, 1]
+        pooled, merge = match(seen.keys, prefix, self.r)
+        kept = ops.ranking(scores, scores.shape[1] - self.r)
+        if self.order == "position":
+            kept = ops.ascending(kept)
+        pruned = ops.frame(kept, prefix, shift=prefix)
+        # Both policies are maps of one shape: an image that prunes takes its own rows and merges with weight 0.
+        size = ops.ones(merge.source) if stream.size is None else ops.take(stream.size, merge.source)
+        weight = pool.float() * size
+        return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))
+
+    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream | None:
+        from vp_exporter.rewrite import operators
+
+        if self.order == "position":  # the operator keeps them by score
+            return None
+
+        assert seen.class_attention is not None
+        assert seen.value_norm is not None
+        assert seen.head_keys is not None
+        prefix = stream.prefix
+        scores = (seen.class_attention * seen.value_norm)[:, prefix:]
+        x, size = operators.match_merge(stream.x, seen.head_keys, stream.size, self.r, prefix, scores, self.tau)
+        return replace(stream, x=x, size=size)

@@ -1,0 +1,1 @@
+"""A timm ViT rewritten to run a plan."""

@@ -1,0 +1,178 @@
+"""ReducedViT: a timm ViT that runs a reduction plan over its own parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from vp_exporter.model.describe import ViTDescription
+from vp_exporter.plan import ReductionPlan
+from vp_exporter.reducers import InnerStep, StaticStep, Tokens, ops
+from vp_exporter.reducers.graph import TokenGraph, code_index
+from vp_exporter.reducers.stream import Stream
+from vp_exporter.rewrite.attention import AttentionForm
+from vp_exporter.rewrite.block import PatchEmbedding, PoolAndHead, ReducedBlock
+from vp_exporter.rewrite.fused_block import FusedBlock, check_kernels
+
+Kernels = Literal["portable", "vp"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ReducedViT(nn.Module):
+    """A ViT under a plan; with no plan, the dense model in the same form (the baseline that it is compared with).
+
+    It holds no parameters of its own: training or loading `vit` changes it too. For a plan with static steps it
+    equals the dense model in which removed tokens are masked out of every later attention.
+
+    Args:
+        vit: the timm model, in eval mode.
+        description: of that model (vp_exporter.model.describe.describe).
+        plan: what to drop where.
+        kernels: "portable" writes blocks in torch's own operations, "vp" over the operators of vp_kernels.
+
+    Raises:
+        PlanError: the plan is for another model.
+        UnsupportedModelError: the vp operators do not take the model's heads.
+    """
+
+    places: Tensor | None
+    code_index: Tensor | None
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        description: ViTDescription,
+        plan: ReductionPlan | None = None,
+        kernels: Kernels = "portable",
+    ) -> None:
+        super().__init__()
+        if plan is not None:
+            plan.check_model(description)
+        self.vit = vit.eval()
+        self.description, self.plan, self.kernels = description, plan, kernels
+        if kernels == "vp":
+            check_kernels(description, vit.blocks[0].attn.head_dim)
+        self._build()
+
+    def _build(self) -> None:
+        plan, prefix = self.plan, self.description.prefix_tokens
+        blocks, keep = [], None
+        alive = Tokens(prefix, self.description.patches, tuple(range(self.description.patches)))
+        inner = [step for step in plan.steps if isinstance(step, InnerStep)] if plan else []
+        self.proportional = plan is not None and plan.proportional_attention
+        carry_size = self.proportional or any(step.carries_size for step in inner)
+        places: list[int] | None = None
+        last_tracked = max((step.block for step in inner if "positions" in step.needs), default=-1)
+        block_of = FusedBlock if self.kernels == "vp" else ReducedBlock
+        for number, block in enumerate(self.vit.blocks):
+            at_input, within = (plan.steps_at(number, place) if plan else None for place in ("input", "inner"))
+            bias = plan.key_bias.get(number) if plan else None
+            index = None
+            if at_input is not None:
+                assert isinstance(at_input, StaticStep)  # the only reducer that acts on a block's input
+                if number == 0:
+                    keep = at_input.keep
+                else:
+                    index = (*range(prefix), *(prefix + at for at in at_input.local_index(alive)))
+                alive = at_input.apply(alive)
+            if within is not None:
+                assert isinstance(within, InnerStep)
+                places = list(alive.positions or ()) if places is None else places  # as the first inner step finds them
+                alive = within.apply(alive)
+            blocks.append(
+                block_of(
+                    block,
+                    index,
+                    bias,
+                    within,
+                    proportional=self.proportional,
+                    carry_size=carry_size,
+                    carry_positions=number < last_tracked,
+                )
+            )
+        self.embed = PatchEmbedding(self.vit, keep)
+        self.blocks = nn.ModuleList(blocks)
+        by_size = not inner or any(step.pools_by_size for step in inner)
+        self.head = PoolAndHead(self.vit, self.description.pool_include_prefix, by_size=by_size)
+        self._build_graphs(inner, range(self.description.patches) if keep is None else keep)
+        track = last_tracked >= 0 and bool(places)
+        self.register_buffer(
+            "places", ops.grid_codes(places or [], self.description.grid[1]) if track else None, persistent=False
+        )
+
+    def _build_graphs(self, inner: Sequence[InnerStep], embedded: Sequence[int]) -> None:
+        """The graphs of the embedded patches that steps read."""
+        description = self.description
+        # The authors' code counts M + 1 neighbours where there is no class token.
+        more = 1 if description.prefix_tokens else 2
+        self.asked = tuple(sorted({step.links for step in inner if step.links is not None}))
+        self.graphs = nn.ModuleList(
+            TokenGraph(embedded, description.grid[1], kind, count + more, description.prefix_tokens)
+            for kind, count in self.asked
+        )
+        index = code_index(embedded, description.grid[1]) if self.asked else None
+        self.register_buffer("code_index", index, persistent=False)
+
+    @property
+    def fused_attentions(self) -> int:
+        """Blocks whose attention is one operator: a step that needs the whole map takes its block's apart."""
+        return sum(not block.maps for block in self.blocks)
+
+    @property
+    def output_name(self) -> Literal["logits", "features"]:
+        """What `forward` returns."""
+        return "logits" if self.description.num_classes else "features"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify.
+
+        Args:
+            images: float32 [B, C, H, W], preprocessed.
+
+        Returns:
+            float32 [B, classes], or [B, embed_dim] pooled features where the model has no classes; float32 whatever
+            the precision of the weights, so that every engine has the same signature.
+        """
+        *_, last = self._streams(images)
+        return self.head(last.x, last.size, proportional=self.proportional).float()
+
+    def block_tokens(self, images: Tensor) -> list[Tensor]:
+        """The tokens [B, N_b, D] that leave each block, in order (for checks and for studies)."""
+        return [stream.x for stream in self._streams(images)]
+
+    def _streams(self, images: Tensor) -> Iterator[Stream]:
+        """What leaves each block."""
+        x = self.embed(images.to(self.vit.patch_embed.proj.weight.dtype))
+        links = {asked: graph(x) for asked, graph in zip(self.asked, self.graphs, strict=True)}
+        stream = Stream(
+            x,
+            self.description.prefix_tokens,
+            positions=self.places,
+            columns=self.description.grid[1],
+            links=links,
+            code_index=self.code_index,
+        )
+        for block in self.blocks:
+            stream = block(stream)
+            yield stream
+
+    def for_export(self, precision: str = "fp32", form: AttentionForm = "sdpa", kernels: Kernels | None = None) -> Self:
+        """A copy that is ready to lower: weights cast, LayerScale folded, constants computed in fp32 beforehand.
+
+        Args:
+            precision: "fp32", "fp16" or "bf16".
+            form: how attention is written in the portable form (vp_exporter.rewrite.attention).
+            kernels: "portable" or "vp"; None as this model.
+        """
+        twin = type(self)(copy.deepcopy(self.vit).float(), self.description, self.plan, kernels or self.kernels)
+        for block in twin.blocks:
+            block.fold_scales()
+            block.attention_form = form
+        twin.embed.freeze()
+        twin.requires_grad_(False)
+        return twin.to(DTYPES[precision])

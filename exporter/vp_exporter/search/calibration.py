@@ -1,0 +1,234 @@
+"""The images that a search looks at, in numbered batches: some to search on, some held out to accept or reject."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from vp_exporter.data.augment import AUGMENTS, cutmix
+from vp_exporter.data.image_folder import ImageFolder
+from vp_exporter.errors import SearchError
+from vp_exporter.model.describe import ViTDescription
+from vp_exporter.rewrite.reduced_vit import ReducedViT
+from vp_exporter.utils.distributed import Workers, single
+from vp_exporter.utils.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images, and what the dense model makes of them. Each process holds the batches that it owns; logits all have.
+
+    Attributes:
+        search: numbers of the batches to search on.
+        held: numbers of the batches held out: they decide which of two plans is kept, and no stage fits to them.
+        num_classes: of the model.
+        fingerprint: sha256 of the files' names and sizes; "" for tensors.
+        skipped: files that could not be decoded.
+    """
+
+    search: tuple[int, ...]
+    held: tuple[int, ...]
+    num_classes: int
+    _images: Mapping[int, Tensor]
+    _dense: Mapping[int, Tensor]
+    _labels: Mapping[int, Tensor | None]
+    fingerprint: str = ""
+    skipped: tuple[tuple[str, str], ...] = field(default=())
+
+    def images(self, batch: int) -> Tensor:
+        """float32 [b, 3, H, W] of a batch that this process owns."""
+        return self._images[batch]
+
+    def dense(self, batch: int) -> Tensor:
+        """float32 [b, C], the dense model's logits, on the CPU."""
+        return self._dense[batch]
+
+    def labels(self, batch: int) -> Tensor | None:
+        """int64 [b], where there are labels."""
+        return self._labels[batch]
+
+    def count(self, batches: Sequence[int]) -> int:
+        """Images in these batches."""
+        return sum(len(self._dense[batch]) for batch in batches)
+
+    def first(self, images: int, batches: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The fewest batches, from the first one, that hold this many images; all where they do not.
+
+        Args:
+            batches: by default those to search on.
+        """
+        among = tuple(self.search if batches is None else batches)
+        count = next((k for k in range(1, len(among)) if self.count(among[:k]) >= images), len(among))
+        return among[:count]
+
+    def holding_out(self, images: int) -> Calibration:
+        """The same images, all but `first(images)` held out: for a search that fits to no others."""
+        kept = self.first(images)
+        return replace(self, search=kept, held=(*self.search[len(kept) :], *self.held))
+
+    @property
+    def labelled(self) -> bool:
+        return all(labels is not None for labels in self._labels.values())
+
+    @classmethod
+    def of_tensors(
+        cls,
+        images: Tensor,
+        labels: Tensor | None,
+        vit: nn.Module,
+        description: ViTDescription,
+        *,
+        batch_size: int = 32,
+        held_share: float = 0.25,
+        workers: Workers | None = None,
+    ) -> Calibration:
+        """From float32 [n, 3, H, W] in the order that they are cut into batches.
+
+        Raises:
+            SearchError: fewer images than two batches, or a share out of its range.
+        """
+        workers = workers or single()
+        count = -(-len(images) // batch_size)
+        search, held = split(len(images), batch_size, held_share)
+        cut = {i: images[i * batch_size : (i + 1) * batch_size] for i in range(count)}
+        named = {i: None if labels is None else labels[i * batch_size : (i + 1) * batch_size] for i in range(count)}
+        mine = {i: batch for i, batch in cut.items() if workers.owns(i)}
+        dense = _dense_logits(vit, description, mine, range(count), workers, SILENT)
+        return cls(search, held, description.num_classes, mine, dense, named)
+
+
+def split(images: int, batch_size: int, held_share: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch numbers to search on and batch numbers held out: the last ones, at least one.
+
+    Raises:
+        SearchError: fewer images than two batches, or a share out of its range.
+    """
+    if not 0 < held_share < 1:
+        raise SearchError(f"the held-out share is {held_share:g}", expected="above 0 and below 1")
+    if images < 2 * batch_size:
+        raise SearchError(
+            f"{images} calibration images",
+            expected=f"at least {2 * batch_size}: one batch of {batch_size} to search on and one held out",
+            fix="give more images, or a smaller --search-batch",
+        )
+    count = -(-images // batch_size)
+    held = min(count - 1, max(1, round(held_share * count)))
+    return tuple(range(count - held)), tuple(range(count - held, count))
+
+
+def load_calibration(
+    root: Path,
+    prepare: Callable[[Path], np.ndarray],
+    vit: nn.Module,
+    description: ViTDescription,
+    *,
+    classes: Sequence[str] | None = None,
+    limit: int | None = 512,
+    batch_size: int = 32,
+    held_share: float = 0.25,
+    seed: int = 0,
+    strict: bool = False,
+    need_labels: bool = False,
+    augment: str = "cutmix",
+    workers: Workers | None = None,
+    progress: Progress = SILENT,
+    device: str | torch.device = "cpu",
+) -> Calibration:
+    """Decode a folder and run the dense model over it.
+
+    The files are shuffled by `seed` before they are cut into batches: a folder is sorted by class, and each batch
+    should meet all of them. A file that cannot be decoded is skipped with a warning, and its batch is smaller.
+
+    Args:
+        root: an ImageFolder (vp_exporter.data.image_folder).
+        prepare: image file -> float32 [3, H, W].
+        limit: take this many, evenly spaced over the folder; None takes all.
+        need_labels: refuse a folder without labels, or with one class only.
+        augment: of vp_exporter.data.augment.AUGMENTS: whether every second image is cut into another one. Its label
+            stays that of the larger part.
+
+    Raises:
+        DataError: the folder cannot be read, or holds no sound image.
+        SearchError: too few images, no labels where they are needed, one class only, or logits that are not finite.
+    """
+    workers = workers or single()
+    if augment not in AUGMENTS:
+        raise SearchError(f"--augment is {augment!r}", expected=" or ".join(AUGMENTS))
+    if not description.num_classes:
+        raise SearchError(
+            f"{description.name} gives features, no classes", expected="a model with a head: --num-classes above 0"
+        )
+    folder = ImageFolder(
+        root, prepare, classes=classes, num_classes=description.num_classes, strict=strict, limit=limit,
+        need_labels=need_labels,
+        progress=progress if workers.leader else SILENT,
+    )  # fmt: skip
+    if need_labels and (folder.labels is None or len(np.unique(folder.labels)) < 2):
+        found = "no labels" if folder.labels is None else "a single class"
+        raise SearchError(
+            f"{root} has {found}", expected="a folder for each of two classes or more",
+            fix="search without labels: the dense model's own answers are the default target",
+        )  # fmt: skip
+    fingerprint = folder.fingerprint()
+    order = np.random.default_rng(seed).permutation(len(folder))
+    search, held = split(len(folder), batch_size, held_share)
+    count = len(search) + len(held)
+    paths, labels = folder.paths, folder.labels
+    images: dict[int, Tensor] = {}
+    named: dict[int, Tensor | None] = {}
+    skipped: list[tuple[str, str]] = []
+
+    def decode(batch: int) -> Tensor:
+        """Decode one batch; returns the places (in `order`) of what is sound."""
+        chosen = order[batch * batch_size : (batch + 1) * batch_size]
+        folder.paths = [paths[i] for i in chosen]
+        folder.labels = np.arange(len(chosen), dtype=np.int64)
+        read = list(folder.batches(batch_size))
+        skipped.extend(folder.skipped)
+        pixels = torch.from_numpy(np.concatenate([part.images for part in read])).to(device)
+        images[batch] = cutmix(pixels, (seed, batch)) if augment == "cutmix" else pixels
+        places = np.concatenate([part.labels for part in read if part.labels is not None])
+        return torch.from_numpy(chosen[places])
+
+    mine = [batch for batch in range(count) if workers.owns(batch)]
+    drawn = iter(progress.track(mine, total=len(mine), description="reading the calibration images"))
+
+    def next_batch(batch: int) -> Tensor:
+        next(drawn)
+        return decode(batch)
+
+    kept = workers.map(next_batch, range(count))
+    next(drawn, None)  # the bar ends
+    for batch, places in enumerate(kept):
+        named[batch] = None if labels is None else torch.from_numpy(labels[places.numpy()])
+    dense = _dense_logits(vit, description, images, range(count), workers, progress)
+    return Calibration(
+        search, held, description.num_classes, images, dense, named, fingerprint, tuple(sorted(set(skipped)))
+    )
+
+
+@torch.inference_mode()
+def _dense_logits(
+    vit: nn.Module,
+    description: ViTDescription,
+    images: Mapping[int, Tensor],
+    batches: Sequence[int],
+    workers: Workers,
+    progress: Progress,
+) -> dict[int, Tensor]:
+    model = ReducedViT(vit, description).to(next(vit.parameters()).device)
+    with progress.stage("running the dense model over them"):
+        logits = workers.map(lambda batch: model(images[batch]), batches)
+    for part in logits:
+        if not torch.isfinite(part).all():
+            raise SearchError(
+                "the dense model gives NaN or infinite logits on the calibration images", expected="finite logits",
+                fix="check the weights and the preprocessing (--mean, --std)",
+            )  # fmt: skip
+    return {batch: part.clone() for batch, part in zip(batches, logits, strict=True)}

@@ -1,0 +1,1 @@
+"""V-Pruner's stages: the search for a static mask."""

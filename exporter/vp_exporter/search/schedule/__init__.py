@@ -1,0 +1,1 @@
+"""The search for how many tokens a reducer removes at each block."""
