@@ -39,6 +39,7 @@ from common import (
 import vp_engines
 from vp_engines.backends import ENGINES, get_backend
 from vp_exporter.model.loading import LoadedModel
+from vp_exporter.plan import PlanModel
 from vp_exporter.plan.masks import plan_from_mask
 from vp_exporter.validate.check import CheckRequest, check_bundle
 from vp_exporter.validate.latency import LatencyRow, compare
@@ -131,7 +132,7 @@ def precision_errors(bundle: Path, model: LoadedModel, mask: Path, images: np.nd
 
     from vp_exporter.rewrite.reduced_vit import ReducedViT
 
-    plan = plan_from_mask(np.load(mask), model.description.plan_model())
+    plan = plan_from_mask(np.load(mask), PlanModel.of(model.description))
     errors = []
     for variant, of in (("reduced", plan), ("dense", None)):
         with vp_engines.load(bundle, variant=variant, threads=THREADS) as engine, torch.no_grad():

@@ -86,9 +86,9 @@ def folder(environment: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = environment(("export", "cpu"))
     plan = (
         "import numpy as np, timm; from pathlib import Path; from vp_exporter.plan.masks import plan_from_mask;"
-        "from vp_exporter.model.describe import describe;"
+        "from vp_exporter.model.describe import describe; from vp_exporter.plan import PlanModel;"
         "vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=3, embed_dim=64, num_heads=2);"
-        "model = describe(vit, 'vit_tiny_patch16_224').plan_model();"
+        "model = PlanModel.of(describe(vit, 'vit_tiny_patch16_224'));"
         "plan_from_mask(np.load('mask.npy'), model).save(Path('plan.json'))"
     )
     done = made.run(f"python -c {shlex.quote(plan)}", top)

@@ -19,34 +19,17 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from benchmarks.gpu.runs import Child, Results, Row, run_rows, supervise
 from benchmarks.gpu.setup import ROOT, bootstrap
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.jobs import Wanted
-    from benchmarks.gpu.runs import Results, Row
+from benchmarks.gpu.stages import Stage, rows_of, wanted
 
 PARTS = ("machine", "kernels-check", "kernels-time", "tune", "plugins", "models")
 NO_GPU = 3
 WARM_SHARE = 0.55  # of the time left that building ahead may take: what is not built is built when it is timed
 RESERVE = 5.0  # seconds for the report
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What child processes do next.
-
-    Attributes:
-        warm: compile only; side by side, where timing is alone.
-        group: of models: (model, dtype, batch).
-    """
-
-    part: str
-    warm: bool = False
-    group: tuple[str, str, int] | None = None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,72 +64,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def wanted(args: argparse.Namespace) -> Wanted:
-    """What is asked of the models part, checked.
-
-    Raises:
-        SystemExit: a name that is not known, with those that are.
-    """
-    from benchmarks.gpu import jobs
-
-    known = {"models": None, "dtypes": jobs.DTYPES, "reducers": tuple(jobs.REDUCERS), "engines": jobs.ENGINES,
-             "batches": jobs.BATCHES}  # fmt: skip
-    given = {name: tuple(value) for name in (*known, "ratios") if (value := getattr(args, name)) is not None}
-    for name, values in given.items():
-        allowed = known.get(name)
-        strange = [value for value in values if allowed is not None and value not in allowed]
-        if strange:
-            raise SystemExit(f"--{name} {strange[0]}: expected one of {', '.join(map(str, allowed or ()))}")
-    if args.quick:
-        quick = {"models": jobs.MODELS[:1], "dtypes": ("bf16",), "batches": (256, 1), "ratios": (1.5,)}
-        given = {**quick, **given}
-    return jobs.Wanted(**given)
-
-
-def rows_of(stage: Stage, args: argparse.Namespace, known: Results) -> list[Row]:
-    """The rows of a stage, in the order in which they matter; the same in the parent and in its children."""
-    from benchmarks.gpu.runs import Results
-
-    if stage.part == "machine":
-        from benchmarks.gpu import machine
-
-        return machine.rows()
-    if stage.part == "models":
-        from benchmarks.gpu import models
-
-        assert stage.group is not None
-        if stage.warm:
-            return models.warm_rows(wanted(args), stage.group, args.work)
-        built = Results(args.work / "built.json")
-        return models.rows(wanted(args), stage.group, args.work, known, built)
-    if stage.part == "kernels-check":
-        from benchmarks.gpu import checks
-
-        sizes, batches = ((17,), (1,)) if args.tiny else (checks.TOKENS, checks.BATCHES)
-        found = checks.rows(quick=args.quick or args.tiny, device=args.device, sizes=sizes, batches=batches)
-    elif stage.part == "plugins":
-        from benchmarks.gpu import plugins
-
-        return plugins.rows()
-    elif stage.part == "tune":
-        from benchmarks.gpu import tune
-
-        found = tune.rows(warm=stage.warm)
-    else:
-        from benchmarks.gpu import kernels
-
-        found = kernels.rows(quick=args.quick, warm=stage.warm)
-    if args.tiny:  # one case of each operator: what a test tries
-        found = list({row.group: row for row in reversed(found)}.values())
-    return [row for row in found if args.operators is None or row.group in args.operators]
-
-
 def child(args: argparse.Namespace) -> int:
     """Measure a share of a stage into a file of its own."""
     import torch
 
     from benchmarks.gpu import checks
-    from benchmarks.gpu.runs import Results, run_rows
 
     said = json.loads(args.stage)
     stage = Stage(said["part"], said["warm"], tuple(said["group"]) if said["group"] else None)
@@ -182,8 +104,6 @@ def run_stage(stage: Stage, args: argparse.Namespace, results: Results, deadline
     Returns:
         Whether all children ended well.
     """
-    from benchmarks.gpu.runs import Child, Results, supervise
-
     into = Results(args.work / "built.json") if stage.warm else results
     rows = [row for row in rows_of(stage, args, results) if into.fresh(row, retry=args.retry) is None]
     count = min(args.workers, len(rows)) if stage.warm or stage.part == "kernels-check" else 1
@@ -281,8 +201,6 @@ def main() -> int:
         from benchmarks.gpu import dry
 
         return dry.dry_run(args)
-    from benchmarks.gpu.runs import Results
-
     if args.report_only:
         return report(args, Results(args.cache))
     if args.device == "cuda":
@@ -309,6 +227,4 @@ def command_line(arguments: list[str]) -> str:
 
 def note_run(results: Results, command: str) -> None:
     """Keep the command for the page."""
-    from benchmarks.gpu.runs import Row
-
     results.put(Row("run", f"run {len(results.of('run')) + 1}", "", 0.0, dict), {"command": command}, 0.0)

@@ -14,6 +14,7 @@ from benchmarks.gpu import checks, jobs, kernels, models, tune
 from benchmarks.gpu.cases import cases
 from benchmarks.gpu.runs import Results, Row
 from benchmarks.gpu.setup import first_line
+from benchmarks.gpu.stages import Stage, rows_of, wanted
 
 MAC_TOLERANCE = 0.02
 TINY = {"embed_dim": 96, "num_heads": 3, "num_classes": 10}  # heads of 32 channels, 12 blocks, 197 tokens
@@ -22,8 +23,6 @@ TINY_MODEL = "deit_tiny_patch16_224"
 
 def dry_run(args: argparse.Namespace) -> int:
     """List all rows and try what a CPU can; 0, or 1 where something is wrong."""
-    from benchmarks.gpu.command import Stage, rows_of, wanted
-
     torch.set_num_threads(1)
     total, nothing = 0.0, Results(None)
     for part in args.parts:
@@ -124,8 +123,6 @@ def try_tuning(args: argparse.Namespace) -> list[str]:
 
 def try_models(args: argparse.Namespace) -> list[str]:
     """All plans, and a tiny model under each reducer's plan in each form that this tree has."""
-    from benchmarks.gpu.command import wanted
-
     asked, wrong = wanted(args), []
     for model in asked.models:
         for reducer in asked.reducers:

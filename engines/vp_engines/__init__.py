@@ -22,6 +22,7 @@ from vp_engines.errors import (
     InputError,
     VpError,
 )
+from vp_engines.version import installed_version
 
 if TYPE_CHECKING:
     from vp_engines.bundle import read_manifest, verify_bundle
@@ -54,7 +55,7 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _installed_version()
+        value: Any = installed_version()
     elif name in _LAZY:
         value = getattr(import_module(_LAZY[name]), name)
     else:
@@ -65,12 +66,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _installed_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("vp-export")
-    except PackageNotFoundError:  # run from a checkout
-        return "0+unknown"

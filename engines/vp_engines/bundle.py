@@ -39,6 +39,7 @@ from vp_engines.manifest import (
     parse_manifest,
     utc_now,
 )
+from vp_engines.version import installed_version
 
 CHUNK = 1 << 18  # bytes read at a time: small enough to be hashed while still in the cache
 
@@ -298,11 +299,9 @@ def write_bundle(out: str | Path, *, files: Mapping[str, Path | bytes], force: b
     Raises:
         BundleError: a wrong field or path, something in the way, or the disk refused; nothing is left behind.
     """
-    from vp_engines import __version__
-
     out = _absolute(out)
     check_target(out, force=force)
-    fields = {"created": utc_now(), "tool": {"name": "vp-export", "version": __version__}, **fields}
+    fields = {"created": utc_now(), "tool": {"name": "vp-export", "version": installed_version()}, **fields}
     with building(out) as folder:
         check_target(out, force=force)  # again: another export may have been waited for
         entries = [_store(folder, path, source) for path, source in sorted(files.items())]

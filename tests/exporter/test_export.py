@@ -20,7 +20,7 @@ from vp_exporter.export import ExportRequest, export_bundle
 from vp_exporter.model.loading import LoadedModel
 from vp_exporter.model.preprocessing import preprocessing_of
 from vp_exporter.model.weights import fingerprint
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.utils.progress import SILENT, SilentProgress
@@ -45,7 +45,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def plan(model: LoadedModel) -> ReductionPlan:
-    return random_plan(model.description.plan_model(), scales=True)
+    return random_plan(PlanModel.of(model.description), scales=True)
 
 
 def run(model: LoadedModel, plan: ReductionPlan, request: ExportRequest, progress: SilentProgress = SILENT) -> None:

@@ -7,7 +7,8 @@ import timm
 import torch
 import torch.nn as nn
 
-from vp_exporter.model.describe import ViTDescription, describe
+from vp_exporter.model.describe import describe
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.masks import plan_from_mask
 
@@ -30,7 +31,7 @@ KINDS: dict[str, tuple[str, dict]] = {
 DEPTH = 4
 
 
-def tiny_vit(kind: str = "class-token", seed: int = 0, heads: int = 4) -> tuple[nn.Module, ViTDescription]:
+def tiny_vit(kind: str = "class-token", seed: int = 0, heads: int = 4) -> tuple[nn.Module, ModelSpec]:
     """A 4-block, 64-wide model of 4x4 or 5x5 patches with parameters far from their initial values.
 
     Fresh models have zero biases, unit norms and LayerScales of 1e-5, which would hide a forgotten term.

@@ -19,7 +19,7 @@ import json, sys
 import timm, torch
 from tests.kernels.fake_cuda import compile_ours, inductor_code, launches, pretend
 from vp_exporter.model.describe import describe
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.reducers import step_from_dict
 
@@ -29,7 +29,7 @@ depth = 1 + max(step["block"] for step in steps)
 vit = timm.create_model("vit_tiny_patch16_224", depth=depth, num_classes=7).eval()
 description = describe(vit, "vit_tiny_patch16_224")
 plan = ReductionPlan(
-    description.plan_model(), tuple(step_from_dict(step) for step in steps), proportional_attention=proportional
+    PlanModel.of(description), tuple(step_from_dict(step) for step in steps), proportional_attention=proportional
 )
 model = ReducedViT(vit, description, plan).for_export("bf16", kernels="vp")
 code = inductor_code(model, torch.zeros(2, 3, 224, 224))

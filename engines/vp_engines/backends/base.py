@@ -16,13 +16,12 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+from vp_engines.backends.recording import RecordedRun
 from vp_engines.errors import BuildError, EngineUnavailableError, InputError
 from vp_engines.extras import EXTRAS, install_hint
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from vp_engines.backends.recording import RecordedRun
 
 Precision = Literal["fp32", "fp16", "bf16"]
 

@@ -27,7 +27,8 @@ from vp_engines.backends.base import (
     require,
     version_tuple,
 )
-from vp_engines.backends.recording import RecordedRun, RecordingRunner
+from vp_engines.backends.recording import RecordedRun
+from vp_engines.backends.recording_runner import RecordingRunner
 from vp_engines.errors import BuildError, BundleCorruptError, BundleIncompatibleError, EngineUnavailableError
 from vp_engines.extras import install_hint, installed
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vp_engines.backends.base import Runner, TensorSpec
 from vp_engines.errors import InputError
 
 
@@ -49,26 +48,6 @@ class RecordedRun:
             operations.append(Operation(name, kind, start, duration))
             start += duration
         return cls(tuple(operations))
-
-
-class RecordingRunner(Runner):
-    """A runner whose profiler tells of each run as it ends: `_run` appends to `_runs` where that is a list.
-
-    Args:
-        profile: whether to record.
-    """
-
-    def __init__(
-        self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, profile: bool = False
-    ) -> None:
-        super().__init__(inputs, outputs)
-        self._runs: list[RecordedRun] | None = [] if profile else None
-
-    def _recorded(self) -> list[RecordedRun]:
-        if self._runs is None:
-            raise nothing_recorded()
-        runs, self._runs = self._runs, None
-        return runs
 
 
 def nothing_recorded() -> InputError:

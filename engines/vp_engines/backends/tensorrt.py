@@ -32,7 +32,8 @@ from vp_engines.backends.base import (
     require,
     version_tuple,
 )
-from vp_engines.backends.recording import RecordedRun, RecordingRunner
+from vp_engines.backends.recording import RecordedRun
+from vp_engines.backends.recording_runner import RecordingRunner
 from vp_engines.backends.tensorrt_build import in_child, load_plugins, select
 from vp_engines.errors import (
     BuildError,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from vp_engines.errors import VpError
 from vp_exporter.cli import options
+from vp_exporter.plan import PlanModel
 
 if TYPE_CHECKING:
     from vp_exporter.methods import MethodRequest
-    from vp_exporter.model.describe import ViTDescription
+    from vp_exporter.model.spec import ModelSpec
     from vp_exporter.plan import ReductionPlan
 
 
@@ -90,7 +91,7 @@ def _check_kind(path: Path) -> None:
 
 
 def read_plan(
-    plan: Path | None, masks: Path | None, request: MethodRequest | None, description: ViTDescription
+    plan: Path | None, masks: Path | None, request: MethodRequest | None, description: ModelSpec
 ) -> ReductionPlan:
     """The plan file, the mask as a plan for this model, or the method's plan for it.
 
@@ -107,6 +108,6 @@ def read_plan(
         found.check_model(description)
         return found
     if masks is not None:
-        return plan_from_mask(read_mask(masks), description.plan_model())
+        return plan_from_mask(read_mask(masks), PlanModel.of(description))
     assert request is not None  # check_one_source has refused the other case
     return build_plan(request, description)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from vp_engines.backends.base import Backend, BuildOptions, BuildResult, BuildSource, Runner, RunOptions
 from vp_exporter.errors import UnsupportedModelError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.rewrite.fused_block import check_kernels
 from vp_exporter.rewrite.reduced_vit import Kernels
 from vp_exporter.utils.progress import SILENT, Progress
@@ -35,7 +35,7 @@ class Candidates:
 
 
 def candidates(
-    option: KernelsOption, backend: Backend, build: BuildOptions, description: ViTDescription, head_dim: int
+    option: KernelsOption, backend: Backend, build: BuildOptions, description: ModelSpec, head_dim: int
 ) -> dict[str, Candidates]:
     """What to build for the variants "reduced" and "dense".
 

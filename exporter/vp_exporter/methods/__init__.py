@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.presets import PRESETS, Preset
 from vp_exporter.methods.request import MethodRequest
 from vp_exporter.methods.table import METHODS
 from vp_exporter.methods.target import solve
-
-if TYPE_CHECKING:
-    from vp_exporter.model.describe import ViTDescription
-    from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 
 __all__ = ["METHODS", "PRESETS", "MethodRequest", "Preset", "build_plan"]
 
 
-def build_plan(request: MethodRequest, description: ViTDescription) -> ReductionPlan:
+def build_plan(request: MethodRequest, description: ModelSpec) -> ReductionPlan:
     """The plan that a request makes for a model.
 
     Its `budget` is what was asked; its `provenance` names the preset and its paper, the seed, or what a MAC target
@@ -27,8 +25,6 @@ def build_plan(request: MethodRequest, description: ViTDescription) -> Reduction
         PlanError: an amount that does not fit the model, naming the block and the limit; a preset for another depth or
             number of patches; MACs out of reach; a model that lacks what the method needs.
     """
-    from vp_exporter.plan import ReductionPlan
-
     method, settled = METHODS[request.method], request
     provenance: dict[str, Any] = {}
     if request.preset is not None:
@@ -51,7 +47,7 @@ def build_plan(request: MethodRequest, description: ViTDescription) -> Reduction
     by_paper = any(getattr(step, "proportional", False) for step in steps)
     wanted = request.proportional_attention
     plan = ReductionPlan(
-        model=description.plan_model(),
+        model=PlanModel.of(description),
         steps=steps,
         method=method.name,
         proportional_attention=by_paper if wanted is None else wanted,

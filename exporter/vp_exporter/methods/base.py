@@ -5,15 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vp_exporter.errors import PlanError
-from vp_exporter.methods.request import MOST
+from vp_exporter.methods.options import MOST, MethodOptions
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers import REDUCERS, Step
-
-if TYPE_CHECKING:
-    from vp_exporter.methods.request import MethodRequest
-    from vp_exporter.model.describe import ViTDescription
 
 Steps = tuple[Step, ...]
 
@@ -39,9 +36,9 @@ class Method(ABC):
 
     Attributes:
         name: on the command line; also the reducer's, unless the method is a static mask.
-        options: fields of MethodRequest that it takes (preset and proportional_attention go without saying).
+        options: fields of MethodOptions that it takes (preset and proportional_attention go without saying).
         amounts: groups of options and arguments; one group says how much goes.
-        args: names that it takes in MethodRequest.args.
+        args: names that it takes in MethodOptions.args.
     """
 
     name: str
@@ -50,7 +47,7 @@ class Method(ABC):
     args: tuple[str, ...] = ()
 
     @abstractmethod
-    def steps(self, request: MethodRequest, model: ViTDescription) -> Steps:
+    def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         """The steps that a stated amount makes.
 
         Raises:
@@ -58,15 +55,15 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def family(self, request: MethodRequest, model: ViTDescription) -> Family:
+    def family(self, request: MethodOptions, model: ModelSpec) -> Family:
         """The plans among which a MAC target is searched."""
 
-    def step(self, block: int, values: Mapping[str, Any], model: ViTDescription) -> Step:
+    def step(self, block: int, values: Mapping[str, Any], model: ModelSpec) -> Step:
         """A step of this method's reducer, as its authors' code has it where `values` says nothing else."""
         return REDUCERS[self.name].new(block, values, model)
 
 
-def acting_blocks(request: MethodRequest, model: ViTDescription, default: tuple[int, ...]) -> tuple[int, ...]:
+def acting_blocks(request: MethodOptions, model: ModelSpec, default: tuple[int, ...]) -> tuple[int, ...]:
     """The blocks that act, checked against the model's depth.
 
     Raises:

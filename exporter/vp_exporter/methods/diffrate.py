@@ -5,16 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, listed
-from vp_exporter.methods.request import label
+from vp_exporter.methods.options import MethodOptions, label
 from vp_exporter.methods.schedule import rounded
-
-if TYPE_CHECKING:
-    from vp_exporter.methods.request import MethodRequest
-    from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 
 # Learned by the authors for DeiT-S at 2.905 GMACs (their repository's rates): tokens after dropping and after merging
 # in each of 12 blocks, of 197 with the class token.
@@ -31,7 +28,7 @@ class DiffRateMethod(Method):
     Of what leaves at a block the share that is dropped, not merged, is the published one at that depth, too.
     """
 
-    def steps(self, request: MethodRequest, model: ViTDescription) -> Steps:
+    def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         blocks = acting_blocks(request, model, tuple(range(model.depth)))
         prune, merge = (
             listed(label(key, arg=True), request.args[key], blocks, low=1) for key in ("prune_to", "merge_to")
@@ -43,7 +40,7 @@ class DiffRateMethod(Method):
             left = merge_to
         return tuple(steps)
 
-    def family(self, request: MethodRequest, model: ViTDescription) -> Family:
+    def family(self, request: MethodOptions, model: ModelSpec) -> Family:
         blocks = acting_blocks(request, model, tuple(range(model.depth)))
         alive = [share_alive((block + 1) / model.depth) for block in blocks]
         first = next((block for block, share in zip(blocks, alive, strict=True) if share < 1), None)
@@ -61,8 +58,8 @@ class DiffRateMethod(Method):
 
     def _scaled(
         self,
-        request: MethodRequest,
-        model: ViTDescription,
+        request: MethodOptions,
+        model: ModelSpec,
         blocks: Sequence[int],
         alive: Sequence[float],
         power: float,
@@ -79,7 +76,7 @@ class DiffRateMethod(Method):
         return tuple(steps)
 
 
-def _other(request: MethodRequest) -> dict[str, Any]:
+def _other(request: MethodOptions) -> dict[str, Any]:
     """The arguments that are no counts."""
     return {key: value for key, value in request.args.items() if key not in ("prune_to", "merge_to")}
 

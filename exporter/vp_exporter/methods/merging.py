@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, stage_blocks
+from vp_exporter.methods.options import MethodOptions
 from vp_exporter.methods.schedule import counts_of, cut, share_of, slope
-
-if TYPE_CHECKING:
-    from vp_exporter.methods.request import MethodRequest
-    from vp_exporter.model.describe import ViTDescription
-
+from vp_exporter.model.spec import ModelSpec
 
 # How PiToMe matches in the two halves of the blocks: as its authors have it for DeiT, and for MAE.
 HALVES = {"bipartite-first": ("bipartite", "protect"), "protect-first": ("protect", "bipartite")}
@@ -42,7 +39,7 @@ class MergingMethod(Method):
     limit: Callable[[int], int] = half
     staged: bool = False
 
-    def steps(self, request: MethodRequest, model: ViTDescription) -> Steps:
+    def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         blocks = self._blocks(request, model)
         if request.keep_rate is not None:
             return self._made(request, model, blocks, self._kept(request.keep_rate, model.patches, len(blocks)))
@@ -56,7 +53,7 @@ class MergingMethod(Method):
         assert request.r is not None
         return self._made(request, model, blocks, self._sloped(request, model, len(blocks), request.r))
 
-    def family(self, request: MethodRequest, model: ViTDescription) -> Family:
+    def family(self, request: MethodOptions, model: ModelSpec) -> Family:
         blocks = self._blocks(request, model)
         # The most that the shape can ask: as much as its first acting block can give.
         weights = slope(request.schedule or "constant", len(blocks), 1.0)
@@ -69,11 +66,11 @@ class MergingMethod(Method):
             bound=why,
         )
 
-    def _blocks(self, request: MethodRequest, model: ViTDescription) -> tuple[int, ...]:
+    def _blocks(self, request: MethodOptions, model: ModelSpec) -> tuple[int, ...]:
         default = stage_blocks(model.depth) if self.staged else tuple(range(model.depth))
         return acting_blocks(request, model, default)
 
-    def _sloped(self, request: MethodRequest, model: ViTDescription, blocks: int, r: float) -> list[int]:
+    def _sloped(self, request: MethodOptions, model: ModelSpec, blocks: int, r: float) -> list[int]:
         shape = request.schedule or "constant"
         # A slope's first count is not what the caller wrote: it is cut like the others.
         return cut(counts_of(shape, blocks, r), model.patches, self.limit, first=shape != "constant")
@@ -86,16 +83,14 @@ class MergingMethod(Method):
             patches -= counts[-1]
         return counts
 
-    def _made(
-        self, request: MethodRequest, model: ViTDescription, blocks: Sequence[int], counts: Sequence[int]
-    ) -> Steps:
+    def _made(self, request: MethodOptions, model: ModelSpec, blocks: Sequence[int], counts: Sequence[int]) -> Steps:
         return tuple(
             self.step(block, {"r": r, **self._fields(request, block, model)}, model)
             for block, r in zip(blocks, counts, strict=False)
             if r
         )
 
-    def _fields(self, request: MethodRequest, block: int, model: ViTDescription) -> dict[str, Any]:
+    def _fields(self, request: MethodOptions, block: int, model: ModelSpec) -> dict[str, Any]:
         """The reducer's fields besides r; what is left out has the reducer's own default."""
         values = dict(request.args)
         matching = values.get("matching")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.diffrate import MERGE_TO, PRUNE_TO
+from vp_exporter.methods.options import MethodOptions
+from vp_exporter.model.spec import ModelSpec
 
-if TYPE_CHECKING:
-    from vp_exporter.methods.request import MethodRequest
-    from vp_exporter.model.describe import ViTDescription
+Options = TypeVar("Options", bound=MethodOptions)
 
 DEPTH, PATCHES = 12, 196
 _COUNTS = ("tokens_out", "prune_to", "merge_to")  # arguments that count the class token
@@ -36,7 +36,7 @@ class Preset:
     """A published setting.
 
     Attributes:
-        settings: fields of MethodRequest.
+        settings: fields of MethodOptions.
         paper: authors, year, arXiv or venue.
         tokens: block -> tokens that leave it, class token included.
         published: MACs on each backbone.
@@ -51,7 +51,7 @@ class Preset:
     published: tuple[Published, ...]
     note: str = field(default="")
 
-    def apply(self, request: MethodRequest, model: ViTDescription) -> MethodRequest:
+    def apply(self, request: Options, model: ModelSpec) -> Options:
         """The request with the preset's settings in place of its name.
 
         Raises:

@@ -1,66 +1,32 @@
-"""What the user asks of a method: its name, how much should go, and the method's own arguments."""
+"""A request for a plan by a method's name, held to the methods and presets that there are."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
 
 from vp_engines.errors import VpError
-
-if TYPE_CHECKING:
-    from vp_exporter.methods.base import Method
-
-SHAPES = ("constant", "decreasing", "increasing")
-MOST = 1_000_000  # tokens, as in a plan: far above any ViT, and no float overflows
+from vp_exporter.methods.base import Method
+from vp_exporter.methods.options import MethodOptions, label
+from vp_exporter.methods.presets import PRESETS
+from vp_exporter.methods.table import METHODS
 
 
 @dataclass(frozen=True)
-class MethodRequest:
-    """A reduction method by its name; a request that exists is consistent in itself, whatever the model.
+class MethodRequest(MethodOptions):
+    """A reduction method by its name, with options that go together: consistent in itself, whatever the model.
 
-    Exactly one field says how much goes: `r`, `keep_rate`, `target_macs`, `preset`, or lists in `args`, as the method
-    takes them.
-
-    Attributes:
-        method: a name in vp_exporter.methods.METHODS.
-        preset: a name in vp_exporter.methods.PRESETS; it fixes the token counts.
-        r: tokens that leave at a block: one number for every acting block (the mean, where `schedule` slopes), or one
-            for each, padded with 0.
-        schedule: "constant" (default), "decreasing" (2r to 0) or "increasing" (0 to 2r).
-        blocks: the blocks that act, 0-based and ascending; None: the method's own.
-        keep_rate: share of the patch tokens that a stage keeps, 0 to 1, both excluded.
-        tau: threshold of ppt on the variance of the scores.
-        target_macs: share of the dense model's MACs, 0 to 1, both excluded.
-        seed: of method "random"; 0 where it is None.
-        proportional_attention: None: as the method's paper.
-        args: the method's own arguments, JSON values.
+    Fields as of `MethodOptions`.
 
     Raises:
         VpError: an unknown method or preset, an option that the method does not take, a value out of its range,
             nothing or too much that says how much goes, or no tau where it is needed.
     """
 
-    method: str
-    preset: str | None = None
-    r: int | tuple[int, ...] | None = None
-    schedule: str | None = None
-    blocks: tuple[int, ...] | None = None
-    keep_rate: float | None = None
-    tau: float | None = None
-    target_macs: float | None = None
-    seed: int | None = None
-    proportional_attention: bool | None = None
-    args: Mapping[str, Any] = field(default_factory=dict)
-
     def __post_init__(self) -> None:
-        from vp_exporter.methods.table import METHODS  # the methods read requests: the arrow back is kept short
-
         method = METHODS.get(self.method)
         if method is None:
             raise VpError(f"unknown method {self.method!r}", expected=f"one of {', '.join(METHODS)}")
-        self._check_values()
+        super().__post_init__()
         self._check_taken(method)
         self._check_preset(method)
         self._check_amount(method)
@@ -70,37 +36,6 @@ class MethodRequest:
                 expected="--tau, the variance of the scores from which an image is pruned and not pooled",
                 fix="tau belongs to a model and a token count: preset ppt-deit-s uses 7e-5 (DeiT-S, 197 tokens)",
             )
-
-    def _check_values(self) -> None:
-        rows: tuple[Any, ...] = self.r if isinstance(self.r, tuple) and self.r else (self.r,)
-        low = 0 if isinstance(self.r, tuple) else 1
-        odd = [r for r in rows if r is not None and not _is_whole(r, low)]
-        if odd:
-            raise VpError(
-                f"--r is {odd[0]!r}",
-                expected="a whole number from 1, such as 13, or a list with one for each acting block, such as 0,6,8",
-            )
-        if self.schedule is not None and self.schedule not in SHAPES:
-            raise VpError(f"--schedule is {self.schedule!r}", expected=f"one of {', '.join(SHAPES)}")
-        if self.schedule is not None and isinstance(self.r, tuple):
-            raise VpError("--schedule is given with a list of r", expected="one number, whose blocks it shapes")
-        if self.schedule is not None and self.keep_rate is not None:
-            raise VpError(
-                "--schedule is given with --keep-rate", expected="--schedule with --r, whose blocks it shapes"
-            )
-        if self.blocks is not None:
-            bad = not self.blocks or any(not _is_whole(block, 0) for block in self.blocks)
-            if bad or any(a >= b for a, b in zip(self.blocks, self.blocks[1:], strict=False)):
-                raise VpError(f"--blocks is {list(self.blocks)}", expected="ascending 0-based blocks, such as 3,6,9")
-        for name in ("keep_rate", "target_macs"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < 1):
-                what = "the share of patch tokens that stay" if name == "keep_rate" else "a share of the dense MACs"
-                raise VpError(f"{label(name)} is {value!r}", expected=f"{what}, above 0 and below 1, such as 0.7")
-        if self.tau is not None and not (_is_number(self.tau) and self.tau >= 0):
-            raise VpError(f"--tau is {self.tau!r}", expected="a finite number, at least 0, such as 7e-5")
-        if self.seed is not None and not _is_whole(self.seed, 0):
-            raise VpError(f"--seed is {self.seed!r}", expected="a whole number, at least 0")
 
     def _check_taken(self, method: Method) -> None:
         always = {"method", "preset", "proportional_attention", "args"}
@@ -113,8 +48,6 @@ class MethodRequest:
             raise VpError(f"method {method.name} does not take {strange[0]}", expected=f"only {', '.join(takes)}")
 
     def _check_preset(self, method: Method) -> None:
-        from vp_exporter.methods.presets import PRESETS
-
         if self.preset is None:
             return
         own = [preset.name for preset in PRESETS.values() if preset.method == method.name]
@@ -148,31 +81,3 @@ class MethodRequest:
                 expected="the preset alone: it fixes every token count",
                 fix="leave one of them out",
             )
-
-    def _has(self, name: str) -> bool:
-        return name in self.args or getattr(self, name, None) is not None
-
-    def asked(self) -> dict[str, Any]:
-        """What was given, as JSON values: the plan's `budget`."""
-        found: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.name == "method" or value is None or (entry.name == "args" and not value):
-                continue
-            found[entry.name] = list(value) if isinstance(value, tuple) else value
-        if "args" in found:
-            found["args"] = dict(self.args)
-        return found
-
-
-def label(name: str, *, arg: bool = False) -> str:
-    """A field or an argument as the command line has it."""
-    return f"--method-arg {name}" if arg else "--" + name.replace("_", "-")
-
-
-def _is_whole(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MOST
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

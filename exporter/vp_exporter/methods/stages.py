@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Method, Steps, acting_blocks, listed, stage_blocks
-from vp_exporter.methods.request import label
+from vp_exporter.methods.options import MethodOptions, label
 from vp_exporter.methods.schedule import rounded, share_of
-
-if TYPE_CHECKING:
-    from vp_exporter.methods.request import MethodRequest
-    from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 
 # BAT's own split of what survives is not published (docs/reducers.md, methods): these two shares are ours. They lie in
 # the middle of the ranges that fit the method's figure; --method-arg clusters=... and pairs=... replace them.
@@ -25,7 +22,7 @@ class StageMethod(Method):
     """Keeps ceil(keep rate x n) of the n patch tokens of a stage (evit: and one fused token, which counts as a patch
     token of the next stage, as with its authors), or the counts that --method-arg tokens_out lists."""
 
-    def steps(self, request: MethodRequest, model: ViTDescription) -> Steps:
+    def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         blocks = acting_blocks(request, model, stage_blocks(model.depth))
         if request.keep_rate is not None:
             return self._at_rate(request, model, blocks, request.keep_rate)
@@ -38,7 +35,7 @@ class StageMethod(Method):
             left = m
         return tuple(steps)
 
-    def family(self, request: MethodRequest, model: ViTDescription) -> Family:
+    def family(self, request: MethodOptions, model: ModelSpec) -> Family:
         blocks = acting_blocks(request, model, stage_blocks(model.depth))
         least = 0.5 / model.patches  # ceil() makes 1 of it at every stage
 
@@ -51,7 +48,7 @@ class StageMethod(Method):
             bound=f"block {blocks[0]} is the first to reduce and keeps at least 1 patch token",
         )
 
-    def _at_rate(self, request: MethodRequest, model: ViTDescription, blocks: tuple[int, ...], rate: float) -> Steps:
+    def _at_rate(self, request: MethodOptions, model: ModelSpec, blocks: tuple[int, ...], rate: float) -> Steps:
         steps, left = [], model.patches
         for stage, block in enumerate(blocks):
             kept = share_of(rate, left)
@@ -62,11 +59,11 @@ class StageMethod(Method):
             left = m
         return tuple(steps)
 
-    def _fuses(self, request: MethodRequest) -> bool:
+    def _fuses(self, request: MethodOptions) -> bool:
         return self.name == "evit" and request.args.get("fuse", True) is True
 
     def _step(
-        self, request: MethodRequest, model: ViTDescription, block: int, stage: int, n: int, m: int, stages: int
+        self, request: MethodOptions, model: ModelSpec, block: int, stage: int, n: int, m: int, stages: int
     ) -> Any:
         """One stage: n patch tokens enter, m leave."""
         values = {key: value for key, value in request.args.items() if key != "tokens_out"}

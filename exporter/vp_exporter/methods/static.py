@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vp_exporter.methods.base import Family, Method, Steps
+from vp_exporter.methods.options import MethodOptions
 from vp_exporter.methods.schedule import share_of
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers import StaticStep
-
-if TYPE_CHECKING:
-    from vp_exporter.methods.request import MethodRequest
-    from vp_exporter.model.describe import ViTDescription
 
 
 @dataclass(frozen=True)
 class StaticMethod(Method):
     """Keeps ceil(keep rate x patches) patches from the start: the others are never embedded."""
 
-    def steps(self, request: MethodRequest, model: ViTDescription) -> Steps:
+    def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         assert request.keep_rate is not None
         return self._kept(request, model, share_of(request.keep_rate, model.patches))
 
-    def family(self, request: MethodRequest, model: ViTDescription) -> Family:
+    def family(self, request: MethodOptions, model: ModelSpec) -> Family:
         def count(u: float) -> int:
             return model.patches - round(u * (model.patches - 1))
 
@@ -34,7 +31,7 @@ class StaticMethod(Method):
             bound="block 0 keeps at least 1 patch token",
         )
 
-    def _kept(self, request: MethodRequest, model: ViTDescription, count: int) -> Steps:
+    def _kept(self, request: MethodOptions, model: ModelSpec, count: int) -> Steps:
         if count == model.patches:
             return ()
         if self.name == "random":

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods.base import Family, Steps
-
-if TYPE_CHECKING:
-    from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
+from vp_exporter.plan.macs import count_macs
 
 TOLERANCE = 0.005  # share of the dense MACs
 _SAMPLES = 64
 _HALVINGS = 40
 
 
-def solve(family: Family, model: ViTDescription, target: float) -> tuple[Steps, dict[str, Any]]:
+def solve(family: Family, model: ModelSpec, target: float) -> tuple[Steps, dict[str, Any]]:
     """Steps nearest to `target`, a share of the dense MACs (what count_macs counts: not the reducers' own arithmetic).
 
     A coarse sweep finds where the family crosses the target, bisection closes in. (Rounding makes MACs fall in small
@@ -31,10 +31,8 @@ def solve(family: Family, model: ViTDescription, target: float) -> tuple[Steps, 
     Raises:
         PlanError: the target is out of the family's reach by more than `TOLERANCE`; it names the reach and the block.
     """
-    from vp_exporter.plan import ReductionPlan
-    from vp_exporter.plan.macs import count_macs
 
-    dense, target_model = count_macs(model).total, model.plan_model()
+    dense, target_model = count_macs(model).total, PlanModel.of(model)
     seen: dict[float, float | None] = {}
     refused: list[PlanError] = []
 

@@ -6,8 +6,6 @@ that class (`type(x) is`), never a subclass, because a subclass may compute some
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn as nn
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
@@ -15,69 +13,12 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from vp_exporter.errors import UnsupportedModelError
-from vp_exporter.plan import PlanModel
+from vp_exporter.model.spec import BlockMacs, ModelSpec
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
 
 
-@dataclass(frozen=True)
-class BlockMacs:
-    """Multiply-accumulates of one block: per token in the attention's linear layers, per token in the MLP, and the
-    width w of the attention, which costs 2 * tokens^2 * w (logits and weighted sum)."""
-
-    attention_linear: int
-    mlp_linear: int
-    attention_width: int
-
-
-@dataclass(frozen=True)
-class ViTDescription:
-    """What the rest of the exporter needs to know of a model.
-
-    Attributes:
-        image_size, patch_size, grid: height and width, in pixels and in patches.
-        prefix_tokens: class token, distillation token and register tokens together, always first in the sequence.
-        pool: "token", "avg", "avgmax", "max" or "map".
-        num_classes: 0 for a feature extractor.
-        blocks: MACs of each block.
-        patch_embed_macs: per embedded patch.
-        head_macs: (fixed, per pooled token) MACs of pooling and head.
-    """
-
-    name: str
-    image_size: tuple[int, int]
-    patch_size: tuple[int, int]
-    grid: tuple[int, int]
-    in_chans: int
-    prefix_tokens: int
-    class_token: bool
-    distilled: bool
-    register_tokens: int
-    embed_dim: int
-    num_heads: int
-    pool: str
-    pool_include_prefix: bool
-    num_classes: int
-    blocks: tuple[BlockMacs, ...]
-    patch_embed_macs: int
-    head_macs: tuple[int, int]
-
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    def plan_model(self, weights_sha256: str | None = None) -> PlanModel:
-        """This model as a plan names it."""
-        return PlanModel(
-            self.name, self.image_size, self.patch_size, self.prefix_tokens, self.depth, self.patches, weights_sha256
-        )
-
-
-def describe(model: nn.Module, name: str) -> ViTDescription:
+def describe(model: nn.Module, name: str) -> ModelSpec:
     """Take stock of a timm model.
 
     Raises:
@@ -98,7 +39,7 @@ def describe(model: nn.Module, name: str) -> ViTDescription:
         pool: AttentionPoolLatent = vit.attn_pool
         head_fixed += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
         head_per_token = _linear_macs(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-    return ViTDescription(
+    return ModelSpec(
         name=name,
         image_size=tuple(embed.img_size),
         patch_size=tuple(embed.patch_size),

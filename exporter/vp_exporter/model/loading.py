@@ -16,8 +16,9 @@ import torch.nn as nn
 from vp_exporter.data.labels import known_names
 from vp_exporter.errors import UnsupportedModelError, WeightsError
 from vp_exporter.model import weights as weight_files
-from vp_exporter.model.describe import ViTDescription, describe
+from vp_exporter.model.describe import describe
 from vp_exporter.model.hub import ModelName, folder_weights, hub_at_hand, parse_name
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.model.state_dicts import adapt, drop_head, find_weights, projected
 
 
@@ -56,7 +57,7 @@ class LoadedModel:
     """
 
     vit: nn.Module
-    description: ViTDescription
+    description: ModelSpec
     weights_sha256: str
     weights_source: str
     notes: tuple[str, ...] = ()
@@ -107,7 +108,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
 def describe_by_name(
     name: str, args: Mapping[str, Any], num_classes: int | None = None, img_size: tuple[int, int] | None = None
-) -> ViTDescription:
+) -> ModelSpec:
     """Describe a model without weights or memory.
 
     Raises:
@@ -193,7 +194,7 @@ def _with_classes(args: Mapping[str, Any], classes: int | None) -> dict[str, Any
     return dict(args) if classes is None else {**args, "num_classes": classes}
 
 
-def _check_size(description: ViTDescription, img_size: tuple[int, int] | None) -> None:
+def _check_size(description: ModelSpec, img_size: tuple[int, int] | None) -> None:
     if img_size is None:
         return
     for side, patch in zip(img_size, description.patch_size, strict=True):

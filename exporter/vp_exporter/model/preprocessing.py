@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 
 from vp_engines.errors import VpError
 from vp_engines.manifest import Preprocessing
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 
@@ -33,7 +33,7 @@ class PreprocessingOverrides:
 
 
 def preprocessing_of(
-    vit: nn.Module, description: ViTDescription, overrides: PreprocessingOverrides = PreprocessingOverrides()
+    vit: nn.Module, description: ModelSpec, overrides: PreprocessingOverrides = PreprocessingOverrides()
 ) -> Preprocessing:
     """timm's evaluation transform of a model, at the image size that it has now.
 

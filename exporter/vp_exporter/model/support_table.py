@@ -15,7 +15,8 @@ import timm
 import torch
 import torch.nn as nn
 
-from vp_exporter.model.describe import ViTDescription, describe, refusal
+from vp_exporter.model.describe import describe, refusal
+from vp_exporter.model.spec import ModelSpec
 
 # timm's source files of isotropic ViTs: one sequence of tokens from the patch embedding to the pooling. Pyramids (Swin,
 # Hiera, ...) and convolutional networks have no token sequence that a plan could name, so they are not listed.
@@ -116,7 +117,7 @@ def _row(name: str, model: nn.Module) -> SupportRow:
     return SupportRow(name, None, description.pool, _prefix(description), _note(description))
 
 
-def _prefix(description: ViTDescription) -> str:
+def _prefix(description: ModelSpec) -> str:
     return _words(description.class_token, description.distilled, description.register_tokens)
 
 
@@ -134,7 +135,7 @@ def _words(class_token: bool, distilled: bool, registers: int) -> str:
     return " + ".join(parts) or "none"
 
 
-def _note(description: ViTDescription) -> str:
+def _note(description: ModelSpec) -> str:
     (height, width), (rows, columns) = description.image_size, description.grid
     size = f"{height} x {width} pixels, {rows} x {columns} patches"
     return size if description.num_classes else f"{size}; no classes: returns features"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan.plan import BlockTokens, ReductionPlan
 
 
@@ -27,7 +27,7 @@ class MacCount:
         return self.patch_embed + sum(self.blocks) + self.head
 
 
-def count_macs(model: ViTDescription, plan: ReductionPlan | None = None) -> MacCount:
+def count_macs(model: ModelSpec, plan: ReductionPlan | None = None) -> MacCount:
     """MACs of one image through the dense model, or through the model that the plan makes of it."""
     dense = model.prefix_tokens + model.patches
     tokens: Sequence[BlockTokens]
@@ -45,6 +45,6 @@ def count_macs(model: ViTDescription, plan: ReductionPlan | None = None) -> MacC
     return MacCount(embedded * model.patch_embed_macs, blocks, fixed + pooled * per_token)
 
 
-def mac_ratio(model: ViTDescription, plan: ReductionPlan) -> float:
+def mac_ratio(model: ModelSpec, plan: ReductionPlan) -> float:
     """Dense MACs over reduced MACs: the speed-up if every saved MAC were saved time."""
     return count_macs(model).total / count_macs(model, plan).total

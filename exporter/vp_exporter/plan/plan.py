@@ -20,14 +20,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from vp_exporter.errors import PlanError
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers import StaticStep, Step, Tokens, step_from_dict
 from vp_exporter.utils.files import write_atomically
-
-if TYPE_CHECKING:
-    from vp_exporter.model.describe import ViTDescription
 
 FORMAT, VERSION = "vp-plan", 1
 _FIELDS = {
@@ -70,6 +68,13 @@ class PlanModel:
             raise PlanError(f"model.name of the plan is {self.name!r}", expected="a timm model name")
         if self.weights_sha256 is not None and not isinstance(self.weights_sha256, str):
             raise PlanError(f"model.weights_sha256 of the plan is {self.weights_sha256!r}", expected="text or null")
+
+    @classmethod
+    def of(cls, spec: ModelSpec, weights_sha256: str | None = None) -> Self:
+        """A model as a plan names it."""
+        return cls(
+            spec.name, spec.image_size, spec.patch_size, spec.prefix_tokens, spec.depth, spec.patches, weights_sha256
+        )
 
     @property
     def architecture(self) -> str:
@@ -215,7 +220,7 @@ class ReductionPlan:
         full = self.model.prefix_tokens + self.model.patches
         return any(row.attention < full or row.mlp < full for row in self.tokens())
 
-    def check_model(self, description: ViTDescription, weights_sha256: str | None = None) -> None:
+    def check_model(self, description: ModelSpec, weights_sha256: str | None = None) -> None:
         """Refuse a model that this plan is not for.
 
         Args:
@@ -225,7 +230,7 @@ class ReductionPlan:
         Raises:
             PlanError: naming the first difference.
         """
-        mine, theirs = self.model, description.plan_model()
+        mine, theirs = self.model, PlanModel.of(description)
         if mine.architecture != theirs.architecture:
             raise PlanError(
                 f"the plan is for {mine.architecture}", expected=f"a plan for {theirs.architecture}",

@@ -1,4 +1,7 @@
-"""What a reducer is to the rest of the exporter: a named step of a plan that knows its fields and its token count."""
+"""What a reducer is to the rest of the exporter: a named step of a plan that knows its fields and its token count.
+
+Plans are read where there is no torch, so reducers import it, `ops` and `stream` inside the functions that run.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from vp_exporter.errors import PlanError
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
-    from vp_exporter.model.describe import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 # What a reducer may ask of its block's attention (the fields of vp_exporter.reducers.stream.Seen).
@@ -56,12 +60,12 @@ class Step(ABC):
     later: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
-    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+    def usual(cls, block: int, model: ModelSpec) -> Mapping[str, Any]:
         """Fields of a new step that nobody laid down: what the authors' released code does at this block."""
         return {}
 
     @classmethod
-    def new(cls, block: int, fields: Mapping[str, Any], model: ViTDescription) -> Self:
+    def new(cls, block: int, fields: Mapping[str, Any], model: ModelSpec) -> Self:
         """A step for a new plan: fields that are left out are the authors'.
 
         Raises:
@@ -90,7 +94,7 @@ class Step(ABC):
             PlanError: the step cannot act on these tokens.
         """
 
-    def check_model(self, description: ViTDescription) -> None:  # noqa: B027  (most steps ask for nothing)
+    def check_model(self, description: ModelSpec) -> None:  # noqa: B027  (most steps ask for nothing)
         """Refuse a model that lacks what the step needs.
 
         Raises:
@@ -148,11 +152,14 @@ class InnerStep(Step):
     def choose(self, stream: Stream, seen: Seen) -> TokenMap:
         """Decide for each image which tokens stay and where the others go: index maps of a fixed shape."""
 
-    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream | TokenMap | None:
+    def fused(
+        self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool
+    ) -> Stream | TokenMap | None:
         """The same by a vp operator that does more than choose; None where there is none: then `choose` decides.
 
         Args:
             seen: with `head_keys` in place of `keys`.
+            operators: what to call.
             carry_size: the plan carries sizes.
 
         Returns:
@@ -160,7 +167,7 @@ class InnerStep(Step):
         """
         return None
 
-    def check_model(self, description: ViTDescription) -> None:
+    def check_model(self, description: ModelSpec) -> None:
         if "class_attention" in self.needs and not description.class_token:
             raise PlanError(
                 f"the {self.where} scores patches by the class token's attention, "

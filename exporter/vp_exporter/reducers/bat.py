@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,9 +151,7 @@ class BatStep(InnerStep):
         weighted = members if weight is None else members * ops.take(weight, rows)[:, None, :]
         return Pool(rows, weighted / weighted.sum(dim=2, keepdim=True), members, ops.take(rows, centres))
 
-    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream:
-        from vp_exporter.rewrite import operators
-
+    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> Stream:
         assert seen.class_attention is not None
         x, size = operators.density_merge(
             stream.x,

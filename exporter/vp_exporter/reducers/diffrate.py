@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
-    from vp_exporter.model.describe import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 WEIGHTS = ("equal", "similarity")
@@ -36,7 +36,7 @@ class DiffRateStep(InnerStep):
     later: ClassVar[Mapping[str, Any]] = {"weights": "similarity"}
 
     @classmethod
-    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+    def usual(cls, block: int, model: ModelSpec) -> Mapping[str, Any]:
         return {"weights": "equal"}
 
     @classmethod

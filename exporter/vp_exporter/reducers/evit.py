@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
@@ -57,10 +58,9 @@ class EvitStep(InnerStep):
         source = rest + prefix
         return TokenMap(keep, pool=Pool(source, weights, ops.ones(source)[:, None, :], source[:, :1]))
 
-    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> TokenMap | None:
+    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> TokenMap | None:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import TokenMap
-        from vp_exporter.rewrite import operators
 
         assert seen.class_attention is not None
         prefix = stream.prefix

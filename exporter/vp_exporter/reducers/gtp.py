@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vp_exporter.errors import PlanError
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vp_exporter.model.describe import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 SCORES, GRAPHS, SOURCES = ("graph", "class"), ("mixed", "spatial", "semantic"), ("patches", "keys")
@@ -47,7 +47,7 @@ class GtpStep(InnerStep):
     later: ClassVar[Mapping[str, Any]] = {"graph_from": "keys", "theta": 1.0}
 
     @classmethod
-    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+    def usual(cls, block: int, model: ModelSpec) -> Mapping[str, Any]:
         return {"alpha": 0.1, "score": "graph", "graph_from": "patches"}
 
     @classmethod

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vp_exporter.model.describe import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 MATCHINGS = ("bipartite", "protect")
@@ -40,7 +40,7 @@ class PitomeStep(InnerStep):
     later: ClassVar[Mapping[str, Any]] = {"matching": "protect"}
 
     @classmethod
-    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+    def usual(cls, block: int, model: ModelSpec) -> Mapping[str, Any]:
         matching = "bipartite" if block < math.ceil(model.depth / 2) else "protect"
         return {"margin": round(0.75 * (1 - block / model.depth), 6), "matching": matching}
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
-    from vp_exporter.model.describe import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 ORDERS = ("score", "position")
@@ -35,7 +36,7 @@ class PptStep(InnerStep):
     later: ClassVar[Mapping[str, Any]] = {"order": "position"}
 
     @classmethod
-    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+    def usual(cls, block: int, model: ModelSpec) -> Mapping[str, Any]:
         return {"order": "score"}
 
     @classmethod
@@ -75,9 +76,7 @@ class PptStep(InnerStep):
         weight = pool.float() * size
         return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))
 
-    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream | None:
-        from vp_exporter.rewrite import operators
-
+    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> Stream | None:
         if self.order == "position":  # the operator keeps them by score
             return None
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
-    from vp_exporter.model.describe import ViTDescription
     from vp_exporter.reducers.stream import Seen, Stream, TokenMap
 
 ORDERS = ("position", "similarity")
@@ -34,7 +35,7 @@ class TomeStep(InnerStep):
     later: ClassVar[Mapping[str, Any]] = {"order": "position"}
 
     @classmethod
-    def usual(cls, block: int, model: ViTDescription) -> Mapping[str, Any]:
+    def usual(cls, block: int, model: ModelSpec) -> Mapping[str, Any]:
         return {} if model.prefix_tokens else {"order": "similarity"}
 
     @classmethod
@@ -60,9 +61,7 @@ class TomeStep(InnerStep):
         assert seen.keys is not None
         return TokenMap(*match(seen.keys, stream.prefix, self.r, sort=self.order == "position"))
 
-    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> Stream | None:
-        from vp_exporter.rewrite import operators
-
+    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> Stream | None:
         if self.order == "similarity":  # the operator sorts them
             return None
         assert seen.head_keys is not None

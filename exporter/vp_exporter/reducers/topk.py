@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
+from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,10 +61,9 @@ class TopKStep(InnerStep):
             scores = scores * seen.value_norm
         return scores[:, stream.prefix :]
 
-    def fused(self, stream: Stream, seen: Seen, *, carry_size: bool) -> TokenMap:
+    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> TokenMap:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import TokenMap
-        from vp_exporter.rewrite import operators
 
         kept = operators.select(self._scores(stream, seen), self.tokens_out - stream.prefix)
         return TokenMap(ops.frame(kept, stream.prefix, shift=stream.prefix))

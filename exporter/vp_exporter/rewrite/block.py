@@ -245,7 +245,7 @@ class PoolAndHead(nn.Module):
 
     Args:
         vit: the timm model.
-        include_prefix: whether the pooling reads the prefix tokens too (ViTDescription.pool_include_prefix).
+        include_prefix: whether the pooling reads the prefix tokens too (ModelSpec.pool_include_prefix).
         by_size: averages weight tokens by their sizes, where they have some.
     """
 

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vp_exporter.errors import UnsupportedModelError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers import InnerStep, ops
 from vp_exporter.reducers.stream import Seen, Stream, TokenMap, reduce_tokens, sizes_without_merge
 from vp_exporter.rewrite import operators
@@ -28,7 +28,7 @@ HEAD_DIMS = (32, 64, 80, 96, 128)  # of vp::attention; a test holds this to vp_k
 MAX_TOKENS = 1024
 
 
-def check_kernels(description: ViTDescription, head_dim: int) -> None:
+def check_kernels(description: ModelSpec, head_dim: int) -> None:
     """Refuse a model that the operators do not take.
 
     Raises:
@@ -148,7 +148,7 @@ class FusedReduce(nn.Module):
         """
         added = replace(stream, x=stream.x + out)
         # Places in the grid follow an index map, which an operator of its own does not show.
-        found = None if self.carry_positions else self.step.fused(added, seen, carry_size=self.carry_size)
+        found = None if self.carry_positions else self.step.fused(added, seen, operators, carry_size=self.carry_size)
         if found is None:
             if seen.head_keys is not None:
                 seen = replace(seen, keys=seen.head_keys.float().sum(dim=2))

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reducers import InnerStep, StaticStep, Tokens, ops
 from vp_exporter.reducers.graph import TokenGraph, code_index
@@ -46,7 +46,7 @@ class ReducedViT(nn.Module):
     def __init__(
         self,
         vit: nn.Module,
-        description: ViTDescription,
+        description: ModelSpec,
         plan: ReductionPlan | None = None,
         kernels: Kernels = "portable",
     ) -> None:

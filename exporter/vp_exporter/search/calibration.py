@@ -14,7 +14,7 @@ from torch import Tensor
 from vp_exporter.data.augment import AUGMENTS, cutmix
 from vp_exporter.data.image_folder import ImageFolder
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.utils.distributed import Workers, single
 from vp_exporter.utils.progress import SILENT, Progress
@@ -82,7 +82,7 @@ class Calibration:
         images: Tensor,
         labels: Tensor | None,
         vit: nn.Module,
-        description: ViTDescription,
+        description: ModelSpec,
         *,
         batch_size: int = 32,
         held_share: float = 0.25,
@@ -126,7 +126,7 @@ def load_calibration(
     root: Path,
     prepare: Callable[[Path], np.ndarray],
     vit: nn.Module,
-    description: ViTDescription,
+    description: ModelSpec,
     *,
     classes: Sequence[str] | None = None,
     limit: int | None = 512,
@@ -216,7 +216,7 @@ def load_calibration(
 @torch.inference_mode()
 def _dense_logits(
     vit: nn.Module,
-    description: ViTDescription,
+    description: ModelSpec,
     images: Mapping[int, Tensor],
     batches: Sequence[int],
     workers: Workers,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.search.checkpoint import Checkpoint
 from vp_exporter.search.limits import Trace
@@ -129,7 +129,7 @@ class _Run:
         self.scorer, self.settings, self.checkpoint, self.progress = scorer, settings, checkpoint, progress
         self.calibration, self.description = scorer.calibration, scorer.description
         self.dense_macs = count_macs(self.description).total
-        self.trace, self.result = Trace(tell=progress.note), SearchResult(ReductionPlan(self.description.plan_model()))
+        self.trace, self.result = Trace(tell=progress.note), SearchResult(ReductionPlan(PlanModel.of(self.description)))
 
     def static(self, costs: Costs) -> SearchResult:
         """V-Pruner: Fisher, mask search, rearrangement, tuning."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reducers import InnerStep
 from vp_exporter.reducers.stream import Stream
@@ -63,7 +63,7 @@ class Scorer:
     def __init__(
         self,
         vit: nn.Module,
-        description: ViTDescription,
+        description: ModelSpec,
         calibration: Calibration,
         workers: Workers | None = None,
         memo: Memo | None = None,

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from vp_engines.manifest import MANIFEST_NAME, canonical_json
 from vp_exporter.model.describe import describe
+from vp_exporter.plan import PlanModel
 from vp_exporter.plan.masks import plan_from_mask
 
 NAME = "vit_tiny_patch16_224"
@@ -76,7 +77,7 @@ def write_inputs(folder: Path) -> Inputs:
     _fit_head(vit)
     save_file(vit.state_dict(), inputs.weights)
     np.save(inputs.mask, mask())
-    plan_from_mask(mask(), describe(vit, NAME).plan_model(), method="test").save(inputs.plan)
+    plan_from_mask(mask(), PlanModel.of(describe(vit, NAME)), method="test").save(inputs.plan)
     return inputs
 
 

@@ -34,7 +34,7 @@ from vp_engines.bundle import read_manifest, verify_bundle
 from vp_exporter.cli import export, inspect, validate
 from vp_exporter.model.describe import describe
 from vp_exporter.model.loading import ModelRequest, load_model
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.masks import plan_from_mask
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
@@ -326,7 +326,7 @@ def test_inspect_mask(inputs: Inputs) -> None:
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["tokens"] == [[13, 13], [9, 9]]
-    assert found["plan"]["steps"] == plan_from_mask(mask(), describe(create(), NAME).plan_model()).to_dict()["steps"]
+    assert found["plan"]["steps"] == plan_from_mask(mask(), PlanModel.of(describe(create(), NAME))).to_dict()["steps"]
     assert found["macs"]["dense"] > found["macs"]["reduced"]
 
 

@@ -17,7 +17,7 @@ from tests.exporter.tiny import DEPTH, KINDS, random_plan, tiny_vit
 from vp_engines.errors import BuildError
 from vp_exporter.lowering import lower_onnx
 from vp_exporter.lowering import onnx as lowering
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.rewrite.attention import AttentionForm
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
@@ -49,7 +49,7 @@ def expected(model: ReducedViT, images: torch.Tensor) -> np.ndarray:
 
 def reduced_vit(kind: str = "class-token", *, dense: bool = False, scales: bool = False) -> ReducedViT:
     vit, description = tiny_vit(kind)
-    plan: ReductionPlan | None = None if dense else random_plan(description.plan_model(), scales=scales)
+    plan: ReductionPlan | None = None if dense else random_plan(PlanModel.of(description), scales=scales)
     return ReducedViT(vit, description, plan)
 
 

@@ -15,6 +15,7 @@ from tests.exporter.reducers.test_export import EVERY_REDUCER, OTHER_FIELDS, Mod
 from tests.exporter.rewrite.test_fused_block import HEADS, both
 from tests.exporter.tiny import random_plan, tiny_vit
 from vp_exporter.lowering import lower_onnx, plugin_nodes
+from vp_exporter.plan import PlanModel
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 SAME = 5e-4
@@ -77,7 +78,7 @@ def test_what_stands_in_the_files(lowered: tuple[Model, Path, Path]) -> None:
 
 def test_static_plan(tmp_path: Path) -> None:
     vit, description = tiny_vit(heads=2)
-    plan = random_plan(description.plan_model(), scales=True)
+    plan = random_plan(PlanModel.of(description), scales=True)
     path = lower_onnx(ReducedViT(vit, description, plan, "vp").for_export(), tmp_path / "model.onnx")
     kinds = {node.op_type for node in onnx.load(str(path)).graph.node if node.domain == "vp"}
     assert kinds == {"AttentionBias", "GatherNorm"}

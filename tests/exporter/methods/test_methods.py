@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vp_exporter.errors import PlanError
 from vp_exporter.methods import METHODS, MethodRequest, build_plan
 from vp_exporter.methods.stages import bat_split
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.reducers import REDUCERS
 
@@ -36,7 +36,7 @@ def test_every_reducer_can_be_asked_for_by_name() -> None:
 # r methods
 
 
-def test_constant_r(deit_s: ViTDescription) -> None:
+def test_constant_r(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("tome", r=13), deit_s)
     assert fields(plan, "r") == [13] * 12
     assert left(plan)[-1] == 41
@@ -45,7 +45,7 @@ def test_constant_r(deit_s: ViTDescription) -> None:
     assert plan.proportional_attention
 
 
-def test_sloped_r(deit_s: ViTDescription) -> None:
+def test_sloped_r(deit_s: ModelSpec) -> None:
     down = build_plan(MethodRequest("tome", r=8, schedule="decreasing"), deit_s)
     up = build_plan(MethodRequest("tome", r=8, schedule="increasing"), deit_s)
     assert fields(down, "r")[0] == 16
@@ -55,7 +55,7 @@ def test_sloped_r(deit_s: ViTDescription) -> None:
     assert sorted(fields(down, "r"), reverse=True) == pytest.approx(fields(down, "r"), abs=1)
 
 
-def test_listed_r(deit_s: ViTDescription) -> None:
+def test_listed_r(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("tome", r=(0, 6, 8, 10, 12)), deit_s)
     assert blocks(plan) == [1, 2, 3, 4]
     assert fields(plan, "r") == [6, 8, 10, 12]
@@ -63,7 +63,7 @@ def test_listed_r(deit_s: ViTDescription) -> None:
     assert list(zip(blocks(plan), fields(plan, "r"), strict=True)) == [(3, 6), (7, 8)]
 
 
-def test_r_is_cut_to_half_behind_the_first_block(deit_s: ViTDescription) -> None:
+def test_r_is_cut_to_half_behind_the_first_block(deit_s: ModelSpec) -> None:
     assert left(build_plan(MethodRequest("tome", r=16), deit_s))[-1] == 11
     assert left(build_plan(MethodRequest("pitome", r=98), deit_s))[:4] == [99, 50, 26, 14]
     assert left(build_plan(MethodRequest("gtp", r=98), deit_s))[:3] == [99, 2, 2]  # gtp may drop all but one
@@ -104,19 +104,19 @@ def test_r_is_cut_to_half_behind_the_first_block(deit_s: ViTDescription) -> None
         ("diffrate", {"args": {"prune_to": [190], "merge_to": [190]}}, r"prune_to holds 1 values; expected 12, one"),
     ],
 )  # fmt: skip
-def test_refused(method: str, changes: Any, message: str, deit_s: ViTDescription) -> None:
+def test_refused(method: str, changes: Any, message: str, deit_s: ModelSpec) -> None:
     with pytest.raises(PlanError, match=message):
         build_plan(MethodRequest(method, **changes), deit_s)
 
 
-def test_pitomes_margin_falls_with_depth(deit_s: ViTDescription) -> None:
+def test_pitomes_margin_falls_with_depth(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("pitome", r=8), deit_s)
     assert fields(plan, "margin") == pytest.approx([0.75 * (1 - block / 12) for block in range(12)])
     assert not plan.proportional_attention
     assert set(fields(build_plan(MethodRequest("pitome", r=8, args={"margin": 0.9}), deit_s), "margin")) == {0.9}
 
 
-def test_pitome_matches_everybody_in_the_first_half_of_the_blocks(deit_s: ViTDescription) -> None:
+def test_pitome_matches_everybody_in_the_first_half_of_the_blocks(deit_s: ModelSpec) -> None:
     def matching(**args: str) -> list[str]:
         return fields(build_plan(MethodRequest("pitome", r=8, args=args), deit_s), "matching")
 
@@ -129,14 +129,14 @@ def test_pitome_matches_everybody_in_the_first_half_of_the_blocks(deit_s: ViTDes
     assert fields(late, "matching") == ["bipartite", "protect"]
 
 
-def test_pitomes_keep_rate_is_its_ratio(deit_s: ViTDescription) -> None:
+def test_pitomes_keep_rate_is_its_ratio(deit_s: ModelSpec) -> None:
     """floor(n - 0.9125 n) of the n patch tokens leave each block: the authors' --ratio 0.9125."""
     assert fields(build_plan(MethodRequest("pitome", keep_rate=0.9125), deit_s), "r") == [
         17, 15, 14, 13, 11, 11, 10, 9, 8, 7, 7, 6,
     ]  # fmt: skip
 
 
-def test_gtp(deit_s: ViTDescription) -> None:
+def test_gtp(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("gtp", r=8), deit_s)
     assert plan.steps[0].fields() == {
         "r": 8, "alpha": 0.1, "score": "graph", "graph": "mixed", "neighbours": 8, "graph_from": "patches",
@@ -149,7 +149,7 @@ def test_gtp(deit_s: ViTDescription) -> None:
 
 
 def test_tomes_tokens_are_left_by_similarity_without_a_class_token(
-    deit_s: ViTDescription, without_class_token: ViTDescription
+    deit_s: ModelSpec, without_class_token: ModelSpec
 ) -> None:
     assert build_plan(MethodRequest("tome", r=2), deit_s).steps[0].fields() == {"r": 2}
     plan = build_plan(MethodRequest("tome", r=2), without_class_token)
@@ -161,7 +161,7 @@ def test_tomes_tokens_are_left_by_similarity_without_a_class_token(
 # stages
 
 
-def test_evit_counts_the_fused_token(deit_s: ViTDescription) -> None:
+def test_evit_counts_the_fused_token(deit_s: ModelSpec) -> None:
     fused = build_plan(MethodRequest("evit", keep_rate=0.7), deit_s)
     plain = build_plan(MethodRequest("evit", keep_rate=0.7, args={"fuse": False}), deit_s)
     # n = 196: 138 + 1; 139: ceil(97.3) + 1; 99: ceil(69.3) + 1; and the class token
@@ -171,7 +171,7 @@ def test_evit_counts_the_fused_token(deit_s: ViTDescription) -> None:
     assert not fused.proportional_attention
 
 
-def test_topk(deit_s: ViTDescription) -> None:
+def test_topk(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("topk", keep_rate=0.5, blocks=(2, 8), args={"score": "ats"}), deit_s)
     assert [(step.block, step.fields()) for step in plan.steps] == [
         (2, {"tokens_out": 99, "score": "ats"}),
@@ -179,32 +179,32 @@ def test_topk(deit_s: ViTDescription) -> None:
     ]
 
 
-def test_stages_scale_with_depth(vit_l: ViTDescription, tiny: ViTDescription) -> None:
+def test_stages_scale_with_depth(vit_l: ModelSpec, tiny: ModelSpec) -> None:
     assert blocks(build_plan(MethodRequest("topk", keep_rate=0.7), vit_l)) == [6, 12, 18]
     assert blocks(build_plan(MethodRequest("topk", keep_rate=0.7), tiny)) == [1, 2, 3]
 
 
-def test_a_stage_that_keeps_everything_has_no_step(tiny: ViTDescription) -> None:
+def test_a_stage_that_keeps_everything_has_no_step(tiny: ModelSpec) -> None:
     """16 patches at 0.9: ceil(14.4), ceil(13.5), ceil(12.6); at 0.95: 16 again."""
     assert fields(build_plan(MethodRequest("topk", keep_rate=0.9), tiny), "tokens_out") == [16, 15, 14]
     with pytest.raises(PlanError, match="removes no token"):
         build_plan(MethodRequest("evit", keep_rate=0.95), tiny)
 
 
-def test_listed_tokens(deit_s: ViTDescription) -> None:
+def test_listed_tokens(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("bat", args={"tokens_out": [103, 103, 28]}), deit_s)
     assert blocks(plan) == [3, 9]  # nothing leaves at 6
     assert fields(plan, "tokens_out") == [103, 28]
 
 
-def test_bat_counts_everything_that_survives(deit_s: ViTDescription) -> None:
+def test_bat_counts_everything_that_survives(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("bat", keep_rate=0.7, blocks=(3, 6, 9)), deit_s)
     assert fields(plan, "tokens_out") == [139, 98, 69]
     # m = 138: 0.15 m = 20.7 clusters; 117 attentive leave, of 127 with 10 pairs (8% of 127 is 10.2)
     assert plan.steps[0].fields() == {"tokens_out": 139, "clusters": 21, "pairs": 10, "weights": "attention"}
 
 
-def test_bats_split_can_be_said(deit_s: ViTDescription) -> None:
+def test_bats_split_can_be_said(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("bat", keep_rate=0.7, args={"clusters": [30, 20, 10], "pairs": 2}), deit_s)
     assert fields(plan, "clusters") == [30, 20, 10]
     assert fields(plan, "pairs") == [2, 2, 2]
@@ -223,7 +223,7 @@ def test_bats_split_always_fits(n: int, data: st.DataObject) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(method=st.sampled_from(["evit", "topk", "bat", "ppt"]), rate=st.floats(0.5, 0.98))
-def test_any_keep_rate_makes_a_plan(deit_s: ViTDescription, method: str, rate: float) -> None:
+def test_any_keep_rate_makes_a_plan(deit_s: ModelSpec, method: str, rate: float) -> None:
     tau = {"tau": 7e-5} if method == "ppt" else {}
     plan = build_plan(MethodRequest(method, keep_rate=rate, **tau), deit_s)  # type: ignore[arg-type]
     tokens = left(plan)
@@ -231,7 +231,7 @@ def test_any_keep_rate_makes_a_plan(deit_s: ViTDescription, method: str, rate: f
     assert tokens[2] == 197 > tokens[-1]
 
 
-def test_ppt(deit_s: ViTDescription) -> None:
+def test_ppt(deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest("ppt", r=50, tau=7e-5), deit_s)
     assert [step.fields() for step in plan.steps] == [
         {"r": r, "tau": 7e-5, "order": "score"} for r in (50, 50, 48)
@@ -243,7 +243,7 @@ def test_ppt(deit_s: ViTDescription) -> None:
     assert set(fields(ours, "order")) == {"position"}
 
 
-def test_diffrate_lists(deit_s: ViTDescription) -> None:
+def test_diffrate_lists(deit_s: ModelSpec) -> None:
     lists = {"prune_to": [197, 150, 120], "merge_to": [197, 140, 100]}
     plan = build_plan(MethodRequest("diffrate", blocks=(1, 4, 8), args=lists), deit_s)
     assert [(s.block, *s.fields().values()) for s in plan.steps] == [(4, 150, 140, "equal"), (8, 120, 100, "equal")]
@@ -257,7 +257,7 @@ def test_diffrate_lists(deit_s: ViTDescription) -> None:
 # whatever the method
 
 
-def test_proportional_attention_can_be_said(deit_s: ViTDescription) -> None:
+def test_proportional_attention_can_be_said(deit_s: ModelSpec) -> None:
     assert not build_plan(MethodRequest("tome", r=8, proportional_attention=False), deit_s).proportional_attention
     plan = build_plan(MethodRequest("evit", keep_rate=0.7, proportional_attention=True), deit_s)
     assert plan.proportional_attention
@@ -265,14 +265,14 @@ def test_proportional_attention_can_be_said(deit_s: ViTDescription) -> None:
 
 
 @pytest.mark.parametrize("method", ["evit", "topk", "bat", "ppt", "diffrate"])
-def test_a_model_without_class_token_is_refused(method: str, without_class_token: ViTDescription) -> None:
+def test_a_model_without_class_token_is_refused(method: str, without_class_token: ModelSpec) -> None:
     tau = {"tau": 7e-5} if method == "ppt" else {}
     with pytest.raises(PlanError, match=rf"the {method} step at block \d .*vit_medium\w* has no class token; expected"):
         build_plan(MethodRequest(method, target_macs=0.7, **tau), without_class_token)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["tome", "pitome", "gtp", "random", "grid", "center"])
-def test_a_model_without_class_token_will_do(method: str, without_class_token: ViTDescription) -> None:
+def test_a_model_without_class_token_will_do(method: str, without_class_token: ModelSpec) -> None:
     assert build_plan(MethodRequest(method, target_macs=0.7), without_class_token).reduces
     with pytest.raises(PlanError, match=r"the gtp step at block 0 .* has no class token"):
         build_plan(MethodRequest("gtp", r=2, args={"score": "class"}), without_class_token)

@@ -8,8 +8,8 @@ import pytest
 
 from vp_exporter.errors import PlanError
 from vp_exporter.methods import METHODS, PRESETS, MethodRequest, Preset, build_plan
-from vp_exporter.model.describe import ViTDescription
 from vp_exporter.model.loading import describe_by_name
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.plan.macs import count_macs
 
@@ -34,7 +34,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-def made(name: str, model: ViTDescription, **changes: object) -> ReductionPlan:
+def made(name: str, model: ModelSpec, **changes: object) -> ReductionPlan:
     return build_plan(MethodRequest(PRESETS[name].method, preset=name, **changes), model)  # type: ignore[arg-type]
 
 
@@ -58,7 +58,7 @@ def test_the_table_of_the_code_is_the_one_held() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
-def test_table_is_sound(preset: Preset, deit_s: ViTDescription) -> None:
+def test_table_is_sound(preset: Preset, deit_s: ModelSpec) -> None:
     rows = made(preset.name, deit_s).tokens()
     assert {block: rows[block].mlp for block in preset.tokens} == dict(preset.tokens)
     assert preset.method in METHODS
@@ -75,14 +75,14 @@ def test_ppts_macs_tell_49_from_47() -> None:
     assert count_macs(model, plan).total / 1e9 == pytest.approx(2.45, abs=0.01)
 
 
-def test_diffrate_preset_has_the_published_rates(deit_s: ViTDescription) -> None:
+def test_diffrate_preset_has_the_published_rates(deit_s: ModelSpec) -> None:
     steps = made("diffrate-deit-s-2.9g", deit_s).steps
     assert [step.block for step in steps] == list(range(1, 12))  # block 0 removes nothing
     assert steps[0].fields() == {"prune_to": 196, "merge_to": 194, "weights": "equal"}
     assert steps[-1].fields() == {"prune_to": 3, "merge_to": 3, "weights": "equal"}
 
 
-def test_ppt_preset_has_its_tau_and_lets_it_be_changed(deit_s: ViTDescription) -> None:
+def test_ppt_preset_has_its_tau_and_lets_it_be_changed(deit_s: ModelSpec) -> None:
     assert {step.fields()["tau"] for step in made("ppt-deit-s", deit_s).steps} == {7e-5}
     plan = made("ppt-deit-s", deit_s, tau=6e-5)
     assert {step.fields()["tau"] for step in plan.steps} == {6e-5}
@@ -90,12 +90,12 @@ def test_ppt_preset_has_its_tau_and_lets_it_be_changed(deit_s: ViTDescription) -
 
 
 @pytest.mark.parametrize("name", ["bat-0.5", "diffrate-deit-s-2.9g", "tome-r13", "evit-0.7", "ppt-deit-s"])
-def test_a_distillation_token_comes_on_top(name: str, deit_s: ViTDescription, distilled: ViTDescription) -> None:
+def test_a_distillation_token_comes_on_top(name: str, deit_s: ModelSpec, distilled: ModelSpec) -> None:
     plain, more = (made(name, model).tokens() for model in (deit_s, distilled))
     assert [row.mlp + 1 for row in plain] == [row.mlp for row in more]
 
 
-def test_another_depth_or_size_is_refused(vit_l: ViTDescription) -> None:
+def test_another_depth_or_size_is_refused(vit_l: ModelSpec) -> None:
     with pytest.raises(PlanError, match=r"preset tome-r13 is given for vit_large_patch16_384 with 24 blocks and 576 "
                        r"patches; expected 12 blocks and 196 patches.*; say how much goes"):  # fmt: skip
         made("tome-r13", vit_l)

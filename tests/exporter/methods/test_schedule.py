@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vp_exporter.methods.request import SHAPES
+from vp_exporter.methods.options import SHAPES
 from vp_exporter.methods.schedule import counts_of, cut, share_of, slope, whole
 
 

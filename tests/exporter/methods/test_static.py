@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vp_exporter.methods import MethodRequest, build_plan
 from vp_exporter.methods.static import center_patches, grid_patches, random_patches
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 
 GRIDS = st.tuples(st.integers(1, 20), st.integers(1, 20))
 
@@ -61,7 +61,7 @@ def test_random_is_seeded_and_nested() -> None:
 
 
 @pytest.mark.parametrize("method", ["random", "grid", "center"])
-def test_plan(method: str, deit_s: ViTDescription) -> None:
+def test_plan(method: str, deit_s: ModelSpec) -> None:
     plan = build_plan(MethodRequest(method, keep_rate=0.6), deit_s)
     assert [step.block for step in plan.steps] == [0]
     assert {row.attention for row in plan.tokens()} == {1 + 118}  # ceil(117.6) and the class token
@@ -69,7 +69,7 @@ def test_plan(method: str, deit_s: ViTDescription) -> None:
     assert plan.method == method
 
 
-def test_seed_reaches_the_plan(deit_s: ViTDescription) -> None:
+def test_seed_reaches_the_plan(deit_s: ModelSpec) -> None:
     plans = [build_plan(MethodRequest("random", keep_rate=0.6, seed=seed), deit_s) for seed in (None, 0, 1)]
     assert plans[0].steps == plans[1].steps != plans[2].steps
     assert [plan.provenance["seed"] for plan in plans] == [0, 0, 1]

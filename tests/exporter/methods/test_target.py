@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from tests.pairwise import pairwise
 from vp_exporter.errors import PlanError
 from vp_exporter.methods import METHODS, MethodRequest, build_plan
-from vp_exporter.model.describe import ViTDescription
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 
 SHAPES = ("constant", "decreasing", "increasing", None)
 
 
-def target(method: str, share: float, model: ViTDescription, **changes: Any) -> ReductionPlan:
+def target(method: str, share: float, model: ModelSpec, **changes: Any) -> ReductionPlan:
     tau = {"tau": 7e-5} if method == "ppt" else {}
     return build_plan(MethodRequest(method, target_macs=share, **tau, **changes), model)
 
 
-def share_of(plan: ReductionPlan, model: ViTDescription) -> float:
+def share_of(plan: ReductionPlan, model: ModelSpec) -> float:
     return count_macs(model, plan).total / count_macs(model).total
 
 
@@ -36,7 +36,7 @@ def share_of(plan: ReductionPlan, model: ViTDescription) -> float:
         allowed=lambda share, method, shape: ("schedule" in METHODS[method].options) == (shape is not None),
     ),
 )
-def test_hits_the_target(method: str, shape: str | None, share: float, deit_s: ViTDescription) -> None:
+def test_hits_the_target(method: str, shape: str | None, share: float, deit_s: ModelSpec) -> None:
     plan = target(method, share, deit_s, schedule=shape)
     found = share_of(plan, deit_s)
     assert found == pytest.approx(share, abs=0.005)
@@ -49,7 +49,7 @@ def test_hits_the_target(method: str, shape: str | None, share: float, deit_s: V
 @settings(max_examples=40, deadline=None)
 @given(share=st.floats(0.05, 0.99), method=st.sampled_from(["tome", "gtp", "evit", "bat", "diffrate", "grid"]),
        first=st.integers(0, 20))  # fmt: skip
-def test_any_target_on_a_larger_model(vit_l: ViTDescription, share: float, method: str, first: int) -> None:
+def test_any_target_on_a_larger_model(vit_l: ModelSpec, share: float, method: str, first: int) -> None:
     """Other depths, other patches, other blocks: near the target, or an error that names the reach."""
     changes = {} if method == "grid" else {"blocks": tuple(range(first, 24, 2))}
     error = None
@@ -67,16 +67,16 @@ def test_any_target_on_a_larger_model(vit_l: ViTDescription, share: float, metho
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.65, 0.9, 0.98])
-def test_static_finds_the_nearest_count(share: float, deit_s: ViTDescription) -> None:
+def test_static_finds_the_nearest_count(share: float, deit_s: ModelSpec) -> None:
     """One token is half a percent here: against every count there is."""
-    model = deit_s.plan_model()
+    model = PlanModel.of(deit_s)
     step = type(build_plan(MethodRequest("grid", keep_rate=0.5), deit_s).steps[0])
     every = [ReductionPlan(model, (step(0, tuple(range(m))),)) for m in range(1, 196)]  # type: ignore[call-arg]
     nearest = min(abs(share_of(plan, deit_s) - share) for plan in every)
     assert abs(share_of(target("grid", share, deit_s), deit_s) - share) == pytest.approx(nearest)
 
 
-def test_constant_r_may_be_a_fraction(deit_s: ViTDescription) -> None:
+def test_constant_r_may_be_a_fraction(deit_s: ModelSpec) -> None:
     """Between r = 10 and 11: blocks take one or the other, and it is nearer than both."""
     plan = target("tome", 0.65, deit_s)
     counts = [step.fields()["r"] for step in plan.steps]
@@ -86,19 +86,19 @@ def test_constant_r_may_be_a_fraction(deit_s: ViTDescription) -> None:
         assert abs(share_of(plan, deit_s) - 0.65) < abs(share_of(whole, deit_s) - 0.65)
 
 
-def test_decreasing_keeps_its_shape(deit_s: ViTDescription) -> None:
+def test_decreasing_keeps_its_shape(deit_s: ModelSpec) -> None:
     counts = [step.fields()["r"] for step in target("tome", 0.65, deit_s, schedule="decreasing").steps]
     assert counts[0] > counts[5] > counts[-1]
     assert sum(counts[:6]) > 2 * sum(counts[6:])
 
 
-def test_only_the_named_blocks_act(deit_s: ViTDescription) -> None:
+def test_only_the_named_blocks_act(deit_s: ModelSpec) -> None:
     for method in ("tome", "bat", "diffrate", "ppt"):
         plan = target(method, 0.8, deit_s, blocks=(2, 5, 8))
         assert [step.block for step in plan.steps] == [2, 5, 8]
 
 
-def test_diffrate_at_the_published_macs_is_the_published_curve(deit_s: ViTDescription) -> None:
+def test_diffrate_at_the_published_macs_is_the_published_curve(deit_s: ModelSpec) -> None:
     preset = build_plan(MethodRequest("diffrate", preset="diffrate-deit-s-2.9g"), deit_s)
     plan = target("diffrate", share_of(preset, deit_s), deit_s)
     assert plan.steps == preset.steps
@@ -119,12 +119,12 @@ def test_diffrate_at_the_published_macs_is_the_published_curve(deit_s: ViTDescri
         ("diffrate", 0.6, {"blocks": (0,)}, r"the published rates remove nothing at --blocks 0; expected a block"),
     ],
 )  # fmt: skip
-def test_out_of_reach(method: str, share: float, changes: Any, message: str, deit_s: ViTDescription) -> None:
+def test_out_of_reach(method: str, share: float, changes: Any, message: str, deit_s: ModelSpec) -> None:
     with pytest.raises(PlanError, match=message):
         target(method, share, deit_s, **changes)
 
 
-def test_few_patches_get_the_nearest_plan(tiny: ViTDescription) -> None:
+def test_few_patches_get_the_nearest_plan(tiny: ModelSpec) -> None:
     """16 patches: integers do not allow half a percent, and that is no error."""
     plan = target("evit", 0.7, tiny)
     assert share_of(plan, tiny) == pytest.approx(0.7, abs=0.03)

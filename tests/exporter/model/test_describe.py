@@ -29,7 +29,7 @@ def make(name: str, **args: Any) -> nn.Module:
 
 def test_a_plain_vit() -> None:
     found = describe(make("vit_small_patch16_224", depth=12), "vit_small_patch16_224.augreg_in1k")
-    assert found.plan_model("ab") == PlanModel(
+    assert PlanModel.of(found, "ab") == PlanModel(
         "vit_small_patch16_224.augreg_in1k", (224, 224), (16, 16), 1, 12, 196, "ab"
     )
     assert (found.grid, found.in_chans, found.embed_dim, found.num_heads) == ((14, 14), 3, 384, 6)

@@ -17,6 +17,7 @@ from vp_exporter.errors import UnsupportedModelError, WeightsError
 from vp_exporter.model.hub import hub_at_hand, parse_name
 from vp_exporter.model.loading import LoadedModel, ModelRequest, describe_by_name, load_model
 from vp_exporter.model.preprocessing import preprocessing_of
+from vp_exporter.plan import PlanModel
 
 NAME = "vit_tiny_patch16_224"
 ARGS: dict[str, Any] = {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32}
@@ -113,7 +114,7 @@ def test_timms_own_names() -> None:
     assert parse_name("timm/vit_small_patch16_224.augreg_in1k").text == "vit_small_patch16_224.augreg_in1k"
     tagged = load_model(ModelRequest("timm/" + NAME + ".augreg_in21k_ft_in1k", ARGS, random_init=True))
     assert tagged.description.name == NAME + ".augreg_in21k_ft_in1k"
-    assert tagged.description.plan_model().architecture == NAME
+    assert PlanModel.of(tagged.description).architecture == NAME
     with pytest.raises(UnsupportedModelError, match=r"Invalid pretrained tag.*it has vit_tiny_patch16_224\.augreg"):
         load_model(ModelRequest(NAME + ".no_such_tag", ARGS, random_init=True))
 

@@ -14,8 +14,9 @@ from timm.data import create_transform, resolve_model_data_config
 
 from vp_engines.errors import VpError
 from vp_engines.preprocess import preprocess
-from vp_exporter.model.describe import ViTDescription, describe
+from vp_exporter.model.describe import describe
 from vp_exporter.model.preprocessing import PreprocessingOverrides, preprocessing_of
+from vp_exporter.model.spec import ModelSpec
 
 # name, arguments, then what the case is there for: (crop mode, resize) worked out by hand.
 MODELS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
@@ -36,7 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
 SIZES = [(256, 256), (500, 333), (333, 500), (501, 334), (97, 64), (61, 300)]
 
 
-def make(name: str, args: dict[str, Any]) -> tuple[nn.Module, ViTDescription]:
+def make(name: str, args: dict[str, Any]) -> tuple[nn.Module, ModelSpec]:
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name, depth=1, **args)
     return model, describe(model, name)

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.exporter.tiny import DEPTH, KINDS, random_plan, tiny_vit
-from vp_exporter.model.describe import ViTDescription
 from vp_exporter.model.loading import describe_by_name
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs, mac_ratio
 from vp_exporter.plan.masks import plan_from_mask
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 
-def watched_macs(vit: torch.nn.Module, description: ViTDescription, plan: ReductionPlan | None, batch: int = 1) -> int:
+def watched_macs(vit: torch.nn.Module, description: ModelSpec, plan: ReductionPlan | None, batch: int = 1) -> int:
     """MACs that torch's counter sees while the model runs."""
     model = ReducedViT(vit, description, plan).for_export("fp32", "explicit")
     images = torch.zeros(batch, description.in_chans, *description.image_size)
@@ -34,7 +34,7 @@ def test_equals_torchs_counter(kind: str) -> None:
     vit, description = tiny_vit(kind)
     assert count_macs(description).total == watched_macs(vit, description, None)
     for first in (True, False):  # with and without patches that are never embedded
-        plan = random_plan(description.plan_model(), first=first, scales=True)
+        plan = random_plan(PlanModel.of(description), first=first, scales=True)
         assert count_macs(description, plan).total == watched_macs(vit, description, plan)
         assert count_macs(description, plan).total < count_macs(description).total
 
@@ -49,7 +49,7 @@ def test_a_block_by_hand() -> None:
     assert dense.total == dense.patch_embed + sum(dense.blocks) + dense.head
     mask = np.ones((DEPTH, 16))
     mask[2:, 4:] = 0
-    reduced = count_macs(description, plan_from_mask(mask, description.plan_model()))
+    reduced = count_macs(description, plan_from_mask(mask, PlanModel.of(description)))
     assert reduced.blocks == (*dense.blocks[:2], *((12 * 5 * 64**2 + 2 * 5**2 * 64,) * 2))
     assert (reduced.patch_embed, reduced.head) == (dense.patch_embed, dense.head)
 
@@ -58,7 +58,7 @@ def test_patches_that_leave_first_are_not_embedded() -> None:
     _, description = tiny_vit()
     mask = np.ones((DEPTH, 16))
     mask[:, :6] = 0
-    assert count_macs(description, plan_from_mask(mask, description.plan_model())).patch_embed == 10 * 768 * 64
+    assert count_macs(description, plan_from_mask(mask, PlanModel.of(description))).patch_embed == 10 * 768 * 64
 
 
 def test_deit_small_is_4_6_gmacs() -> None:
@@ -69,20 +69,20 @@ def test_deit_small_is_4_6_gmacs() -> None:
 
 def test_ratio() -> None:
     _, description = tiny_vit()
-    plan = random_plan(description.plan_model())
-    assert mac_ratio(description, ReductionPlan(description.plan_model())) == 1.0
+    plan = random_plan(PlanModel.of(description))
+    assert mac_ratio(description, ReductionPlan(PlanModel.of(description))) == 1.0
     assert mac_ratio(description, plan) == count_macs(description).total / count_macs(description, plan).total > 1
 
 
 @pytest.fixture(scope="module", params=["class-token", "map-pool", "registers-swiglu"])
-def description(request: pytest.FixtureRequest) -> ViTDescription:
+def description(request: pytest.FixtureRequest) -> ModelSpec:
     return tiny_vit(request.param)[1]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_dropping_more_never_costs_more(description: ViTDescription, data: st.DataObject) -> None:
-    model = description.plan_model()
+def test_dropping_more_never_costs_more(description: ModelSpec, data: st.DataObject) -> None:
+    model = PlanModel.of(description)
     stays = data.draw(st.integers(0, model.patches - 1))
     leaves = st.lists(st.integers(0, DEPTH), min_size=model.patches, max_size=model.patches)
     later = np.array(data.draw(leaves))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vp_exporter.errors import PlanError
-from vp_exporter.model.describe import BlockMacs, ViTDescription
+from vp_exporter.model.spec import BlockMacs, ModelSpec
 from vp_exporter.plan import BlockTokens, PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep
 
@@ -437,7 +437,7 @@ def test_reduces() -> None:
     assert not read(with_keep((2, list(range(6))))).reduces
 
 
-def describe_by_hand(**changes: Any) -> ViTDescription:
+def describe_by_hand(**changes: Any) -> ModelSpec:
     values: dict[str, Any] = {
         "name": "vit_toy",
         "image_size": (32, 48),
@@ -457,7 +457,7 @@ def describe_by_hand(**changes: Any) -> ViTDescription:
         "patch_embed_macs": 6144,
         "head_macs": (16, 0),
     }
-    return ViTDescription(**{**values, **changes})
+    return ModelSpec(**{**values, **changes})
 
 
 def test_check_model_accepts_its_own() -> None:

@@ -18,8 +18,8 @@ import torch.nn as nn
 
 from tests.exporter.reducers.oracles import Image
 from tests.exporter.tiny import tiny_vit
-from vp_exporter.model.describe import ViTDescription
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
 from vp_exporter.reducers.graph import TokenGraph, code_index
 from vp_exporter.reducers.stream import Seen, Stream
@@ -247,13 +247,13 @@ def score_variances(model: ReducedViT, block: int, images: torch.Tensor) -> list
 
 
 @cache
-def model_of(kind: str) -> tuple[nn.Module, ViTDescription]:
+def model_of(kind: str) -> tuple[nn.Module, ModelSpec]:
     """`tiny_vit`, made once: nobody here changes its parameters."""
     return tiny_vit(kind)
 
 
 def make_plan(
-    description: ViTDescription, variants: dict[int, str], pick: Pick, *, proportional: bool = False, **more: Any
+    description: ModelSpec, variants: dict[int, str], pick: Pick, *, proportional: bool = False, **more: Any
 ) -> ReductionPlan:
     """A plan with the variant of each block; `more` goes to every step."""
     tokens = Tokens(description.prefix_tokens, description.patches, tuple(range(description.patches)))
@@ -263,7 +263,7 @@ def make_plan(
             break
         steps.append(make_step(variant, tokens, pick, block, **more))
         tokens = steps[-1].apply(tokens)
-    return ReductionPlan(description.plan_model(), tuple(steps), proportional_attention=proportional)
+    return ReductionPlan(PlanModel.of(description), tuple(steps), proportional_attention=proportional)
 
 
 def middle(low: int, high: int) -> int:

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from tests.exporter.reducers.oracles import ORACLES, Image
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import ReductionPlan
 
 MERGING = {"tome", "ppt", "pitome", "diffrate", "gtp"}
@@ -20,7 +20,7 @@ MERGING = {"tome", "ppt", "pitome", "diffrate", "gtp"}
 
 def run(
     vit: nn.Module,
-    description: ViTDescription,
+    description: ModelSpec,
     plan: ReductionPlan,
     image: Tensor,
     margins: list[float] | None = None,
@@ -143,7 +143,7 @@ def _scaled(block: nn.Module, x: Tensor, which: int) -> Tensor:
 
 
 def _classify(
-    vit: nn.Module, description: ViTDescription, x: Tensor, size: Tensor, proportional: bool, by_size: bool
+    vit: nn.Module, description: ModelSpec, x: Tensor, size: Tensor, proportional: bool, by_size: bool
 ) -> Tensor:
     """Tokens [N, D] that leave the last block, and their sizes [N], to logits."""
     x = vit.norm(x)

@@ -17,7 +17,7 @@ from tests.exporter.reducers import authors
 from tests.exporter.reducers.cases import as_seen, as_stream, model_of, rough_image
 from tests.exporter.reducers.oracles import Image
 from vp_exporter.methods import MethodRequest, build_plan
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers import REDUCERS, InnerStep, ops
 from vp_exporter.reducers.stream import reduce_tokens
 from vp_exporter.rewrite.attention_statistics import attention_map
@@ -29,11 +29,11 @@ Author = Callable[[Image, InnerStep], authors.Reduced]
 
 
 @pytest.fixture(scope="module")
-def description() -> ViTDescription:
+def description() -> ModelSpec:
     return model_of("class-token")[1]
 
 
-def made(method: str, description: ViTDescription, block: int = 0, **fields: Any) -> InnerStep:
+def made(method: str, description: ModelSpec, block: int = 0, **fields: Any) -> InnerStep:
     """The step that the method puts at a block."""
     step = REDUCERS[method].new(block, fields, description)
     assert isinstance(step, InnerStep)
@@ -73,7 +73,7 @@ def ascending(image: Image, result: authors.Reduced, count: int) -> authors.Redu
 
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("last", [False, True])
-def test_pitome(description: ViTDescription, last: bool, sized: bool) -> None:
+def test_pitome(description: ModelSpec, last: bool, sized: bool) -> None:
     """The first block and the last one: two algorithms."""
     block, depth = (description.depth - 1 if last else 0), description.depth
     margin, half = authors.pitome_margin(block, depth), authors.pitome_half(block, depth)
@@ -82,12 +82,12 @@ def test_pitome(description: ViTDescription, last: bool, sized: bool) -> None:
     compare(step, lambda image, _: ascending(image, authors.pitome(image, 6, margin, half), protected), sized=sized)
 
 
-def test_pitome_without_a_class_token(description: ViTDescription) -> None:
+def test_pitome_without_a_class_token(description: ModelSpec) -> None:
     step = made("pitome", description, r=10)
     compare(step, lambda image, _: authors.pitome(image, 10, authors.pitome_margin(0, 4), "first"), prefix=0)
 
 
-def test_pitome_halves_and_margins(description: ViTDescription) -> None:
+def test_pitome_halves_and_margins(description: ModelSpec) -> None:
     plan = build_plan(MethodRequest("pitome", r=1), description)
     depth = description.depth
     words = {"first": "bipartite", "second": "protect"}
@@ -102,7 +102,7 @@ def test_pitome_halves_and_margins(description: ViTDescription) -> None:
 
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize(("prune_to", "merge_to"), [(15, 9), (20, 12), (11, 11), (20, 1)])
-def test_diffrate(description: ViTDescription, prune_to: int, merge_to: int, sized: bool) -> None:
+def test_diffrate(description: ModelSpec, prune_to: int, merge_to: int, sized: bool) -> None:
     step = made("diffrate", description, prune_to=1 + prune_to, merge_to=1 + merge_to)
 
     compare(
@@ -115,7 +115,7 @@ def test_diffrate(description: ViTDescription, prune_to: int, merge_to: int, siz
 
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("neighbours", [1, 4, 8])
-def test_gtp(description: ViTDescription, neighbours: int, sized: bool) -> None:
+def test_gtp(description: ModelSpec, neighbours: int, sized: bool) -> None:
     step = made("gtp", description, r=7, neighbours=neighbours)
     compare(
         step,
@@ -124,7 +124,7 @@ def test_gtp(description: ViTDescription, neighbours: int, sized: bool) -> None:
     )
 
 
-def test_gtp_defaults(description: ViTDescription) -> None:
+def test_gtp_defaults(description: ModelSpec) -> None:
     plan = build_plan(MethodRequest("gtp", r=1), description)
     fields = plan.steps[0].fields()
     assert (fields["alpha"], fields["neighbours"], fields["theta"]) == (
@@ -150,7 +150,7 @@ def test_gtp_attention(theta: float) -> None:
 
 
 @pytest.mark.parametrize("sized", [True, False])
-def test_ppt(description: ViTDescription, sized: bool) -> None:
+def test_ppt(description: ModelSpec, sized: bool) -> None:
     """Both policies: tau is below every variance, then above."""
     prunes, pools = (made("ppt", description, r=8, tau=tau) for tau in (0.0, 1e9))
     compare(prunes, lambda image, _: authors.ppt_prune(image, 20 - 8), sized=sized)
@@ -158,7 +158,7 @@ def test_ppt(description: ViTDescription, sized: bool) -> None:
     assert prunes.proportional == authors.PPT_PROPORTIONAL_ATTENTION
 
 
-def test_ppt_chooses_as_they_do(description: ViTDescription) -> None:
+def test_ppt_chooses_as_they_do(description: ModelSpec) -> None:
     images = [rough_image(1, GRID, np.random.default_rng(seed), sized=False) for seed in range(30)]
     tau = float(np.median([authors.ppt_scores(image).var(ddof=1) for image in images]))
     step = made("ppt", description, r=8, tau=tau)

@@ -40,8 +40,9 @@ from vp_engines.backends.base import BuildOptions, BuildSource, Precision, RunOp
 from vp_engines.errors import BuildError
 from vp_exporter.export import _lower
 from vp_exporter.lowering.program import dynamic_batch
-from vp_exporter.model.describe import ViTDescription, describe
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.describe import describe
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import REDUCERS, InnerStep, ops, step_from_dict
 from vp_exporter.reducers.evit import EvitStep
 from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
@@ -84,7 +85,7 @@ NO_CLASS_TOKEN: Steps = [
 
 class Model(NamedTuple):
     vit: nn.Module
-    description: ViTDescription
+    description: ModelSpec
     plan: ReductionPlan
     reduced: ReducedViT
 
@@ -101,7 +102,7 @@ def make(steps: Steps, *, proportional: bool = True, **arguments: Any) -> Model:
     description = describe(vit, name)
     entries = [{"block": block, "reducer": reducer, **fields} for block, (reducer, fields) in enumerate(steps)]
     plan = ReductionPlan(
-        description.plan_model(), tuple(step_from_dict(e) for e in entries), proportional_attention=proportional
+        PlanModel.of(description), tuple(step_from_dict(e) for e in entries), proportional_attention=proportional
     )
     return Model(vit, description, plan, ReducedViT(vit, description, plan))
 
@@ -400,7 +401,7 @@ def test_tensorrt_names_a_sort_that_is_too_long(tmp_path: Path) -> None:
     args = {"depth": 1, "embed_dim": 64, "num_heads": 1, "img_size": 1024, "num_classes": 3}
     vit = timm.create_model("vit_tiny_patch16_224", **args).eval()
     description = describe(vit, "vit_tiny_patch16_224")
-    plan = ReductionPlan(description.plan_model(), (EvitStep(0, tokens_out=3000, fuse=True),))
+    plan = ReductionPlan(PlanModel.of(description), (EvitStep(0, tokens_out=3000, fuse=True),))
     source = _lower(rtx, ReducedViT(vit, description, plan), "fp16", tmp_path / "large.onnx")
     with pytest.raises(BuildError, match=r"blocks\.0\.reduce/TopK.* sorts 4096 tokens; expected at most 3840"):
         rtx.build(source, tmp_path, BuildOptions(1, 1, 1, compute_capability="8.9"))

@@ -33,7 +33,7 @@ from tests.exporter.reducers.test_parity import CLEAR, CLEAR_IN_MODEL
 from tests.exporter.rewrite.test_reduced_vit import images_for
 from tests.exporter.tiny import DEPTH, KINDS
 from vp_exporter.model.describe import describe
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
 from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
@@ -224,7 +224,7 @@ def test_again_is_the_same_and_the_batch_does_not_matter(variant: str) -> None:
 def test_without_steps_it_is_the_dense_model(kind: str) -> None:
     vit, description = model_of(kind)
     images = images_for(description)
-    plan = ReductionPlan(description.plan_model(), proportional_attention=True)
+    plan = ReductionPlan(PlanModel.of(description), proportional_attention=True)
     with torch.no_grad():
         assert torch.equal(ReducedViT(vit, description, plan)(images), ReducedViT(vit, description)(images))
 
@@ -254,7 +254,7 @@ def test_merging_equal_tokens_changes_nothing_under_proportional_attention(kind:
         if vit.pos_embed is not None:
             vit.pos_embed.zero_()
         steps = (step_from_dict({"block": 1, "reducer": "tome", "r": description.patches // 5}),)
-        plan = ReductionPlan(description.plan_model(), steps, proportional_attention=True)
+        plan = ReductionPlan(PlanModel.of(description), steps, proportional_attention=True)
         dense, *merged = (
             ReducedViT(vit, description, p)(images) for p in (None, plan, replace(plan, proportional_attention=False))
         )

@@ -10,7 +10,7 @@ import torch
 from tests.exporter.reducers.oracle_model import run
 from tests.exporter.rewrite.test_reduced_vit import images_for, masked_dense
 from tests.exporter.tiny import KINDS, random_mask, tiny_vit
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.masks import plan_from_mask
 from vp_exporter.reducers import step_from_dict
 
@@ -28,7 +28,7 @@ def assert_agree(mine: tuple, theirs: tuple) -> None:
 def test_without_steps_it_is_timm(kind: str) -> None:
     vit, description = tiny_vit(kind)
     images = images_for(description, batch=1)
-    plan = ReductionPlan(description.plan_model())
+    plan = ReductionPlan(PlanModel.of(description))
     with torch.no_grad():
         theirs = vit(images)
     mine = run(vit, description, plan, images[0])[1].float()
@@ -38,7 +38,7 @@ def test_without_steps_it_is_timm(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_static_masks(kind: str) -> None:
     vit, description = tiny_vit(kind)
-    model = description.plan_model()
+    model = PlanModel.of(description)
     mask = random_mask(model, scales=True)
     images = images_for(description, batch=1)
     margins: list[float] = []
@@ -63,9 +63,9 @@ def test_merging_equal_tokens_under_proportional_attention_changes_nothing(kind:
         cells[:, :, :, 1::2] = cells[:, :, :, 0::2]
         vit.pos_embed.zero_()
     # Not every pair: with no prefix token, sizes that are all 2 would cancel in the softmax.
-    merged, dense = description.patches // 4, ReductionPlan(description.plan_model())
+    merged, dense = description.patches // 4, ReductionPlan(PlanModel.of(description))
     plan = ReductionPlan(
-        description.plan_model(),
+        PlanModel.of(description),
         (step_from_dict({"block": 1, "reducer": "tome", "r": merged}),),
         proportional_attention=True,
     )

@@ -19,7 +19,7 @@ from tests.exporter.rewrite.test_reduced_vit import images_for
 from tests.exporter.tiny import KINDS, random_plan, tiny_vit
 from vp_exporter.errors import UnsupportedModelError
 from vp_exporter.lowering import export_program
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import REDUCERS, step_from_dict
 from vp_exporter.rewrite import fused_block
 from vp_exporter.rewrite.reduced_vit import ReducedViT
@@ -69,7 +69,7 @@ def test_every_reducer_is_here() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_static_plan(kind: str) -> None:
     vit, description = tiny_vit(kind, heads=HEADS)
-    plan = random_plan(description.plan_model(), scales=True)
+    plan = random_plan(PlanModel.of(description), scales=True)
     images = images_for(description)
     with torch.no_grad():
         expected = ReducedViT(vit, description, plan)(images)
@@ -82,7 +82,7 @@ def test_static_plan(kind: str) -> None:
 def test_merging_plan(kind: str) -> None:
     vit, description = tiny_vit(kind, heads=HEADS)
     steps = tuple(step_from_dict({"block": block, "reducer": "tome", "r": 3}) for block in (0, 2))
-    plan = ReductionPlan(description.plan_model(), steps, proportional_attention=True)
+    plan = ReductionPlan(PlanModel.of(description), steps, proportional_attention=True)
     images = images_for(description)
     with torch.no_grad():
         expected = ReducedViT(vit, description, plan)(images)
@@ -109,7 +109,7 @@ def test_operators_stand_in_the_program() -> None:
     assert found["vp.merge_rows.default"] == names.count("diffrate") + names.count("pitome")
     assert found["vp.select.default"] + found.get("vp.select_fuse.default", 0) >= names.count("topk")
     vit, description = tiny_vit(heads=HEADS)
-    static = ReducedViT(vit, description, random_plan(description.plan_model(), first=False), "vp")
+    static = ReducedViT(vit, description, random_plan(PlanModel.of(description), first=False), "vp")
     assert count(static, images_for(description))["vp.gather_norm.default"] == 2
 
 
@@ -141,7 +141,7 @@ def test_compiles_in_one_graph() -> None:
 
 def test_gradients_reach_parameters_and_tuned_scales() -> None:
     vit, description = tiny_vit(heads=HEADS)
-    plan = random_plan(description.plan_model(), scales=True)
+    plan = random_plan(PlanModel.of(description), scales=True)
     images = images_for(description)
     gradients = []
     for kernels in ("portable", "vp"):

@@ -18,7 +18,7 @@ from tests.exporter.tiny import DEPTH, KINDS, random_mask, random_plan, tiny_vit
 from tests.pairwise import pairwise
 from vp_exporter.errors import PlanError
 from vp_exporter.model.describe import describe
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.masks import plan_from_mask
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
@@ -62,7 +62,7 @@ def test_dense_twin_equals_timm(kind: str) -> None:
 )
 def test_oracle(kind: str, where: str, values: str) -> None:
     vit, description = tiny_vit(kind)
-    model = description.plan_model()
+    model = PlanModel.of(description)
     mask = random_mask(model, scales=values == "tuned-mask", first=where == "drop-before-embedding")
     reduced = ReducedViT(vit, description, plan_from_mask(mask, model))
     images = images_for(description)
@@ -83,7 +83,7 @@ def test_oracle(kind: str, where: str, values: str) -> None:
 @given(data=st.data())
 def test_oracle_on_any_mask(data: st.DataObject) -> None:
     vit, description = tiny_vit()
-    model = description.plan_model()
+    model = PlanModel.of(description)
     leaves = data.draw(st.lists(st.integers(0, DEPTH), min_size=model.patches, max_size=model.patches))
     leaves[data.draw(st.integers(0, model.patches - 1))] = DEPTH  # somebody stays
     mask = (np.arange(DEPTH)[:, None] < np.asarray(leaves)[None, :]).astype(float)
@@ -96,7 +96,7 @@ def test_oracle_on_any_mask(data: st.DataObject) -> None:
 
 def test_parameters_are_shared() -> None:
     vit, description = tiny_vit()
-    reduced = ReducedViT(vit, description, random_plan(description.plan_model()))
+    reduced = ReducedViT(vit, description, random_plan(PlanModel.of(description)))
     assert {id(p) for p in reduced.parameters()} == {id(p) for p in vit.parameters()}
     images = images_for(description)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_parameters_are_shared() -> None:
 def test_for_export_leaves_the_model_alone() -> None:
     vit, description = tiny_vit("layerscale-no-embed-class")
     before = copy.deepcopy(vit.state_dict())
-    ReducedViT(vit, description, random_plan(description.plan_model())).for_export("fp16")
+    ReducedViT(vit, description, random_plan(PlanModel.of(description))).for_export("fp16")
     assert vit.state_dict().keys() == before.keys()
     assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), before.values(), strict=True))
 
@@ -116,7 +116,7 @@ def test_for_export_leaves_the_model_alone() -> None:
 def test_dropped_patches_do_not_matter() -> None:
     """What leaves before block 0 is never read: NaN in its pixels must not reach the output."""
     vit, description = tiny_vit()
-    model = description.plan_model()
+    model = PlanModel.of(description)
     mask = np.ones((model.depth, model.patches))
     mask[:, 5] = 0
     reduced = ReducedViT(vit, description, plan_from_mask(mask, model))
@@ -131,7 +131,7 @@ def test_export_keeps_the_batch_dynamic(batch: int) -> None:
     from vp_exporter.lowering import export_program
 
     vit, description = tiny_vit()
-    reduced = ReducedViT(vit, description, random_plan(description.plan_model(), scales=True))
+    reduced = ReducedViT(vit, description, random_plan(PlanModel.of(description), scales=True))
     program = export_program(reduced.for_export())
     images = images_for(description, batch)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_export_keeps_the_batch_dynamic(batch: int) -> None:
 @pytest.mark.slow
 def test_compiles_in_one_graph() -> None:
     vit, description = tiny_vit()
-    reduced = ReducedViT(vit, description, random_plan(description.plan_model(), scales=True))
+    reduced = ReducedViT(vit, description, random_plan(PlanModel.of(description), scales=True))
     compiled = torch.compile(reduced, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for batch in (2, 3):
@@ -155,7 +155,7 @@ def test_low_precision_error_is_at_most_twice_torch(precision: str) -> None:
     vit, description = tiny_vit()
     images = images_for(description, 8)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    reduced = ReducedViT(vit, description, random_plan(description.plan_model()))
+    reduced = ReducedViT(vit, description, random_plan(PlanModel.of(description)))
     with torch.no_grad():
         torch_error = (copy.deepcopy(vit).to(dtype)(images.to(dtype)).float() - vit(images)).abs().max()
         error = (reduced.for_export(precision)(images) - reduced(images)).abs().max()
@@ -164,7 +164,7 @@ def test_low_precision_error_is_at_most_twice_torch(precision: str) -> None:
 
 def test_wrong_model_is_refused() -> None:
     _, description = tiny_vit()
-    plan = random_plan(description.plan_model())
+    plan = random_plan(PlanModel.of(description))
     other = timm.create_model("vit_tiny_patch16_224", depth=DEPTH, embed_dim=64, num_heads=4, img_size=96)
     with pytest.raises(PlanError, match=r"image_size \[64, 64\].*expected \[96, 96\]"):
         ReducedViT(other, describe(other, "vit_tiny_patch16_224"), plan)
@@ -172,7 +172,7 @@ def test_wrong_model_is_refused() -> None:
 
 def test_no_steps_is_the_dense_model() -> None:
     vit, description = tiny_vit()
-    plan = ReductionPlan(description.plan_model())
+    plan = ReductionPlan(PlanModel.of(description))
     images = images_for(description)
     with torch.no_grad():
         assert torch.equal(ReducedViT(vit, description, plan)(images), ReducedViT(vit, description)(images))

@@ -6,13 +6,13 @@ import torch
 import torch.nn as nn
 
 from tests.exporter.tiny import tiny_vit
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.scoring import Scorer
 from vp_exporter.utils.distributed import Workers
 
 
-def images(description: ViTDescription, count: int, seed: int = 0) -> torch.Tensor:
+def images(description: ModelSpec, count: int, seed: int = 0) -> torch.Tensor:
     """Smooth random images: neighbouring patches resemble each other, as in photographs."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 5, 5, generator=generator)
@@ -22,7 +22,7 @@ def images(description: ViTDescription, count: int, seed: int = 0) -> torch.Tens
 
 def calibrated(
     kind: str = "class-token", count: int = 16, batch_size: int = 4, labels: bool = True, workers: Workers | None = None
-) -> tuple[nn.Module, ViTDescription, Calibration]:
+) -> tuple[nn.Module, ModelSpec, Calibration]:
     """Model, description and calibration images in batches of `batch_size`, a quarter of them held out."""
     vit, description = tiny_vit(kind)
     pictures = images(description, count)

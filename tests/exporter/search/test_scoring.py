@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.exporter.search.samples import calibrated, images, scorer
 from tests.exporter.tiny import random_plan
 from vp_exporter.errors import SearchError
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep, step_from_dict
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.calibration import Calibration, split
@@ -51,7 +51,7 @@ def plans_of(model) -> list[ReductionPlan]:
 def test_losses_are_those_of_the_models(kind: str) -> None:
     score = scorer(kind)
     calibration = score.calibration
-    plan = random_plan(score.description.plan_model())
+    plan = random_plan(PlanModel.of(score.description))
     batches = calibration.search
     got = score.losses(plan, batches)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_losses_are_those_of_the_models(kind: str) -> None:
 def test_a_shared_prefix_changes_no_answer_and_is_not_computed_again() -> None:
     plain, quick = scorer(), scorer()
     batches = plain.calibration.search
-    plans = plans_of(plain.description.plan_model())
+    plans = plans_of(PlanModel.of(plain.description))
     expected = [plain.logits(plan, batches) for plan in plans]
     assert plain.blocks_run == plain.blocks_asked
     for remembered in plans:
@@ -99,7 +99,7 @@ def test_candidates_that_differ_late_run_late_blocks_only() -> None:
 
 
 def test_keys_name_what_decides() -> None:
-    model = scorer().description.plan_model()
+    model = PlanModel.of(scorer().description)
     plans = plans_of(model)
     for first in plans:
         for second in plans:
@@ -120,7 +120,7 @@ def test_a_view_that_holds_more_out_shares_answers_and_leaves_the_other_one_alon
     view = whole.holding_out(8)
     assert (view.calibration.search, view.calibration.held) == ((0, 1), (2, 3))
     assert (whole.calibration.search, whole.calibration.held) == ((0, 1, 2), (3,))
-    plan = random_plan(whole.description.plan_model())
+    plan = random_plan(PlanModel.of(whole.description))
     view.losses(plan, (0, 3))
     seen = whole.images_seen
     assert torch.equal(whole.losses(plan, (0, 3)), view.losses(plan, (0, 3)))
@@ -142,7 +142,7 @@ def test_what_is_kept_never_has_a_higher_kl_than_the_first() -> None:
 
 def test_not_finite_is_refused() -> None:
     score = scorer()
-    plan = random_plan(score.description.plan_model())
+    plan = random_plan(PlanModel.of(score.description))
     with torch.no_grad():
         score.vit.blocks[-1].mlp.fc2.bias[0] = float("nan")
     with pytest.raises(SearchError, match="NaN or infinite"):

@@ -21,13 +21,14 @@ import torch
 from tests.exporter.search.samples import calibrated
 from tests.exporter.tiny import random_plan
 from vp_exporter.errors import DataError, VpError
+from vp_exporter.plan import PlanModel
 from vp_exporter.search.scoring import Scorer
 from vp_exporter.utils.distributed import close, from_environment
 
 workers = from_environment()
 vit, description, calibration = calibrated(workers=workers)
 scorer = Scorer(vit, description, calibration, workers)
-losses = scorer.losses(random_plan(description.plan_model()), calibration.search)
+losses = scorer.losses(random_plan(PlanModel.of(description)), calibration.search)
 found = {"losses": losses.tolist(), "rank": workers.rank, "mine": sorted(calibration._images),
          "leader": workers.from_leader(lambda: f"made by {workers.rank}"),
          "gathered": workers.gather({"rank": workers.rank}), "agreed": workers.agree(lambda: workers.rank)}

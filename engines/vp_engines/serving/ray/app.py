@@ -21,6 +21,7 @@ from vp_engines.serving.ray import protocol
 from vp_engines.serving.ray.batching import Batcher
 from vp_engines.serving.ray.options import RayOptions, engines_name
 from vp_engines.serving.ray.protocol import Model, Refusal, Reply
+from vp_engines.version import installed_version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +131,7 @@ class Front:
             return await self._ready()
         if kind == "server":
             return protocol.json_reply(
-                {"name": "vp-export", "version": _version(), "extensions": ["binary_tensor_data"]}
+                {"name": "vp-export", "version": installed_version(), "extensions": ["binary_tensor_data"]}
             )
         if kind == "model":
             return protocol.json_reply(protocol.metadata(model))
@@ -341,9 +342,3 @@ def _line(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     text = str(cause if isinstance(cause, BaseException) else error)
     return " ".join(text.split())[:500]
-
-
-def _version() -> str:
-    from vp_engines import __version__
-
-    return __version__

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.search.mask.budget import Costs
 from vp_exporter.utils.files import write_atomically
 
@@ -120,7 +120,7 @@ class LatencyTable:
             )
         return self.overhead_at(tokens[0]) + sum(self.block_ms(n) for n in tokens)
 
-    def check_model(self, description: ViTDescription) -> None:
+    def check_model(self, description: ModelSpec) -> None:
         """Refuse a model that this table was not measured on.
 
         Raises:
@@ -197,7 +197,7 @@ class LatencyTable:
         return float(np.interp(tokens, self.tokens, values))
 
 
-def timed_model(description: ViTDescription) -> TimedModel:
+def timed_model(description: ModelSpec) -> TimedModel:
     """What of a model a table must agree with.
 
     Raises:
@@ -215,7 +215,7 @@ def timed_model(description: ViTDescription) -> TimedModel:
     )  # fmt: skip
 
 
-def latency_costs(table: LatencyTable, description: ViTDescription) -> Costs:
+def latency_costs(table: LatencyTable, description: ModelSpec) -> Costs:
     """A table as costs in milliseconds of one batch. Counts below the least measured one cost infinitely much.
 
     Raises:

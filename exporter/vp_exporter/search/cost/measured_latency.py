@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep
 from vp_exporter.rewrite.reduced_vit import Kernels, ReducedViT
 from vp_exporter.search.cost.latency import LatencyTable, timed_model
@@ -47,7 +47,7 @@ def default_counts(patches: int) -> tuple[int, ...]:
 
 def measure_table(
     vit: nn.Module,
-    description: ViTDescription,
+    description: ModelSpec,
     *,
     engine: str = "ort",
     precision: str | None = None,
@@ -138,19 +138,19 @@ def measure_table(
     )
 
 
-def _cut(vit: nn.Module, description: ViTDescription, blocks: int) -> tuple[nn.Module, ViTDescription]:
+def _cut(vit: nn.Module, description: ModelSpec, blocks: int) -> tuple[nn.Module, ModelSpec]:
     """The model with so many blocks; a shallower one has its blocks copied, not shared: caches would know them."""
     twin = copy.deepcopy(vit)
     twin.blocks = nn.Sequential(*(copy.deepcopy(vit.blocks[i % description.depth]) for i in range(blocks)))
     return twin, replace(description, blocks=description.blocks[:1] * blocks)
 
 
-def _plan(description: ViTDescription, count: int) -> ReductionPlan | None:
+def _plan(description: ModelSpec, count: int) -> ReductionPlan | None:
     """Keep so many patches from block 0 on, spread over the image; which ones does not matter to the clock."""
     if count == description.patches:
         return None
     keep = np.arange(count) * description.patches // count
-    return ReductionPlan(description.plan_model(), (StaticStep(0, tuple(keep.tolist())),))
+    return ReductionPlan(PlanModel.of(description), (StaticStep(0, tuple(keep.tolist())),))
 
 
 def _open(

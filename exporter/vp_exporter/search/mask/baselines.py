@@ -10,7 +10,7 @@ import numpy as np
 
 from vp_exporter.errors import SearchError
 from vp_exporter.methods.static import center_patches, grid_patches, random_patches
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.search.mask.starting_masks import squared_distances
 
 PRIOR = "fisher prior"
@@ -21,7 +21,7 @@ POWER = 0.5
 
 def baselines(
     counts: Sequence[int],
-    description: ViTDescription,
+    description: ModelSpec,
     importance: np.ndarray,
     *,
     seeds: Iterable[int] = range(5),

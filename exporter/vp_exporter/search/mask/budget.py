@@ -24,7 +24,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.search.mask.encoding import counts_of, last_is_free
 
 # Steps of the cost axis, between what the cheapest counts cost and the budget: first to find the way, then the last
@@ -100,7 +100,7 @@ class Found:
     cost: float
 
 
-def macs_costs(description: ViTDescription) -> Costs:
+def macs_costs(description: ModelSpec) -> Costs:
     """Multiply-accumulates of one image, as vp_exporter.plan.macs counts them for plans of `lifetimes.plan_of`."""
     patches = np.arange(description.patches + 1, dtype=np.float64)
     tokens = patches + description.prefix_tokens

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep, Step
 from vp_exporter.reducers.topk import TopKStep
 
@@ -42,7 +42,7 @@ def counts_of(life: np.ndarray, depth: int) -> tuple[int, ...]:
     return tuple(int((life > block).sum()) for block in range(depth))
 
 
-def last_is_free(description: ViTDescription) -> bool:
+def last_is_free(description: ModelSpec) -> bool:
     """Whether nobody reads the patches that leave the last block: they need no MLP there."""
     return description.pool == "token" and description.class_token
 
@@ -55,7 +55,7 @@ def same_until(first: np.ndarray, second: np.ndarray) -> int:
 
 def plan_of(
     life: np.ndarray,
-    description: ViTDescription,
+    description: ModelSpec,
     method: str = "vpruner",
     *,
     budget: Any = None,
@@ -78,5 +78,5 @@ def plan_of(
     if last_is_free(description) and before.sum() > 1:
         steps.append(TopKStep(description.depth - 1, tokens_out=description.prefix_tokens + 1))
     return ReductionPlan(
-        description.plan_model(), tuple(steps), method=method, budget=budget, provenance=dict(provenance or {})
+        PlanModel.of(description), tuple(steps), method=method, budget=budget, provenance=dict(provenance or {})
     )

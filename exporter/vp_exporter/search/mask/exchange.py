@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.search.limits import Allowance, Trace
 from vp_exporter.search.mask.encoding import plan_of, same_until
 from vp_exporter.search.mask.starting_masks import squared_distances
@@ -205,7 +205,7 @@ class Exchanges:
         importance: float [depth, patches].
     """
 
-    def __init__(self, importance: np.ndarray, description: ViTDescription) -> None:
+    def __init__(self, importance: np.ndarray, description: ModelSpec) -> None:
         self.log_importance = standard_log(importance)
         self.distance = np.sqrt(squared_distances(description.grid))
         np.fill_diagonal(self.distance, np.inf)

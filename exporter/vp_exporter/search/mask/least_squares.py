@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.rewrite.attention import attention
 from vp_exporter.rewrite.block import ReducedBlock, qkv_of
 
@@ -156,7 +156,7 @@ def solve(equations: Tensor, ridge: float) -> Tensor | None:
     return change if int(failed) == 0 and bool(torch.isfinite(change).all()) else None
 
 
-def row_weights(description: ViTDescription, tokens: int, *, last: bool, class_weight: float) -> np.ndarray:
+def row_weights(description: ModelSpec, tokens: int, *, last: bool, class_weight: float) -> np.ndarray:
     """What the squared error of each surviving token's output counts.
 
     Where the head reads prefix tokens (class token; distillation token), they count together `class_weight` times as

@@ -14,8 +14,8 @@ from vp_exporter.methods.base import Steps, stage_blocks
 from vp_exporter.methods.diffrate import share_alive, share_dropped
 from vp_exporter.methods.schedule import rounded
 from vp_exporter.methods.stages import CLUSTER_SHARE, PAIR_SHARE, bat_split
-from vp_exporter.model.describe import ViTDescription
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.reducers import REDUCERS, StaticStep
 from vp_exporter.search.mask.encoding import last_is_free
@@ -67,7 +67,7 @@ class Extras:
 def steps_of(
     method: str,
     alive: Sequence[int],
-    description: ViTDescription,
+    description: ModelSpec,
     extras: Extras | None = None,
     *,
     patches: int | None = None,
@@ -127,7 +127,7 @@ class Space:
     """
 
     method: str
-    description: ViTDescription
+    description: ModelSpec
     target: float
     keep: tuple[int, ...] | None = None
 
@@ -212,7 +212,7 @@ class Space:
         front: Steps = () if self.keep is None else (StaticStep(0, self.keep),)
         steps = front + steps_of(self.method, alive, self.description, extras, patches=self.start)
         return ReductionPlan(
-            model=self.description.plan_model(),
+            model=PlanModel.of(self.description),
             steps=steps,
             method=self.method,
             proportional_attention=any(getattr(step, "proportional", False) for step in steps),
@@ -258,7 +258,7 @@ class Space:
         return self.fill(add(base, to, low))
 
 
-def uniform(method: str, description: ViTDescription, target: float) -> ReductionPlan:
+def uniform(method: str, description: ModelSpec, target: float) -> ReductionPlan:
     """The paper's schedule, with MACs as near below `target` as it comes.
 
     ToMe removes the same count at every block; PPT, EViT, Top-K and BAT act after each quarter at an even rate (PPT

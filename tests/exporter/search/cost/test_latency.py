@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.exporter.tiny import tiny_vit
 from vp_engines.backends.base import Runner, TensorSpec
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.cost.latency import LatencyTable, latency_costs, timed_model
 from vp_exporter.search.cost.measured_latency import _cut, _plan, _rounds, default_counts, measure_table
@@ -25,7 +25,7 @@ from vp_exporter.search.mask.budget import search_lifetimes
 VIT, DESCRIPTION = tiny_vit()  # 16 patches and a class token, 4 blocks
 
 
-def some_table(description: ViTDescription = DESCRIPTION, **changes: Any) -> LatencyTable:
+def some_table(description: ModelSpec = DESCRIPTION, **changes: Any) -> LatencyTable:
     """A table by hand; 9 tokens take longer than 13, as happens on real engines."""
     table = LatencyTable(
         "ort", "fp32", "cpu", 8, None, timed_model(description), (5, 9, 13, 17), (1.0, 2.5, 2.0, 4.0),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.exporter.tiny import DEPTH, tiny_vit
 from vp_exporter.errors import SearchError
-from vp_exporter.model.describe import ViTDescription
+from vp_exporter.model.spec import ModelSpec
 from vp_exporter.search.calibration import Calibration
 from vp_exporter.search.mask import fisher
 from vp_exporter.search.mask.fisher import dead_from, gate_gradients, importance
@@ -24,7 +24,7 @@ IMAGES, BATCH = 6, 2
 
 def scorer_of(
     vit: nn.Module,
-    description: ViTDescription,
+    description: ModelSpec,
     *,
     batch: int = BATCH,
     labels: bool = True,
@@ -53,7 +53,7 @@ def gated_logits(twin: nn.Module, image: Tensor, block: int, gates: Tensor) -> T
 
 
 @torch.no_grad()
-def slow_gradient(twin: nn.Module, description: ViTDescription, image: Tensor, loss) -> np.ndarray:
+def slow_gradient(twin: nn.Module, description: ModelSpec, image: Tensor, loss) -> np.ndarray:
     """Central differences of one image's loss: [depth, patches]."""
     tokens, first, h = description.prefix_tokens + description.patches, description.prefix_tokens, 1e-4
     result = np.zeros((description.depth, description.patches))

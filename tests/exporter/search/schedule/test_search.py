@@ -17,7 +17,7 @@ import vp_exporter.search.schedule.search as schedule_module
 from tests.exporter.tiny import DEPTH, tiny_vit
 from vp_exporter.errors import PlanError, SearchError
 from vp_exporter.methods.stages import bat_split
-from vp_exporter.plan import ReductionPlan
+from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.calibration import Calibration
@@ -53,7 +53,7 @@ def scorer(images: torch.Tensor) -> Scorer:
 
 
 def of_alive(method: str, alive: tuple[int, ...], extras: Extras | None = None) -> ReductionPlan:
-    return ReductionPlan(DESCRIPTION.plan_model(), steps_of(method, alive, DESCRIPTION, extras))
+    return ReductionPlan(PlanModel.of(DESCRIPTION), steps_of(method, alive, DESCRIPTION, extras))
 
 
 alive_of_any = st.lists(st.integers(1, SIXTEEN), min_size=DEPTH, max_size=DEPTH).map(
@@ -240,7 +240,7 @@ def test_sensitivities_are_the_losses_of_single_steps(scorer: Scorer, images: to
                 alive = (SIXTEEN,) * block + (round(share * SIXTEEN),) * (DEPTH - block)
                 step = steps_of(method, alive, DESCRIPTION)
                 plan = ReductionPlan(
-                    DESCRIPTION.plan_model(), step, proportional_attention=method in ("tome", "diffrate")
+                    PlanModel.of(DESCRIPTION), step, proportional_attention=method in ("tome", "diffrate")
                 )
                 direct = kl(dense(images[:8]), ReducedViT(VIT, DESCRIPTION, plan)(images[:8]), 3.0).sqrt().mean()
                 assert loss == pytest.approx(float(direct) ** 2, rel=1e-3, abs=1e-8)
