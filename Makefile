@@ -108,9 +108,10 @@ loader: setup cpp-deps  ## the C++ loader as its tests run it
 cpp-deps:  ## Debian packages that the C++ loader is built with, where they are missing
 	@engines/cpp/install-deps.sh
 
-lint: setup  ## ruff
+lint: setup  ## ruff, and the floors that imports keep to
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 typecheck: setup  ## mypy
 	$(BIN)/mypy
