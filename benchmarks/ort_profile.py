@@ -18,7 +18,7 @@ from vp_engines.backends.ort import runs_in_profile
 
 WARM_UP = 3
 # What a plan adds: its reducers, the mask that proportional attention gives to Attention, the gathers of static steps.
-ADDED = re.compile(r"blocks\.\d+(\.(see|reduce)/|/(Unsqueeze|Expand|Gather)\.)|embed/Gather\.")
+ADDED = re.compile(r"blocks\.\d+(\.(statistics|see|reduce)/|/(Unsqueeze|Expand|Gather)\.)|embed/Gather\.")
 MASK = re.compile(r"blocks\.\d+(/(Unsqueeze|Expand)\.|\.reduce/Log\.)")
 Kernel = tuple[str, str, float]  # node, operator, milliseconds
 Run = list[Kernel]

@@ -338,9 +338,9 @@ def render(
         "## Added work",
         "",
         prose(
-            "From ONNX Runtime's own profile: every node of `blocks.N.see` and `blocks.N.reduce`, the Unsqueeze and "
-            "Expand that make Attention's mask, and the gather of a static mask. Percent of the time of all kernels of "
-            "the same run (what passes between kernels is in the speed-ups, not here); medians over "
+            "From ONNX Runtime's own profile: every node of `blocks.N.statistics` and `blocks.N.reduce`, the Unsqueeze "
+            "and Expand that make Attention's mask, and the gather of a static mask. Percent of the time of all "
+            "kernels of the same run (what passes between kernels is in the speed-ups, not here); medians over "
             f"{PROFILED[8]} runs at batch 8 and {PROFILED[1]} at batch 1."
         ),
         "",

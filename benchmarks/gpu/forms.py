@@ -122,7 +122,7 @@ def match_merge_portable(
 ) -> tuple[Tensor, Tensor]:
     """What a model runs with kernels="portable": the exporter's reducer (tome; ppt where scores are given)."""
     from vp_exporter.reducers.ppt import PptStep
-    from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
     from vp_exporter.reducers.tome import TomeStep
 
     stream = Stream(x, prefix, size=size)
@@ -130,7 +130,7 @@ def match_merge_portable(
     step = TomeStep(0, r) if scores is None else PptStep(0, r, tau)
     padded = None if scores is None else F.pad(scores, (prefix, 0))
     ones = None if padded is None else torch.ones_like(padded)
-    chosen = step.choose(stream, Seen(class_attention=padded, keys=keys, value_norm=ones))
+    chosen = step.choose(stream, AttentionStatistics(class_attention=padded, keys=keys, value_norm=ones))
     found = reduce_tokens(stream, chosen, carry_size=True)
     assert found.size is not None
     return found.x, found.size
@@ -148,11 +148,11 @@ def density_merge_portable(
 ) -> tuple[Tensor, Tensor]:
     """What a model runs with kernels="portable": the exporter's bat."""
     from vp_exporter.reducers.bat import BatStep
-    from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
 
     stream = Stream(x, prefix, size=size)
     step = BatStep(0, tokens_out, clusters, pairs, weights)
-    found = reduce_tokens(stream, step.choose(stream, Seen(class_attention=scores)), carry_size=True)
+    found = reduce_tokens(stream, step.choose(stream, AttentionStatistics(class_attention=scores)), carry_size=True)
     assert found.size is not None
     return found.x, found.size
 

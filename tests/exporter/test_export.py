@@ -14,7 +14,7 @@ import vp_engines
 from tests.exporter.tiny import random_plan, tiny_vit
 from vp_engines.bundle import verify_bundle
 from vp_engines.errors import BuildError, BundleError, VpError
-from vp_exporter import export as package
+from vp_exporter import export
 from vp_exporter.errors import PlanError
 from vp_exporter.export import ExportRequest, export_bundle
 from vp_exporter.model.loading import LoadedModel
@@ -90,7 +90,7 @@ def test_refused_before_anything_is_built(
     change: dict, error: type[VpError], message: str, model: LoadedModel, plan: ReductionPlan,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(package, "_lower", lambda *args: pytest.fail("built"))
+    monkeypatch.setattr(export, "_lower", lambda *args: pytest.fail("built"))
     with pytest.raises(error, match=message):
         run(model, plan, replace(ExportRequest(tmp_path / "tiny.vpe"), **change))
     assert list(tmp_path.iterdir()) == []
@@ -114,7 +114,7 @@ def test_failed_build_leaves_nothing(
     def refuse(*args: object) -> None:
         raise BuildError("the engine refuses")
 
-    monkeypatch.setattr(package, "_lower", refuse)
+    monkeypatch.setattr(export, "_lower", refuse)
     with pytest.raises(BuildError, match="the engine refuses"):
         run(model, plan, ExportRequest(tmp_path / "tiny.vpe"))
     assert list(tmp_path.iterdir()) == []
@@ -126,7 +126,7 @@ def test_plan_that_removes_nothing_is_pointed_out(
     def refuse(*args: object) -> None:
         raise BuildError("the engine refuses")
 
-    monkeypatch.setattr(package, "_lower", refuse)
+    monkeypatch.setattr(export, "_lower", refuse)
     notes = Notes()
     with pytest.raises(BuildError):
         run(model, ReductionPlan(plan.model), ExportRequest(tmp_path / "tiny.vpe", check=None), notes)

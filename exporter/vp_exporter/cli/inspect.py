@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vp_exporter.cli import console, naming, options, plans
-from vp_exporter.utils import file_types as strangers
+from vp_exporter.utils import file_types
 
 if TYPE_CHECKING:
     from vp_exporter.methods import MethodRequest
@@ -77,7 +77,7 @@ def inspect(
                 raise VpError("--method is given without --model", expected="--model NAME, for which to make the plan")
             return _plan(None, wanted, model, args, num_classes, size, as_json)
         naming.check_options(path, classes, out, update)
-        strangers.refuse(path)
+        file_types.refuse(path)
         if path.is_dir():
             if classes is not None:
                 return naming.name_classes(path, classes, out, as_json)

@@ -131,11 +131,11 @@ def search(
 
         import torch
 
-        from vp_exporter.utils import distributed as processes
+        from vp_exporter.utils import distributed
 
         if device == "cuda" and not torch.cuda.is_available():
             raise VpError("--device is cuda and torch sees no GPU", expected="cpu, or a machine with a GPU")
-        workers = processes.from_environment()
+        workers = distributed.from_environment()
         try:
             progress = console.ConsoleProgress(quiet=quiet or not workers.leader)
             source = options.ModelSource(
@@ -164,7 +164,7 @@ def search(
                 else:
                     runner.show(results, outs)
         finally:
-            processes.close(workers)
+            distributed.close(workers)
         return 0
 
     raise typer.Exit(console.run(body, debug=debug))

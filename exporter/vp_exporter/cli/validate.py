@@ -110,16 +110,16 @@ def validate(
         return workers.from_leader(hand_over)
 
     def body() -> int:
-        from vp_exporter.utils import distributed as processes
+        from vp_exporter.utils import distributed
 
         # The bundle says whether it is for a GPU, and is read later: on a CPU this changes nothing.
-        if processes.announced() and device != "cpu":
-            processes.own_gpu()
-        workers = processes.from_environment()
+        if distributed.announced() and device != "cpu":
+            distributed.own_gpu()
+        workers = distributed.from_environment()
         try:
             return check(workers)
         finally:
-            processes.close(workers)
+            distributed.close(workers)
             # Whatever ends one process ends all of them, with the same code: the leader says why.
             console.stderr.quiet = not workers.leader
 

@@ -1,6 +1,6 @@
 """Names of a ViT's parameters in other libraries, as timm names them.
 
-A dialect is recognised by the name of its patch embedding, which every ViT has once. timm's own names are one of them;
+A scheme is recognised by the name of its patch embedding, which every ViT has once. timm's own names are one of them;
 layouts that timm's checkpoint filters convert (OpenAI's CLIP, AIMv2, BEiT-3, RADIO, ...) are left to timm.
 """
 
@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Dialect:
+class NamingScheme:
     """One library's names.
 
     Attributes:
@@ -140,13 +140,13 @@ def _timm(state: State, beside: State) -> State:
     return _renamed(state, ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),))
 
 
-DIALECTS = (
-    Dialect("timm", "patch_embed.proj.weight", _timm),
-    Dialect("transformers", "embeddings.patch_embeddings.projection.weight", _transformers),
-    Dialect("mmpretrain", "patch_embed.projection.weight", _mmpretrain),
-    Dialect("torchvision", "conv_proj.weight", _torchvision),
-    Dialect("CLIP", "visual.conv1.weight"),
-    Dialect("AIMv2", "preprocessor.patchifier.proj.weight"),
-    Dialect("BEiT-3", "beit3.vision_embed.proj.weight"),
-    Dialect("RADIO", "radio_model.model.patch_generator.embedder.weight"),
+NAMING_SCHEMES = (
+    NamingScheme("timm", "patch_embed.proj.weight", _timm),
+    NamingScheme("transformers", "embeddings.patch_embeddings.projection.weight", _transformers),
+    NamingScheme("mmpretrain", "patch_embed.projection.weight", _mmpretrain),
+    NamingScheme("torchvision", "conv_proj.weight", _torchvision),
+    NamingScheme("CLIP", "visual.conv1.weight"),
+    NamingScheme("AIMv2", "preprocessor.patchifier.proj.weight"),
+    NamingScheme("BEiT-3", "beit3.vision_embed.proj.weight"),
+    NamingScheme("RADIO", "radio_model.model.patch_generator.embedder.weight"),
 )

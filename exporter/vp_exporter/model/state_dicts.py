@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vp_exporter.errors import WeightsError
-from vp_exporter.model.parameter_names import DIALECTS, Dialect
+from vp_exporter.model.parameter_names import NAMING_SCHEMES, NamingScheme
 
 # What wrappers put into names, at any depth: DDP and DataParallel, torch.compile, FSDP, activation checkpoints, Fabric.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -47,9 +47,9 @@ class FoundWeights:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model is: the dialect, and all that stands before its names."""
+    """Where a model is: the naming scheme, and all that stands before its names."""
 
-    dialect: Dialect
+    scheme: NamingScheme
     prefix: str
     width: int
     averaged: bool
@@ -86,18 +86,18 @@ def find_weights(
         turn = "--no-ema" if place.averaged else "--use-ema"
         choice = f"; {turn} takes the other" if any(each.averaged != place.averaged for each in fitting) else ""
         notes.append(f"weights: {place.prefix or 'the top level'!r} of {source} (also there: {rest}{choice})")
-    translate = place.dialect.translate
+    translate = place.scheme.translate
     if translate is None:  # timm's filters find the rest themselves
         return FoundWeights(below, tuple(notes), named=False)
     state = translate(below, beside)
-    if place.dialect.name != "timm":
-        notes.append(f"weights: {source} has the names of {place.dialect.name}, translated to timm's")
+    if place.scheme.name != "timm":
+        notes.append(f"weights: {source} has the names of {place.scheme.name}, translated to timm's")
     if "register_tokens" in state:
         state.setdefault("mask_token", state["cls_token"])  # by which timm's filter knows DINOv2 with registers
     dropped = [name for name in state if _TRAINING_ONLY.match(name) and not _for_timm(name, state)]
     dropped += [name for name in state if re.match(r"head\.(?!weight$|bias$)", name)]
     state = {name: tensor for name, tensor in state.items() if name not in dropped}
-    used = _used_beside(place.dialect)
+    used = _used_beside(place.scheme)
     dropped += [name for name in beside if name.endswith("weight") and not name.startswith(("optim", *used))]
     if dropped:
         more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
@@ -109,28 +109,28 @@ def _for_timm(name: str, state: Mapping[str, Tensor]) -> bool:
     return name == "mask_token" and "register_tokens" in state
 
 
-def _used_beside(dialect: Dialect) -> tuple[str, ...]:
+def _used_beside(scheme: NamingScheme) -> tuple[str, ...]:
     return {
         "transformers": ("classifier.", "cls_classifier.", "distillation_classifier."),
         "mmpretrain": ("head.",),
-    }.get(dialect.name, ())
+    }.get(scheme.name, ())
 
 
 def _places(tensors: Mapping[str, Tensor]) -> list[_Place]:
     found = []
-    for dialect in DIALECTS:
-        pattern = re.compile(rf"(?P<prefix>(?:.*\.)??{_WRAPPED})" + _loose(dialect.anchor))
+    for scheme in NAMING_SCHEMES:
+        pattern = re.compile(rf"(?P<prefix>(?:.*\.)??{_WRAPPED})" + _loose(scheme.anchor))
         for name, tensor in tensors.items():
             match = pattern.fullmatch(name)
             if match and tensor.ndim >= 2:
                 prefix = match.group("prefix")
-                found.append(_Place(dialect, prefix, tensor.shape[0], bool(_AVERAGED.search(prefix))))
+                found.append(_Place(scheme, prefix, tensor.shape[0], bool(_AVERAGED.search(prefix))))
     # Lightning's WeightAveraging keeps the average where the weights are otherwise, and these elsewhere.
     if any(each.prefix.startswith("current_model_state.") for each in found):
         found = [replace(each, averaged=each.prefix.startswith("state_dict.")) for each in found]
     # OpenCLIP's towers have timm's names below `visual.trunk.`: timm's filter takes the projection beside it too.
     return [
-        replace(each, dialect=Dialect("OpenCLIP", ""), prefix=each.prefix.removesuffix("visual.trunk."))
+        replace(each, scheme=NamingScheme("OpenCLIP", ""), prefix=each.prefix.removesuffix("visual.trunk."))
         if each.prefix.endswith("visual.trunk.")
         else each
         for each in found

@@ -26,6 +26,7 @@ _ATTENTION = re.compile(r"attention|softmax|flash|fmha|\bsdpa|mha", re.IGNORECAS
 _REDUCTION = re.compile(
     r"topk|sort|gather|scatter|one_?hot|arg_?max|arg_?min|index|select_rank|merge|match|\bvp::", re.IGNORECASE
 )
+_REDUCING = {"statistics", "reduce", "see"}  # "see": the statistics, in graphs of the first bundles
 _PRODUCT = re.compile(r"FullyConnected|MatMul|Gemm", re.IGNORECASE)
 _RESIDUAL = ("Add", "Mul", "Sum", "Subgraph", "Eltwise")
 
@@ -65,7 +66,7 @@ def _of_name(operation: Operation) -> tuple[str | None, int | None]:
 def _of_scope(scope: str, operation: Operation) -> str | None:
     parts = scope.split(".")
     last = parts[-1]
-    if "reduce" in parts or "see" in parts:
+    if _REDUCING & set(parts):
         return REDUCTION
     if "norm" in last:
         return NORM

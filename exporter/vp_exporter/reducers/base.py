@@ -16,9 +16,9 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
-# What a reducer may ask of its block's attention (the fields of vp_exporter.reducers.stream.Seen).
+# What a reducer may ask of its block's attention (the fields of vp_exporter.reducers.stream.AttentionStatistics).
 Need = Literal["class_attention", "keys", "value_norm", "graph_score", "positions"]
 
 
@@ -149,16 +149,16 @@ class InnerStep(Step):
         """What it asks of the block's attention."""
 
     @abstractmethod
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         """Decide for each image which tokens stay and where the others go: index maps of a fixed shape."""
 
     def fused(
-        self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool
+        self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
     ) -> Stream | TokenMap | None:
         """The same by a vp operator that does more than choose; None where there is none: then `choose` decides.
 
         Args:
-            seen: with `head_keys` in place of `keys`.
+            statistics: with `head_keys` in place of `keys`.
             operators: what to call.
             carry_size: the plan carries sizes.
 

@@ -16,7 +16,7 @@ from vp_exporter.reducers.fused import FusedOperators
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vp_exporter.reducers.stream import Merge, Pool, Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Merge, Pool, Stream, TokenMap
 
 WEIGHTS = ("attention", "size")
 
@@ -79,17 +79,17 @@ class BatStep(InnerStep):
         )
         return after_choice(tokens, self.tokens_out - tokens.prefix)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import TokenMap
 
-        assert seen.class_attention is not None
+        assert statistics.class_attention is not None
         prefix = stream.prefix
-        scores = seen.class_attention[:, prefix:]
+        scores = statistics.class_attention[:, prefix:]
         best, rest = ops.split(scores, self.attentive(prefix))
         weight: Tensor | None = None  # [B, N]; None: every token weighs 1
         if self.weights == "attention":
-            weight = seen.class_attention.clamp_min(1e-12)
+            weight = statistics.class_attention.clamp_min(1e-12)
         elif stream.size is not None:
             weight = stream.size
         keep, merge = self._match(stream, best + prefix, weight)
@@ -151,11 +151,13 @@ class BatStep(InnerStep):
         weighted = members if weight is None else members * ops.take(weight, rows)[:, None, :]
         return Pool(rows, weighted / weighted.sum(dim=2, keepdim=True), members, ops.take(rows, centres))
 
-    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> Stream:
-        assert seen.class_attention is not None
+    def fused(
+        self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
+    ) -> Stream:
+        assert statistics.class_attention is not None
         x, size = operators.density_merge(
             stream.x,
-            seen.class_attention,
+            statistics.class_attention,
             stream.size,
             self.tokens_out,
             self.clusters,

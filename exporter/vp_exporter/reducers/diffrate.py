@@ -10,7 +10,7 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_choice
 
 if TYPE_CHECKING:
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
 WEIGHTS = ("equal", "similarity")
 
@@ -54,14 +54,14 @@ class DiffRateStep(InnerStep):
         self._limit("merge_to", self.merge_to, tokens.prefix + 1, self.prune_to, tokens, why)
         return after_choice(tokens, self.merge_to - tokens.prefix)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import Merge, TokenMap
 
-        assert seen.class_attention is not None
+        assert statistics.class_attention is not None
         prefix = stream.prefix
         stay, alive = self.merge_to - prefix, self.prune_to - prefix
-        order = ops.ranking(seen.class_attention[:, prefix:], alive)
+        order = ops.ranking(statistics.class_attention[:, prefix:], alive)
         kept = ops.ascending(order[:, :stay])
         keep = ops.frame(kept, prefix, shift=prefix)
         if stay == alive:

@@ -10,7 +10,7 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class EvitStep(InnerStep):
         self._limit("tokens_out", self.tokens_out, tokens.prefix + 1 + fused, tokens.total, tokens, why)
         return after_choice(tokens, self.tokens_out - tokens.prefix)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import Pool, TokenMap
 
-        assert seen.class_attention is not None
+        assert statistics.class_attention is not None
         prefix = stream.prefix
-        scores = seen.class_attention[:, prefix:]
+        scores = statistics.class_attention[:, prefix:]
         stay = self.tokens_out - prefix
         if not self.fuse:
             return TokenMap(ops.frame(ops.highest(scores, stay), prefix, shift=prefix))
@@ -58,13 +58,15 @@ class EvitStep(InnerStep):
         source = rest + prefix
         return TokenMap(keep, pool=Pool(source, weights, ops.ones(source)[:, None, :], source[:, :1]))
 
-    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> TokenMap | None:
+    def fused(
+        self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
+    ) -> TokenMap | None:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import TokenMap
 
-        assert seen.class_attention is not None
+        assert statistics.class_attention is not None
         prefix = stream.prefix
-        scores, stay = seen.class_attention[:, prefix:], self.tokens_out - prefix
+        scores, stay = statistics.class_attention[:, prefix:], self.tokens_out - prefix
         if not self.fuse:
             return TokenMap(ops.frame(operators.select(scores, stay), prefix, shift=prefix))
         if carry_size:  # the fused token's size needs the list of what went into it

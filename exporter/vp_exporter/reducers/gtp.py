@@ -13,7 +13,7 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
 SCORES, GRAPHS, SOURCES = ("graph", "class"), ("mixed", "spatial", "semantic"), ("patches", "keys")
 
@@ -89,14 +89,14 @@ class GtpStep(InnerStep):
         self._limit("r", self.r, 1, tokens.patches - 1, tokens, "at least 1 patch token stays")
         return after_choice(tokens, tokens.patches - self.r)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         import torch.nn.functional as F
 
         from vp_exporter.reducers import ops
-        from vp_exporter.reducers.stream import Spread, TokenMap
+        from vp_exporter.reducers.stream import Propagation, TokenMap
 
         prefix = stream.prefix
-        scores = seen.class_attention if self.score == "class" else seen.graph_score
+        scores = statistics.class_attention if self.score == "class" else statistics.graph_score
         assert scores is not None
         order = ops.ranking(scores[:, prefix:])
         kept, dropped = order[:, : -self.r], order[:, -self.r :]
@@ -104,11 +104,11 @@ class GtpStep(InnerStep):
             share = self._of_graph(stream, kept, dropped)
         else:
             kept, dropped = ops.ascending(kept), ops.ascending(dropped)
-            share = self._of_neighbours(stream, seen, kept, dropped)
+            share = self._of_neighbours(stream, statistics, kept, dropped)
         # Prefix rows receive nothing: zero rows in front.
         mix = F.pad(share * self.alpha, (0, 0, prefix, 0))
         keep = ops.frame(kept, prefix, shift=prefix)
-        return TokenMap(keep, spread=Spread(dropped + prefix, mix))
+        return TokenMap(keep, propagation=Propagation(dropped + prefix, mix))
 
     def _of_graph(self, stream: Stream, kept: Tensor, dropped: Tensor) -> Tensor:
         """What each kept token receives of each dropped one, by the graph of the patches: float32 [B, K, r]."""
@@ -128,15 +128,15 @@ class GtpStep(InnerStep):
         given = F.embedding(rows, links[0]) if self.graph == "spatial" else ops.take_rows(links, rows)
         return ops.take_rows(given.transpose(1, 2), columns)
 
-    def _of_neighbours(self, stream: Stream, seen: Seen, kept: Tensor, dropped: Tensor) -> Tensor:
+    def _of_neighbours(self, stream: Stream, statistics: AttentionStatistics, kept: Tensor, dropped: Tensor) -> Tensor:
         """The same in equal parts to the kept neighbours, found among the tokens at hand."""
         from vp_exporter.reducers import ops
 
         prefix = stream.prefix
         linked: Tensor | None = None  # [B, r, K] 1 where a kept token is a neighbour of the dropped one
         if self.graph != "spatial":
-            assert seen.keys is not None
-            keys = ops.unit(seen.keys)
+            assert statistics.keys is not None
+            keys = ops.unit(statistics.keys)
             away, near = ops.take_rows(keys, dropped + prefix), ops.take_rows(keys, kept + prefix)
             cosines = away @ near.transpose(1, 2)
             linked = (cosines >= ops.nth_highest(cosines, min(self.neighbours, kept.shape[1]))).float()

@@ -13,7 +13,7 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
 MATCHINGS = ("bipartite", "protect")
 
@@ -57,15 +57,15 @@ class PitomeStep(InnerStep):
         self._limit("r", self.r, 1, tokens.patches // 2, tokens, "r tokens merge into r others")
         return after_choice(tokens, tokens.patches - self.r)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         import torch
 
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import Merge, TokenMap
 
-        assert seen.keys is not None
+        assert statistics.keys is not None
         prefix = stream.prefix
-        keys = ops.unit(seen.keys[:, prefix:])
+        keys = ops.unit(statistics.keys[:, prefix:])
         order = self._by_energy(keys)
         taking_part = stream.patches if self.matching == "bipartite" else 2 * self.r
         a, b = order[:, 0:taking_part:2], order[:, 1:taking_part:2]

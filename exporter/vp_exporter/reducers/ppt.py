@@ -11,7 +11,7 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
 ORDERS = ("score", "position")
 
@@ -52,21 +52,21 @@ class PptStep(InnerStep):
         self._limit("r", self.r, 1, tokens.patches // 2, tokens, "at most half of the patch tokens can merge")
         return after_choice(tokens, tokens.patches - self.r)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.matching import match
         from vp_exporter.reducers.stream import Merge, TokenMap
 
-        assert seen.class_attention is not None
-        assert seen.value_norm is not None
-        assert seen.keys is not None
+        assert statistics.class_attention is not None
+        assert statistics.value_norm is not None
+        assert statistics.keys is not None
         prefix = stream.prefix
-        scores = (seen.class_attention * seen.value_norm)[:, prefix:]
+        scores = (statistics.class_attention * statistics.value_norm)[:, prefix:]
         scores = scores / scores.sum(dim=1, keepdim=True)
         centred = scores - scores.mean(dim=1, keepdim=True)
         variance = centred.square().sum(dim=1, keepdim=True) / max(1, scores.shape[1] - 1)
         pool = variance < self.tau  # [B, 1]
-        pooled, merge = match(seen.keys, prefix, self.r)
+        pooled, merge = match(statistics.keys, prefix, self.r)
         kept = ops.ranking(scores, scores.shape[1] - self.r)
         if self.order == "position":
             kept = ops.ascending(kept)
@@ -76,14 +76,16 @@ class PptStep(InnerStep):
         weight = pool.float() * size
         return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))
 
-    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> Stream | None:
+    def fused(
+        self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
+    ) -> Stream | None:
         if self.order == "position":  # the operator keeps them by score
             return None
 
-        assert seen.class_attention is not None
-        assert seen.value_norm is not None
-        assert seen.head_keys is not None
+        assert statistics.class_attention is not None
+        assert statistics.value_norm is not None
+        assert statistics.head_keys is not None
         prefix = stream.prefix
-        scores = (seen.class_attention * seen.value_norm)[:, prefix:]
-        x, size = operators.match_merge(stream.x, seen.head_keys, stream.size, self.r, prefix, scores, self.tau)
+        scores = (statistics.class_attention * statistics.value_norm)[:, prefix:]
+        x, size = operators.match_merge(stream.x, statistics.head_keys, stream.size, self.r, prefix, scores, self.tau)
         return replace(stream, x=x, size=size)

@@ -1,4 +1,4 @@
-"""What flows through a reduced model, what a reducer sees of a block's attention, and the map it answers with.
+"""What flows through a reduced model, the attention statistics that a reducer reads, and the map it answers with.
 
 Every reducer only *chooses*: it returns a `TokenMap` of index tensors with static shapes. `reduce_tokens` is the one
 place that moves tokens: one gather for what stays and one matrix product for what is merged, so no engine ever sees a
@@ -51,8 +51,8 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a block's attention shows, all float32; None where the step did not ask (`InnerStep.needs`).
+class AttentionStatistics:
+    """Statistics of a block's attention, all float32; None where the step did not ask (`InnerStep.needs`).
 
     Attributes:
         class_attention: [B, N], the class token's attention, averaged over heads.
@@ -91,8 +91,8 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Propagation: output += mix @ x[source]. `source` int64 [B, R], `mix` float32 [B, K, R]."""
+class Propagation:
+    """Of what is dropped: output += mix @ x[source]. `source` int64 [B, R], `mix` float32 [B, K, R]."""
 
     source: Tensor
     mix: Tensor
@@ -125,7 +125,7 @@ class TokenMap:
 
     keep: Tensor
     merge: Merge | None = None
-    spread: Spread | None = None
+    propagation: Propagation | None = None
     pool: Pool | None = None
     extra: Tensor | None = None
 
@@ -177,11 +177,11 @@ def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool, merge: 
         x = ops.take_rows(stream.x, chosen.keep)
     else:
         x, size = _merge(stream, chosen.keep, size, chosen.merge, merge)
-    if chosen.spread is not None:
-        spread = chosen.spread
-        x = x + spread.mix.to(x.dtype) @ ops.take_rows(stream.x, spread.source)
+    if chosen.propagation is not None:
+        propagation = chosen.propagation
+        x = x + propagation.mix.to(x.dtype) @ ops.take_rows(stream.x, propagation.source)
         if carry_size:
-            size = _size_of(stream, spread.mix, spread.source) + (1.0 if size is None else size)
+            size = _size_of(stream, propagation.mix, propagation.source) + (1.0 if size is None else size)
     if chosen.pool is not None:
         pool = chosen.pool
         x = torch.cat([x, pool.rows.to(x.dtype) @ ops.take_rows(stream.x, pool.source)], dim=1)

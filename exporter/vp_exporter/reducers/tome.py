@@ -11,7 +11,7 @@ from vp_exporter.reducers.base import Fields, InnerStep, Need, Tokens, after_cho
 from vp_exporter.reducers.fused import FusedOperators
 
 if TYPE_CHECKING:
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
 ORDERS = ("position", "similarity")
 
@@ -54,16 +54,18 @@ class TomeStep(InnerStep):
         self._limit("r", self.r, 1, tokens.patches // 2, tokens, "at most half of the patch tokens can merge")
         return after_choice(tokens, tokens.patches - self.r)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         from vp_exporter.reducers.matching import match
         from vp_exporter.reducers.stream import TokenMap
 
-        assert seen.keys is not None
-        return TokenMap(*match(seen.keys, stream.prefix, self.r, sort=self.order == "position"))
+        assert statistics.keys is not None
+        return TokenMap(*match(statistics.keys, stream.prefix, self.r, sort=self.order == "position"))
 
-    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> Stream | None:
+    def fused(
+        self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
+    ) -> Stream | None:
         if self.order == "similarity":  # the operator sorts them
             return None
-        assert seen.head_keys is not None
-        x, size = operators.match_merge(stream.x, seen.head_keys, stream.size, self.r, stream.prefix)
+        assert statistics.head_keys is not None
+        x, size = operators.match_merge(stream.x, statistics.head_keys, stream.size, self.r, stream.prefix)
         return replace(stream, x=x, size=size)

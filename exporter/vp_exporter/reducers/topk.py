@@ -12,7 +12,7 @@ from vp_exporter.reducers.fused import FusedOperators
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vp_exporter.reducers.stream import Seen, Stream, TokenMap
+    from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
 SCORES = ("class", "ats")
 
@@ -45,25 +45,27 @@ class TopKStep(InnerStep):
         self._limit("tokens_out", self.tokens_out, tokens.prefix + 1, tokens.total, tokens, why)
         return after_choice(tokens, self.tokens_out - tokens.prefix)
 
-    def choose(self, stream: Stream, seen: Seen) -> TokenMap:
+    def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import TokenMap
 
-        kept = ops.highest(self._scores(stream, seen), self.tokens_out - stream.prefix)
+        kept = ops.highest(self._scores(stream, statistics), self.tokens_out - stream.prefix)
         return TokenMap(ops.frame(kept, stream.prefix, shift=stream.prefix))
 
-    def _scores(self, stream: Stream, seen: Seen) -> Tensor:
+    def _scores(self, stream: Stream, statistics: AttentionStatistics) -> Tensor:
         """Of the patch tokens, [B, n]."""
-        assert seen.class_attention is not None
-        scores = seen.class_attention
+        assert statistics.class_attention is not None
+        scores = statistics.class_attention
         if self.score == "ats":
-            assert seen.value_norm is not None
-            scores = scores * seen.value_norm
+            assert statistics.value_norm is not None
+            scores = scores * statistics.value_norm
         return scores[:, stream.prefix :]
 
-    def fused(self, stream: Stream, seen: Seen, operators: FusedOperators, *, carry_size: bool) -> TokenMap:
+    def fused(
+        self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
+    ) -> TokenMap:
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import TokenMap
 
-        kept = operators.select(self._scores(stream, seen), self.tokens_out - stream.prefix)
+        kept = operators.select(self._scores(stream, statistics), self.tokens_out - stream.prefix)
         return TokenMap(ops.frame(kept, stream.prefix, shift=stream.prefix))

@@ -1,4 +1,4 @@
-"""What a block's attention shows to a reducer, computed beside the fused attention and never from its map.
+"""Statistics of a block's attention for its reducer, computed beside the fused attention and never from its map.
 
 Scores need one row: softmax(q_class k^T) costs N * d multiply-accumulates, where the map costs N^2 * d and would take
 the block off the fused path. All in fp32: matching under bf16 doubles the error of the whole model.
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vp_exporter.reducers import ops
 from vp_exporter.reducers.base import InnerStep, Need
-from vp_exporter.reducers.stream import Seen
+from vp_exporter.reducers.stream import AttentionStatistics
 
 
-class See(nn.Module):
-    """What `needs` names, computed from the heads of a block's attention.
+class CollectStatistics(nn.Module):
+    """The statistics that `needs` names, from the heads of a block's attention.
 
     A module of its own so that the nodes it becomes carry its name in an exported graph.
 
@@ -29,8 +29,10 @@ class See(nn.Module):
         super().__init__()
         self.needs, self.heads = needs, heads
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weights: Tensor | None = None) -> Seen:
-        """Look.
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weights: Tensor | None = None
+    ) -> AttentionStatistics:
+        """Compute them.
 
         Args:
             q, k, v: [B, H, N, d], or "packed" [B, N, H * d], of which nothing is transposed.
@@ -55,7 +57,7 @@ class See(nn.Module):
         if "graph_score" in needs:
             assert weights is not None
             graph = graph_score(weights)
-        return Seen(row, keys, norm, graph)
+        return AttentionStatistics(row, keys, norm, graph)
 
 
 def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,9 +15,9 @@ from timm.models.eva import EvaBlock
 from torch import Tensor
 
 from vp_exporter.reducers import InnerStep
-from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
 from vp_exporter.rewrite.attention import AttentionForm, attention, packed_attention
-from vp_exporter.rewrite.attention_statistics import See, attention_map, needs_map
+from vp_exporter.rewrite.attention_statistics import CollectStatistics, attention_map, needs_map
 
 
 class PatchEmbedding(nn.Module):
@@ -124,7 +124,7 @@ class ReducedBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.block = [block]
-        self.see = None if step is None else See(step.needs, block.attn.num_heads)
+        self.statistics = None if step is None else CollectStatistics(step.needs, block.attn.num_heads)
         self.maps, self.theta = step is not None and needs_map(step), 1.0 if step is None else step.theta
         self.reduce = (
             None
@@ -141,11 +141,11 @@ class ReducedBlock(nn.Module):
         block = self.block[0]
         if self.index is not None:  # static steps come before every other: no sizes yet, and no positions by image
             stream = replace(stream, x=stream.x.index_select(1, self.index))
-        out, seen = self._attend(block.norm1(stream.x), self._bias(stream))
+        out, statistics = self._attend(block.norm1(stream.x), self._bias(stream))
         stream = replace(stream, x=stream.x + self._scale(out, 1))
         if self.reduce is not None:
-            assert seen is not None
-            stream = self.reduce(stream, seen)
+            assert statistics is not None
+            stream = self.reduce(stream, statistics)
         x = stream.x
         return replace(stream, x=x + self._scale(block.mlp(block.norm2(x)), 2))
 
@@ -155,8 +155,8 @@ class ReducedBlock(nn.Module):
             return self.key_bias
         return stream.log_size if self.key_bias is None else stream.log_size + self.key_bias
 
-    def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Seen | None]:
-        """The attention's output [B, N, D], and what the reducer asked to see of it."""
+    def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionStatistics | None]:
+        """The attention's output [B, N, D], and the statistics that the reducer asked for."""
         layer = self.block[0].attn
         heads, width, tokens = layer.num_heads, layer.head_dim, x.shape[1]
         separate = layer.qkv is None  # EVA-02's projections
@@ -167,7 +167,7 @@ class ReducedBlock(nn.Module):
                 else qkv_of(layer, x).split(heads * width, dim=-1)
             )
             q, k = (_norm_heads(norm, t, heads, width) for norm, t in ((layer.q_norm, q), (layer.k_norm, k)))
-            seen = None if self.see is None else self.see(q, k, v, bias)
+            statistics = None if self.statistics is None else self.statistics(q, k, v, bias)
             out = packed_attention(q, k, v, heads, bias)
         else:
             if separate:
@@ -179,7 +179,7 @@ class ReducedBlock(nn.Module):
                 q, k, v = qkv_of(layer, x).reshape(-1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = layer.q_norm(q), layer.k_norm(k)
             weights = attention_map(q, k, bias, self.theta) if self.maps else None
-            seen = None if self.see is None else self.see(q, k, v, bias, weights)
+            statistics = None if self.statistics is None else self.statistics(q, k, v, bias, weights)
             if weights is None:
                 out = attention(q, k, v, bias, self.attention_form)
             else:
@@ -187,7 +187,7 @@ class ReducedBlock(nn.Module):
         out = layer.norm(out)
         if layer.gate is not None:
             out = out * layer.gate(x).sigmoid()
-        return layer.proj(out), seen
+        return layer.proj(out), statistics
 
     def _scale(self, x: Tensor, which: int) -> Tensor:
         block = self.block[0]
@@ -229,9 +229,9 @@ class Reduce(nn.Module):
         self.step, self.proportional = step, proportional
         self.carry_size, self.carry_positions = carry_size, carry_positions
 
-    def forward(self, stream: Stream, seen: Seen) -> Stream:
+    def forward(self, stream: Stream, statistics: AttentionStatistics) -> Stream:
         """[B, N, D] -> [B, N', D]."""
-        chosen = self.step.choose(stream, seen)
+        chosen = self.step.choose(stream, statistics)
         if not self.carry_positions:
             stream = replace(stream, positions=None)
         stream = reduce_tokens(stream, chosen, carry_size=self.carry_size)

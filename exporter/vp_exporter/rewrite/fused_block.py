@@ -19,7 +19,7 @@ from torch import Tensor
 from vp_exporter.errors import UnsupportedModelError
 from vp_exporter.model.spec import ModelSpec
 from vp_exporter.reducers import InnerStep, ops
-from vp_exporter.reducers.stream import Seen, Stream, TokenMap, reduce_tokens, sizes_without_merge
+from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap, reduce_tokens, sizes_without_merge
 from vp_exporter.rewrite import operators
 from vp_exporter.rewrite.attention_statistics import attention_map, graph_score
 from vp_exporter.rewrite.block import ReducedBlock, qkv_of
@@ -82,17 +82,17 @@ class FusedBlock(ReducedBlock):
         else:
             x, normed = gather_and_norm(stream.x, self.index, block.norm1)
             stream = replace(stream, x=x)
-        out, seen = self._attend_packed(normed, self._bias(stream))
+        out, statistics = self._attend_packed(normed, self._bias(stream))
         out = self._scale(out, 1)
         if self.fused_reduce is None:
             stream = replace(stream, x=stream.x + out)
             normed = block.norm2(stream.x)
         else:
-            stream, normed = self.fused_reduce(stream, out, seen, block.norm2)
+            stream, normed = self.fused_reduce(stream, out, statistics, block.norm2)
         return replace(stream, x=stream.x + self._scale(block.mlp(normed), 2))
 
-    def _attend_packed(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Seen]:
-        """The attention's output [B, N, D], and what it shows."""
+    def _attend_packed(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionStatistics]:
+        """The attention's output [B, N, D], and its statistics."""
         layer = self.block[0].attn
         heads, width, tokens = layer.num_heads, layer.head_dim, x.shape[1]
         if layer.qkv is None:  # EVA-02's projections
@@ -117,13 +117,13 @@ class FusedBlock(ReducedBlock):
         out = layer.norm(out)
         if layer.gate is not None:
             out = out * layer.gate(x).sigmoid()
-        seen = Seen(
+        statistics = AttentionStatistics(
             class_attention=row,
             value_norm=ops.norm(qkv[:, :, 2].flatten(2)) if "value_norm" in needs else None,
             graph_score=graph_score(weights) if weights is not None and "graph_score" in needs else None,
             head_keys=qkv[:, :, 1] if "keys" in needs else None,
         )
-        return layer.proj(out), seen
+        return layer.proj(out), statistics
 
 
 class FusedReduce(nn.Module):
@@ -134,13 +134,15 @@ class FusedReduce(nn.Module):
         self.step, self.proportional = step, proportional
         self.carry_size, self.carry_positions = carry_size, carry_positions
 
-    def forward(self, stream: Stream, out: Tensor, seen: Seen, norm: nn.Module) -> tuple[Stream, Tensor]:
+    def forward(
+        self, stream: Stream, out: Tensor, statistics: AttentionStatistics, norm: nn.Module
+    ) -> tuple[Stream, Tensor]:
         """Add the attention's output, reduce, normalise.
 
         Args:
             stream: what entered the attention, [B, N, D].
             out: the attention's output, [B, N, D].
-            seen: with `head_keys` in place of `keys`.
+            statistics: with `head_keys` in place of `keys`.
             norm: what follows.
 
         Returns:
@@ -148,17 +150,19 @@ class FusedReduce(nn.Module):
         """
         added = replace(stream, x=stream.x + out)
         # Places in the grid follow an index map, which an operator of its own does not show.
-        found = None if self.carry_positions else self.step.fused(added, seen, operators, carry_size=self.carry_size)
+        found = (
+            None if self.carry_positions else self.step.fused(added, statistics, operators, carry_size=self.carry_size)
+        )
         if found is None:
-            if seen.head_keys is not None:
-                seen = replace(seen, keys=seen.head_keys.float().sum(dim=2))
-            found = self.step.choose(added, seen)
+            if statistics.head_keys is not None:
+                statistics = replace(statistics, keys=statistics.head_keys.float().sum(dim=2))
+            found = self.step.choose(added, statistics)
         if not self.carry_positions:
             stream, added = replace(stream, positions=None), replace(added, positions=None)
         normed: Tensor | None = None
         if isinstance(found, Stream):
             new = replace(found, positions=None)
-        elif found.merge is None and found.spread is None:
+        elif found.merge is None and found.propagation is None:
             new, normed = self._keep(stream, out, added.x, found, norm)
         else:
             new = reduce_tokens(added, found, carry_size=self.carry_size, merge=operators.merge_rows)

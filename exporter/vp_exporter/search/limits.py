@@ -13,7 +13,7 @@ from vp_exporter.utils.distributed import Workers, single
 TELL_SECONDS = 20.0
 
 
-class Allowance:
+class Limits:
     """Evaluations and minutes, whichever ends first.
 
     Args:
@@ -31,7 +31,7 @@ class Allowance:
         for name, value in (("evaluations", evaluations), ("seconds", seconds)):
             if value is not None and value < 0:
                 raise SearchError(f"{name} is {value}", expected="0 or more")
-        self.limit, self.seconds, self.spent = evaluations, seconds, 0
+        self.evaluations, self.seconds, self.spent = evaluations, seconds, 0
         self._start, self._workers = time.perf_counter(), workers or single()
 
     def spend(self, evaluations: int = 1) -> None:
@@ -40,7 +40,7 @@ class Allowance:
     @property
     def left(self) -> bool:
         """Whether one more evaluation is allowed; asked by all processes together."""
-        if self.limit is not None and self.spent >= self.limit:
+        if self.evaluations is not None and self.spent >= self.evaluations:
             return False
         seconds = self.seconds
         if seconds is None:

@@ -19,7 +19,7 @@ from vp_exporter.search.mask.budget import Costs, macs_costs, search_lifetimes
 from vp_exporter.search.mask.encoding import plan_of
 from vp_exporter.search.mask.fisher import dead_from, gate_gradients, importance
 from vp_exporter.search.mask.rearrangement import rearrange
-from vp_exporter.search.mask.starting_masks import spread_masks
+from vp_exporter.search.mask.starting_masks import starting_masks
 from vp_exporter.search.mask.tuning import tune
 from vp_exporter.search.report.verdict import SearchVerdict, judge_search
 from vp_exporter.search.schedule.bayesian_optimisation import FITTED
@@ -162,7 +162,7 @@ class _Run:
                 self.row(name, plan_of(life, self.description), began, baseline=True)
         life, plan = prior.life, plans[best]
         if settings.strategies:
-            starts |= spread_masks(prior.counts, self.description.grid, weights[0], settings.seed)
+            starts |= starting_masks(prior.counts, self.description.grid, weights[0], settings.seed)
             start = time.perf_counter()
             with self.progress.stage("token mask rearrangement"):
                 moved = rearrange(

@@ -10,7 +10,6 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from vp_kernels.aot import ptx as aot_ptx
 from vp_kernels.aot.index import (
     FORMAT,
     FREE_SHARED_BYTES,
@@ -23,6 +22,7 @@ from vp_kernels.aot.index import (
     grid_size,
     parameter_type,
 )
+from vp_kernels.aot.ptx import Ptx, cubin_has, parse
 
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_FILE_BYTES = 64 * 2**20
@@ -81,12 +81,12 @@ def check_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ptx = _content(root, entry["ptx"])
         cubin = _content(root, entry["cubin"])
         try:
-            _hold(entry, aot_ptx.parse(ptx.decode("ascii")))
+            _hold(entry, parse(ptx.decode("ascii")))
         except UnicodeDecodeError:
             raise AotError(f"{entry['ptx']['path']} is no text; expected PTX") from None
         except AotError as error:
             raise AotError(f"{entry['ptx']['path']}: {error}") from None
-        if not aot_ptx.cubin_has(cubin, entry["entry"]):
+        if not cubin_has(cubin, entry["entry"]):
             raise AotError(f"{entry['cubin']['path']} is no cubin with the kernel {entry['entry']}")
     return index
 
@@ -210,7 +210,7 @@ def _read(path: Path, name: str, most: int) -> bytes:
         raise AotError(f"{name} cannot be read: {error.strerror or error}") from None
 
 
-def _hold(entry: dict[str, Any], ptx: aot_ptx.Ptx) -> None:
+def _hold(entry: dict[str, Any], ptx: Ptx) -> None:
     """What a PTX text declares is what its entry says."""
     shared = entry["shared"]
     pairs: list[tuple[str, Any, Any]] = [

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vp_kernels.aot import ptx as aot_ptx
 from vp_kernels.aot.index import (
     FREE_SHARED_BYTES,
     HIDDEN,
@@ -30,6 +29,7 @@ from vp_kernels.aot.index import (
     grid_size,
     parameter_type,
 )
+from vp_kernels.aot.ptx import Ptx, parse
 
 if TYPE_CHECKING:
     from vp_kernels.launch import Variant
@@ -147,7 +147,7 @@ def compile_task(task: Task) -> Built:
     try:
         kernel, full, constants, attributes = _source(variant)
         ptx, cubin, metadata = _compile(kernel, full, constants, attributes, variant, task.sm)
-        entry = _entry(variant, task, aot_ptx.parse(ptx), metadata, constants)
+        entry = _entry(variant, task, parse(ptx), metadata, constants)
         entry.update(_resources(cubin, knobs.nvidia.cuobjdump.path))
         sources = _sources(kernel)
     except Exception as error:
@@ -213,7 +213,7 @@ def _compile(
     return done.asm["ptx"], done.asm["cubin"], done.metadata
 
 
-def _entry(variant: Variant, task: Task, ptx: aot_ptx.Ptx, metadata: Any, constants: dict[str, Any]) -> dict[str, Any]:
+def _entry(variant: Variant, task: Task, ptx: Ptx, metadata: Any, constants: dict[str, Any]) -> dict[str, Any]:
     """What the index says of one build, from the variant and from what its PTX declares."""
     parameters: list[dict[str, Any]] = []
     for name, dtype in variant.signature.items():

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from tests.exporter.cli.samples import Inputs, call, check_error
 from vp_exporter.cli.inspect import app
 from vp_exporter.plan.plan import FORMAT
-from vp_exporter.utils import file_types as strangers
+from vp_exporter.utils import file_types
 
 
 def _torch(content: object, **options: bool) -> bytes:
@@ -138,4 +138,4 @@ def test_folders(tmp_path: Path, inputs: Inputs, exported: Path) -> None:
 
 
 def test_the_plans_format_is_known() -> None:
-    assert strangers.PLAN_FORMAT == FORMAT
+    assert file_types.PLAN_FORMAT == FORMAT

@@ -16,7 +16,7 @@ from tests.exporter.processes import together
 from vp_engines.bundle import verify_bundle
 from vp_engines.errors import VpError
 from vp_exporter.cli import validate
-from vp_exporter.utils import distributed as workers
+from vp_exporter.utils import distributed
 
 MODULE = "vp_exporter.cli.validate"
 
@@ -126,8 +126,8 @@ def test_a_process_takes_its_gpu_before_anything_else(
         raise VpError("far enough")
 
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr(workers, "own_gpu", lambda: order.append("gpu"))
-    monkeypatch.setattr(workers, "from_environment", form)
+    monkeypatch.setattr(distributed, "own_gpu", lambda: order.append("gpu"))
+    monkeypatch.setattr(distributed, "from_environment", form)
     result = call(validate.app, exported, *(["--device", device] if device else []))
     assert (result.exit_code, result.stderr) == (2, "error: far enough\n")
     assert order == (["gpu", "group"] if called else ["group"])

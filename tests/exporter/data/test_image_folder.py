@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vp_exporter.data import image_folder as data
+from vp_exporter.data import image_folder
 from vp_exporter.data.image_folder import ImageFolder
 from vp_exporter.errors import DataError
 
@@ -225,7 +225,7 @@ def test_unreadable_folder(flowers, monkeypatch, locked):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(data.os, "scandir", refuse)  # chmod would not stop root
+    monkeypatch.setattr(image_folder.os, "scandir", refuse)  # chmod would not stop root
     with pytest.raises(DataError, match=r"Permission denied.*check its permissions"):
         folder(flowers)
 

@@ -19,7 +19,8 @@ ONNX_RUNTIME = [
     ("model/Split.0", "Split", A, 0),
     ("blocks.0/Unsqueeze.0", "Unsqueeze", R, 0),
     ("blocks.0/Attention.0", "Attention", A, 0),
-    ("blocks.0.see/MatMul.0", "MatMul", R, 0),
+    ("blocks.0.statistics/MatMul.0", "MatMul", R, 0),
+    ("blocks.0.see/MatMul.0", "MatMul", R, 0),  # as bundles of 2026 call it
     ("vit.blocks.0.attn.proj/MatMul.0", "MatMul", A, 0),
     ("blocks.0/Add.1", "Add", A, 0),
     ("blocks.0.reduce/TopK.0", "TopK", R, 0),

@@ -22,7 +22,7 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
 from vp_exporter.reducers.graph import TokenGraph, code_index
-from vp_exporter.reducers.stream import Seen, Stream
+from vp_exporter.reducers.stream import AttentionStatistics, Stream
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 Pick = Callable[[int, int], int]  # a whole number from low to high, both included
@@ -202,11 +202,11 @@ class Links(dict[tuple[str, int], torch.Tensor]):
         return self[asked]
 
 
-def as_seen(images: Sequence[Image]) -> Seen:
+def as_statistics(images: Sequence[Image]) -> AttentionStatistics:
     """What the attention shows of a batch, rounded to float32 once."""
     rows = [range(len(image.x)) for image in images]
     graph = [image.attention.diagonal(axis1=1, axis2=2).max(0) * image.attention.sum(1).max(0) for image in images]
-    return Seen(
+    return AttentionStatistics(
         batch([image.class_attention(j) for j in row] for image, row in zip(images, rows, strict=True)),
         batch(image.keys.sum(0) for image in images),
         batch([image.value_norm(j) for j in row] for image, row in zip(images, rows, strict=True)),
@@ -233,13 +233,13 @@ def score_variances(model: ReducedViT, block: int, images: torch.Tensor) -> list
     """What ppt compares with tau at a block, for each image."""
     spread: list[float] = []
 
-    def look(_module: object, _args: object, seen: Seen) -> None:
-        assert seen.class_attention is not None
-        assert seen.value_norm is not None
-        score = (seen.class_attention * seen.value_norm)[:, model.description.prefix_tokens :]
+    def look(_module: object, _args: object, statistics: AttentionStatistics) -> None:
+        assert statistics.class_attention is not None
+        assert statistics.value_norm is not None
+        score = (statistics.class_attention * statistics.value_norm)[:, model.description.prefix_tokens :]
         spread.extend((score / score.sum(1, keepdim=True)).var(1).tolist())
 
-    hook = model.blocks[block].see.register_forward_hook(look)
+    hook = model.blocks[block].statistics.register_forward_hook(look)
     with torch.no_grad():
         model(images)
     hook.remove()

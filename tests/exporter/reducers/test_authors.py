@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.exporter.reducers import authors
-from tests.exporter.reducers.cases import as_seen, as_stream, model_of, rough_image
+from tests.exporter.reducers.cases import as_statistics, as_stream, model_of, rough_image
 from tests.exporter.reducers.oracles import Image
 from vp_exporter.methods import MethodRequest, build_plan
 from vp_exporter.model.spec import ModelSpec
@@ -48,7 +48,7 @@ def compare(step: InnerStep, author: Author, *, prefix: int = 1, sized: bool = T
         # Scores that tie may go either way with the authors: here each is another.
         image.attention[:, 0] += np.random.default_rng(seed + 1000).uniform(0, 0.01, len(image.x))
         stream = as_stream([image], sized=sized)
-        out = reduce_tokens(stream, step.choose(stream, as_seen([image])), carry_size=True)
+        out = reduce_tokens(stream, step.choose(stream, as_statistics([image])), carry_size=True)
         x, size, positions = author(image, step)
         count["images"] += 1
         if image.margin < CLEAR:
@@ -163,7 +163,7 @@ def test_ppt_chooses_as_they_do(description: ModelSpec) -> None:
     tau = float(np.median([authors.ppt_scores(image).var(ddof=1) for image in images]))
     step = made("ppt", description, r=8, tau=tau)
     stream = as_stream(images, sized=False)
-    merge = step.choose(stream, as_seen(images)).merge
+    merge = step.choose(stream, as_statistics(images)).merge
     assert merge is not None
     assert merge.source_weight is not None
     found = ["pool" if weight else "prune" for weight in merge.source_weight[:, 0].tolist()]

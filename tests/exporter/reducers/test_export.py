@@ -23,7 +23,7 @@ from torch import Tensor
 from tests.engines.backends import tiny_vit as engines
 from tests.exporter.reducers.cases import (
     VARIANTS,
-    as_seen,
+    as_statistics,
     as_stream,
     exact_image,
     make_plan,
@@ -45,7 +45,7 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import REDUCERS, InnerStep, ops, step_from_dict
 from vp_exporter.reducers.evit import EvitStep
-from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 TOLERANCE = 1e-4
@@ -266,20 +266,20 @@ def test_graph(source: str, request: pytest.FixtureRequest) -> None:
         if node.op_type == "Expand":  # the packed attention's mask of log sizes, which its kernel does not broadcast
             assert source == "packed"
             assert scope.startswith("blocks.")
-            assert not scope.endswith((".see", ".reduce"))
+            assert not scope.endswith((".statistics", ".reduce"))
         thins = node.op_type == "TopK" and source == "other_fields" and scope == f"blocks.{len(steps) - 1}"
         if node.op_type in ("TopK", "GatherND", "OneHot", "ArgMax") and not thins:  # theta sorts an attention map
-            assert scope.endswith((".see", ".reduce")) or scope.startswith("graphs.")
+            assert scope.endswith((".statistics", ".reduce")) or scope.startswith("graphs.")
         if node.op_type == "TopK":
             k, axis = int(constants[node.input[1]].item()), shapes[node.input[0]][-1]
             assert 1 <= k <= axis <= 3840  # TensorRT's limit
             assert axis <= 64 or thins  # no axis is longer than the patch tokens are many
     for block in range(len(steps)):
-        assert {f"blocks.{block}.see", f"blocks.{block}.reduce"} <= parts
+        assert {f"blocks.{block}.statistics", f"blocks.{block}.reduce"} <= parts
 
 
 class Choices(nn.Module):
-    """Steps on given evidence, without a model around them: which positions stay, and the sizes."""
+    """Steps on given statistics, without a model around them: which positions stay, and the sizes."""
 
     def __init__(self, steps: list[InnerStep], prefix: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -289,11 +289,11 @@ class Choices(nn.Module):
     def forward(self, packed: Tensor) -> Tensor:
         """[B, N, 10]: tokens, keys, class attention, value norm -> float32 [B, ...], all answers in a row."""
         x, keys, scores, norm = packed.split([4, 4, 1, 1], dim=2)
-        seen = Seen(scores[:, :, 0], keys, norm[:, :, 0], scores[:, :, 0])
+        statistics = AttentionStatistics(scores[:, :, 0], keys, norm[:, :, 0], scores[:, :, 0])
         stream = Stream(x, self.prefix, positions=self.places, columns=self.columns)
         answers = []
         for step in self.steps:
-            out = reduce_tokens(stream, step.choose(stream, seen), carry_size=True)
+            out = reduce_tokens(stream, step.choose(stream, statistics), carry_size=True)
             assert out.positions is not None
             answers.append(out.positions.float())
             if out.size is not None:
@@ -322,13 +322,14 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildSource, np.n
         exact_image(prefix, grid, lambda count, high: rng.integers(0, high + 1, count).tolist(), sized=False)
         for _ in range(64)
     ]
-    seen = as_seen(images)
-    assert seen.keys is not None
-    assert seen.class_attention is not None
-    assert seen.value_norm is not None
-    norm = (seen.value_norm / 2**0.5).round(decimals=3)  # powers of 2 again, so that products do not round
+    statistics = as_statistics(images)
+    assert statistics.keys is not None
+    assert statistics.class_attention is not None
+    assert statistics.value_norm is not None
+    norm = (statistics.value_norm / 2**0.5).round(decimals=3)  # powers of 2 again, so that products do not round
     packed = torch.cat(
-        [as_stream(images, sized=False).x, seen.keys, seen.class_attention[:, :, None], norm[:, :, None]], dim=2
+        [as_stream(images, sized=False).x, statistics.keys, statistics.class_attention[:, :, None], norm[:, :, None]],
+        dim=2,
     )
     path = tmp_path_factory.mktemp("choices") / "choices.onnx"
     torch.onnx.export(

@@ -17,7 +17,7 @@ from tests.exporter.reducers.cases import (
     PURE_MERGES,
     VARIANTS,
     WITHOUT_CLASS_TOKEN,
-    as_seen,
+    as_statistics,
     as_stream,
     make_plan,
     make_step,
@@ -36,7 +36,7 @@ from vp_exporter.model.describe import describe
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
-from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
@@ -55,10 +55,12 @@ MEANS = (
 )
 
 
-def drawn(variant: str, seed: int, *, sized: bool = True, **more: float) -> tuple[InnerStep, Stream, Seen]:
+def drawn(
+    variant: str, seed: int, *, sized: bool = True, **more: float
+) -> tuple[InnerStep, Stream, AttentionStatistics]:
     """A step, and four images of noise for it."""
     step, images = drawn_images(variant, seed, sized=sized, **more)
-    return step, as_stream(images, sized=sized), as_seen(images)
+    return step, as_stream(images, sized=sized), as_statistics(images)
 
 
 def drawn_images(variant: str, seed: int, *, sized: bool = True, **more: float) -> tuple[InnerStep, list[Image]]:
@@ -73,8 +75,8 @@ def drawn_images(variant: str, seed: int, *, sized: bool = True, **more: float) 
     return step, images
 
 
-def reduced(step: InnerStep, stream: Stream, seen: Seen) -> Stream:
-    return reduce_tokens(stream, step.choose(stream, seen), carry_size=True)
+def reduced(step: InnerStep, stream: Stream, statistics: AttentionStatistics) -> Stream:
+    return reduce_tokens(stream, step.choose(stream, statistics), carry_size=True)
 
 
 @pytest.mark.parametrize("variant", [*PURE_MERGES, "evit-fuse", "gtp-class-semantic", "gtp-graph-semantic"])
@@ -83,9 +85,9 @@ def reduced(step: InnerStep, stream: Stream, seen: Seen) -> Stream:
 def test_sizes_add_up(variant: str, seed: int, sized: bool) -> None:
     """What leaves stands for every patch that came (gtp: at alpha 1, where everybody has a neighbour)."""
     more = {"alpha": 1.0} if variant.startswith("gtp") else {}
-    step, stream, seen = drawn(variant, seed, sized=sized, **more)
+    step, stream, statistics = drawn(variant, seed, sized=sized, **more)
     before = torch.full((4,), float(stream.x.shape[1])) if stream.size is None else stream.size.sum(1)
-    out = reduced(step, stream, seen)
+    out = reduced(step, stream, statistics)
     after = torch.full((4,), float(out.x.shape[1])) if out.size is None else out.size.sum(1)
     torch.testing.assert_close(after, before)
 
@@ -95,10 +97,10 @@ def test_sizes_add_up(variant: str, seed: int, sized: bool) -> None:
 @given(seed=seeds, sized=st.booleans())
 def test_what_leaves_lies_in_the_hull_of_what_came(variant: str, seed: int, sized: bool) -> None:
     """With the identity in place of the tokens, what leaves is the weights themselves."""
-    step, stream, seen = drawn(variant, seed, sized=sized)
+    step, stream, statistics = drawn(variant, seed, sized=sized)
     tokens = stream.x.shape[1]
     identity = replace(stream, x=torch.eye(tokens).expand(4, -1, -1))
-    weights = reduce_tokens(identity, step.choose(stream, seen), carry_size=True).x
+    weights = reduce_tokens(identity, step.choose(stream, statistics), carry_size=True).x
     assert weights.min() >= -1e-6
     torch.testing.assert_close(weights.sum(2), torch.ones(weights.shape[:2]))
     homes = (weights > 1e-6).sum(1)
@@ -111,16 +113,16 @@ def test_what_leaves_lies_in_the_hull_of_what_came(variant: str, seed: int, size
 @QUIET
 @given(seed=seeds, sized=st.booleans())
 def test_prefix_tokens_stay_in_front_untouched(variant: str, seed: int, sized: bool) -> None:
-    step, stream, seen = drawn(variant, seed, sized=sized)
-    out, prefix = reduced(step, stream, seen), stream.prefix
+    step, stream, statistics = drawn(variant, seed, sized=sized)
+    out, prefix = reduced(step, stream, statistics), stream.prefix
     assert torch.equal(out.x[:, :prefix], stream.x[:, :prefix])
     assert out.size is None or (out.size[:, :prefix] == 1).all()
     assert out.prefix == prefix
     assert out.patches == step.apply(Tokens(prefix, stream.patches, None)).patches
 
 
-def at(seen: Seen, index: torch.Tensor) -> Seen:
-    return Seen(**{name: value[index] for name, value in vars(seen).items() if value is not None})
+def at(statistics: AttentionStatistics, index: torch.Tensor) -> AttentionStatistics:
+    return AttentionStatistics(**{name: value[index] for name, value in vars(statistics).items() if value is not None})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -133,8 +135,8 @@ def test_images_do_not_see_each_other(variant: str, seed: int) -> None:
     for image in images:
         ORACLES[step.reducer](image, **step.fields())
     clear = torch.tensor([image.margin >= CLEAR for image in images])
-    stream, seen = as_stream(images, sized=True), as_seen(images)
-    out = reduced(step, stream, seen)
+    stream, statistics = as_stream(images, sized=True), as_statistics(images)
+    out = reduced(step, stream, statistics)
     assert out.positions is not None
     assert out.size is not None
     assert stream.positions is not None
@@ -143,7 +145,7 @@ def test_images_do_not_see_each_other(variant: str, seed: int) -> None:
         part = replace(stream, x=stream.x[chosen], size=stream.size[chosen], positions=stream.positions[chosen])
         if stream.links:
             part = replace(part, links={key: t[chosen] if len(t) > 1 else t for key, t in stream.links.items()})
-        mine = reduced(step, part, at(seen, chosen))
+        mine = reduced(step, part, at(statistics, chosen))
         assert mine.positions is not None
         assert mine.size is not None
         sure, mine_sure = chosen[clear[chosen]], clear[chosen]
@@ -171,7 +173,9 @@ def test_ties_go_to_the_lowest_index(reducer: str) -> None:
     step = step_from_dict({"block": 0, "reducer": reducer, **fields})
     assert isinstance(step, InnerStep)
     stream = Stream(torch.ones(2, 9, 4), 1, positions=ops.grid_codes(list(range(8)), 8), columns=8)
-    out = reduced(step, stream, Seen(torch.ones(2, 9) / 9, torch.ones(2, 9, 4), torch.ones(2, 9), torch.ones(2, 9)))
+    out = reduced(
+        step, stream, AttentionStatistics(torch.ones(2, 9) / 9, torch.ones(2, 9, 4), torch.ones(2, 9), torch.ones(2, 9))
+    )
     assert out.positions is not None
     assert out.positions.tolist() == [positions] * 2
     size = torch.ones(2, out.x.shape[1]) if out.size is None else out.size
@@ -286,7 +290,7 @@ def test_a_reducer_adds_little_to_the_counted_macs(deit: ReducedViT, variant: st
     own = sum(
         sum(counts.get(f"ReducedViT.blocks.{step.block}.{part}", {}).values())
         for step in plan.steps
-        for part in ("see", "reduce")
+        for part in ("statistics", "reduce")
     ) + sum(counts.get("ReducedViT.graphs.0", {}).values())
     base = count_macs(description, plan).total
     assert counter.get_total_flops() - own == 2 * base

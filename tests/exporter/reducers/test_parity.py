@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.exporter.reducers.cases import (
     VARIANTS,
     WITHOUT_CLASS_TOKEN,
-    as_seen,
+    as_statistics,
     as_stream,
     exact_image,
     make_plan,
@@ -50,7 +50,7 @@ def check_step(step: InnerStep, images: list[Image], *, sized: bool, shared: boo
     """Tokens, their order, sizes and positions of every image; returns the number of near-ties that were left out."""
     fields = step.fields()
     stream = as_stream(images, sized=sized, shared_places=shared)
-    out = reduce_tokens(stream, step.choose(stream, as_seen(images)), carry_size=True)
+    out = reduce_tokens(stream, step.choose(stream, as_statistics(images)), carry_size=True)
     skipped = 0
     for at, image in enumerate(images):
         x, size, positions = ORACLES[step.reducer](image, **fields)

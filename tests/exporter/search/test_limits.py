@@ -6,7 +6,7 @@ import pytest
 
 from vp_exporter.errors import SearchError
 from vp_exporter.search import limits as module
-from vp_exporter.search.limits import TELL_SECONDS, Allowance, Trace
+from vp_exporter.search.limits import TELL_SECONDS, Limits, Trace
 
 
 class Clock:
@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_evaluations_and_seconds_whichever_ends_first(clock: Clock) -> None:
-    counted, timed, free = Allowance(3, 60.0), Allowance(None, 60.0), Allowance()
+    counted, timed, free = Limits(3, 60.0), Limits(None, 60.0), Limits()
     counted.spend(2)
     assert counted.left
     counted.spend()
@@ -35,13 +35,13 @@ def test_evaluations_and_seconds_whichever_ends_first(clock: Clock) -> None:
     clock.now += 60
     assert not timed.left
     assert free.left
-    assert not Allowance(0).left
+    assert not Limits(0).left
 
 
 @pytest.mark.parametrize(("given", "said"), [((-1,), "evaluations is -1"), ((None, -2.0), "seconds is -2")])
 def test_less_than_nothing_is_refused(given: tuple, said: str) -> None:
     with pytest.raises(SearchError, match=f"{said}.*expected 0 or more"):
-        Allowance(*given)
+        Limits(*given)
 
 
 def test_a_long_search_tells_where_it_is(clock: Clock) -> None:

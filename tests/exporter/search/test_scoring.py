@@ -17,7 +17,7 @@ from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep, step_from_dict
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.calibration import Calibration, split
-from vp_exporter.search.limits import Allowance, Trace
+from vp_exporter.search.limits import Limits, Trace
 from vp_exporter.search.mask.encoding import counts_of, life_of, mask_of, plan_of, same_until
 from vp_exporter.search.scoring import block_keys, kl, merit, settled
 
@@ -184,16 +184,16 @@ def test_lifetimes_as_a_plan() -> None:
     assert [(step.block, len(step.keep)) for step in plan.steps if isinstance(step, StaticStep)] == [(0, 15), (2, 14)]
 
 
-def test_an_allowance_ends() -> None:
-    allowance = Allowance(evaluations=2)
-    allowance.spend()
-    assert allowance.left
-    allowance.spend()
-    assert not allowance.left
-    assert not Allowance(seconds=0).left
-    assert Allowance().left
+def test_limits_end() -> None:
+    limits = Limits(evaluations=2)
+    limits.spend()
+    assert limits.left
+    limits.spend()
+    assert not limits.left
+    assert not Limits(seconds=0).left
+    assert Limits().left
     with pytest.raises(SearchError):
-        Allowance(evaluations=-1)
+        Limits(evaluations=-1)
     trace = Trace()
     trace.add("greedy", 0.2, 0.1)
     assert trace.rows == [{"stage": "greedy", "evaluation": 1, "loss": 0.2, "best": 0.1}]

@@ -19,7 +19,7 @@ from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
 from tests.pairwise import pairwise, thinned
 from vp_exporter.reducers.base import Tokens
 from vp_exporter.reducers.bat import BatStep
-from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
 from vp_kernels.density_merge import reference
 from vp_kernels.density_merge.kernel import config, launch_density_merge, scratch_values, variants
 from vp_kernels.density_merge.kernel_moves import mix
@@ -59,7 +59,7 @@ def portable(plan: Plan, x: Tensor, scores: Tensor, size: Tensor | None) -> Stre
     step = BatStep(0, plan.tokens_out, plan.clusters, plan.pairs, plan.weights)
     step.apply(Tokens(plan.prefix, plan.tokens - plan.prefix, None))  # refuses what is no plan
     stream = Stream(x, plan.prefix, torch.ones_like(scores) if size is None else size)
-    return reduce_tokens(stream, step.choose(stream, Seen(class_attention=scores)), carry_size=True)
+    return reduce_tokens(stream, step.choose(stream, AttentionStatistics(class_attention=scores)), carry_size=True)
 
 
 def check(plan: Plan, batch: int, width: int, dtype: torch.dtype, sizes: bool) -> None:

@@ -15,7 +15,7 @@ from tests.kernels.counts import counts_and_types
 from tests.kernels.match_merge.cases import MARGIN, few_directions, keys, margins, peaked, sizes
 from tests.kernels.support import DTYPES, TOKENS, assert_within, seeded
 from vp_exporter.reducers.ppt import PptStep
-from vp_exporter.reducers.stream import Seen, Stream, reduce_tokens
+from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
 from vp_exporter.reducers.tome import TomeStep
 from vp_kernels.match_merge.kernel import config, launch_match, launch_match_merge, variants
 from vp_kernels.match_merge.reference import match_reference
@@ -60,12 +60,12 @@ def exporters(
     summed = metric.float().sum(2) if metric.ndim == 4 else metric.float()
     stream = Stream(x, prefix, size)
     step: TomeStep | PptStep = TomeStep(0, r)
-    seen = Seen(keys=summed)
+    statistics = AttentionStatistics(keys=summed)
     if scores is not None:
         step = PptStep(0, r, tau)
         padded = torch.nn.functional.pad(scores, (prefix, 0))
-        seen = Seen(keys=summed, class_attention=padded, value_norm=torch.ones_like(padded))
-    return reduce_tokens(stream, step.choose(stream, seen), carry_size=True)
+        statistics = AttentionStatistics(keys=summed, class_attention=padded, value_norm=torch.ones_like(padded))
+    return reduce_tokens(stream, step.choose(stream, statistics), carry_size=True)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from vp_exporter.model.spec import ModelSpec
-from vp_exporter.search.limits import Allowance, Trace
+from vp_exporter.search.limits import Limits, Trace
 from vp_exporter.search.mask.encoding import plan_of, same_until
 from vp_exporter.search.mask.starting_masks import squared_distances
 from vp_exporter.search.scoring import Scorer
@@ -134,7 +134,7 @@ class Incumbent:
 def local_search(
     scorer: Scorer,
     life: np.ndarray,
-    allowance: Allowance,
+    limits: Limits,
     trace: Trace,
     *,
     batches: Sequence[int],
@@ -151,7 +151,7 @@ def local_search(
 
     Args:
         life: int [patches], where to start.
-        allowance: each candidate spends one, however many batches it is run on.
+        limits: each candidate spends one, however many batches it is run on.
         importance: float [depth, patches], of a patch being dead from a block on: which exchanges are likely.
         seed: of the draws; the only chance in it.
         temperature: of the loss.
@@ -169,7 +169,7 @@ def local_search(
     first = max(1, min(batches_per_evaluation or len(batches) // 4, len(batches)))
     moves, refused, turn = FIRST_MOVES, 0, 0
     seen = {incumbent.life.tobytes()}
-    while allowance.left:
+    while limits.left:
         if refused >= SWEEP and moves > 1:
             moves, refused = moves // 2, 0
         drawn = (draw(incumbent.life, moves, rng) for _ in range(DRAWS))
@@ -180,7 +180,7 @@ def local_search(
             moves, refused = moves // 2, 0
             continue
         seen.add(candidate.tobytes())
-        allowance.spend()
+        limits.spend()
         chosen = [batches[(turn + k) % len(batches)] for k in range(first)]
         rest = [batch for batch in batches if batch not in chosen]
         turn += first

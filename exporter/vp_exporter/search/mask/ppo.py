@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vp_exporter.search.limits import Allowance, Trace
+from vp_exporter.search.limits import Limits, Trace
 from vp_exporter.search.mask.exchange import Incumbent, standard_log
 from vp_exporter.search.scoring import Scorer
 
@@ -221,7 +221,7 @@ def ppo_search(
     life: np.ndarray,
     effects: np.ndarray,
     importance: np.ndarray,
-    allowance: Allowance,
+    limits: Limits,
     trace: Trace,
     *,
     batches: Sequence[int],
@@ -245,7 +245,7 @@ def ppo_search(
     Args:
         life: int [patches], where to start.
         effects: float [images, depth, patches]; importance: float [depth, patches]. Of the Fisher prior.
-        allowance: each candidate spends one, however many batches it is run on.
+        limits: each candidate spends one, however many batches it is run on.
         exchanges: length of an episode, at first; halved after updates that found nothing better.
         batches_per_evaluation: those a candidate is run on first; None is an eighth of them.
         costs, budget, beta: the cost of lifetimes, what it may be, and the weight of what exceeds it.
@@ -261,7 +261,7 @@ def ppo_search(
     rng = np.random.default_rng(seed)
     first = max(1, min(batches_per_evaluation or len(batches) // 8, len(batches)))
     failed = 0
-    while allowance.left:
+    while limits.left:
         # The leader alone plays and learns: the others need no bit-equal network to decide alike.
         lives = scorer.workers.from_leader(
             partial(learner.propose, incumbent.life, episodes=episodes_per_update, exchanges=exchanges)
@@ -271,9 +271,9 @@ def ppo_search(
         rewards: list[float] = []
         gains: list[float] = []
         for candidate in lives:
-            if not allowance.left:
+            if not limits.left:
                 break
-            allowance.spend()
+            limits.spend()
             gains.append(-float(incumbent.difference(candidate, chosen).mean()))
             over = 0.0 if costs is None or not budget else max(0.0, costs(candidate) / budget - 1)
             rewards.append(float(np.clip(gains[-1] / scale, -1, 1)) - beta * over)

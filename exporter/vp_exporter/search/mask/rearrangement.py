@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vp_exporter.errors import SearchError
-from vp_exporter.search.limits import Allowance, Trace
+from vp_exporter.search.limits import Limits, Trace
 from vp_exporter.search.mask.baselines import PRIOR
 from vp_exporter.search.mask.encoding import plan_of
 from vp_exporter.search.mask.exchange import block_fisher_swap, local_search
@@ -73,7 +73,7 @@ def rearrange(
     """Improve the best of some masks by exchanges.
 
     The best start on the search batches, and what `block_fisher_swap` makes of it, are compared; each strategy goes on
-    from the better one, with the same allowance. Then all of them, starts included, meet the held-out images: of those
+    from the better one, with the same limits. Then all of them, starts included, meet the held-out images: of those
     whose plain KL is not above the Fisher prior's the one of least merit (scoring.settled), of equal ones the prior.
 
     Args:
@@ -120,18 +120,18 @@ def rearrange(
     measure(SWAP, start, workers.from_leader(lambda: block_fisher_swap(effects, life)))
     life, loss = min(((entry[2], entry[3]) for entry in found), key=lambda entry: entry[1])
     for strategy in strategies:
-        allowance = Allowance(evaluations, seconds, workers)
+        limits = Limits(evaluations, seconds, workers)
         if strategy == "greedy":
             better, loss = local_search(
-                scorer, life, allowance, trace,
+                scorer, life, limits, trace,
                 batches=batches, importance=importance, seed=seed, temperature=temperature,
             )  # fmt: skip
         else:
             better, loss = ppo_search(
-                scorer, life, effects, importance, allowance, trace,
+                scorer, life, effects, importance, limits, trace,
                 batches=batches, seed=seed, temperature=temperature,
             )  # fmt: skip
-        add(strategy, start, better, loss, allowance.spent)
+        add(strategy, start, better, loss, limits.spent)
     for row, (_, _, life, _) in zip(rows, found, strict=True):
         plan = plan_of(life, scorer.description)
         row["held_kl"] = scorer.loss(plan, scorer.calibration.held)

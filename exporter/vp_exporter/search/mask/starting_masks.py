@@ -18,7 +18,7 @@ PULLS = (0.0, 0.3)  # what the importance counts against the repulsion
 TRIES = 16  # random beginnings; the one that ends lowest is taken
 
 
-def spread_masks(
+def starting_masks(
     counts: Sequence[int], grid: tuple[int, int], importance: np.ndarray, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """A mask for each reach of the repulsion, with and without the importance.

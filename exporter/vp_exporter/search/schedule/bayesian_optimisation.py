@@ -1,4 +1,4 @@
-"""Search in a space of schedules, by evaluation, guided by a surrogate of what has been evaluated."""
+"""Bayesian optimisation of a schedule: a Gaussian process of what has been evaluated says what to evaluate next."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.search.limits import Allowance, Trace
-from vp_exporter.search.schedule.gaussian_process import Surrogate
+from vp_exporter.search.limits import Limits, Trace
+from vp_exporter.search.schedule.gaussian_process import GaussianProcess
 from vp_exporter.search.schedule.space import TAU, Extras, Space
 from vp_exporter.search.scoring import Scorer
 
@@ -44,7 +44,7 @@ class Candidate:
     start: bool
 
 
-class Guided:
+class BayesianOptimisation:
     """A search in one space; `begin`, then `improve` as often as there is something to spend, then `finalists`.
 
     Candidates are run on one part of the search images after another: what is common to neighbours on different images
@@ -65,15 +65,15 @@ class Guided:
         self,
         scorer: Scorer,
         space: Space,
-        allowance: Allowance,
+        limits: Limits,
         *,
         seed: int,
         temperature: float,
         trace: Trace,
         extras: Extras | None = None,
     ) -> None:
-        self.scorer, self.space, self.allowance, self.temperature, self.trace = (
-            scorer, space, allowance, temperature, trace,
+        self.scorer, self.space, self.limits, self.temperature, self.trace = (
+            scorer, space, limits, temperature, trace,
         )  # fmt: skip
         self.extras = extras or Extras.of(space.method, space.description.depth)
         self.found: list[Candidate] = []
@@ -82,7 +82,7 @@ class Guided:
         self._batches = scorer.calibration.first(FITTED)
         size = -(-len(self._batches) // 4)
         self._parts = [self._batches[i : i + size] for i in range(0, len(self._batches), size)]
-        self._hard: list[float] = []  # of each part: all images' loss over its own, under the first start
+        self._difficulty: list[float] = []  # of each part: all images' loss over its own, under the first start
         self._order: list[int] = []
         self._expected: list[float] = []
         self._name = space.method if space.keep is None else f"static {space.start} + {space.method}"
@@ -98,22 +98,22 @@ class Guided:
     def begin(self, starts: Sequence[tuple[int, ...] | None]) -> None:
         """Run some schedules, one at least; None stands for one that cannot meet the budget."""
         for removed in starts:
-            if removed is not None and (self.allowance.left or not self.found):
+            if removed is not None and (self.limits.left or not self.found):
                 self._try(removed, self.extras, "start")
         if not self.found:
             self._try(self.space.fill(self.space.most), self.extras, "start")
-        self._think()
+        self._rank()
 
     def improve(self, until: int | None = None) -> None:
-        """Search until nothing helps, the allowance is spent, or `until` of its evaluations are."""
+        """Search until nothing helps, a limit is reached, or `until` evaluations are spent."""
         same = 0
-        while same < _PATIENCE and self.allowance.left and (until is None or self.allowance.spent < until):
+        while same < _PATIENCE and self.limits.left and (until is None or self.limits.spent < until):
             proposed = self.scorer.workers.from_leader(self._propose)
             if proposed is None:
                 return
             before = self.best
             self._try(*proposed, "guided")
-            self._think()
+            self._rank()
             same = same + 1 if self.best is before else 0
 
     def finalists(self, count: int) -> list[ReductionPlan]:
@@ -131,19 +131,19 @@ class Guided:
         if name in self._seen:
             return
         self._seen.add(name)
-        self.allowance.spend()
-        if not self._hard:
+        self.limits.spend()
+        if not self._difficulty:
             losses = [self.scorer.losses(plan, part, self.temperature) for part in self._parts]
             whole = float(torch.cat(losses).mean())
-            self._hard = [whole / max(float(part.mean()), 1e-12) for part in losses]
+            self._difficulty = [whole / max(float(part.mean()), 1e-12) for part in losses]
             loss = whole
         else:
             turn = len(self.found) % len(self._parts)
-            loss = self._hard[turn] * self.scorer.loss(plan, self._parts[turn], self.temperature)
+            loss = self._difficulty[turn] * self.scorer.loss(plan, self._parts[turn], self.temperature)
         self.found.append(Candidate(self.space.clip(removed), extras, plan, loss, stage == "start"))
         self.trace.add(f"{self._name}: {stage}", loss, min(one.loss for one in self.found))
 
-    def _think(self) -> None:
+    def _rank(self) -> None:
         """Order what was found by what the surrogate expects of it."""
         self._expected = self.scorer.workers.from_leader(self._fit)
         self._order = sorted(range(len(self.found)), key=lambda i: self._expected[i])
@@ -151,8 +151,8 @@ class Guided:
     def _fit(self) -> list[float]:
         """Fit the surrogate, which the leader alone has, to what was found; what it expects of that."""
         points = self._points(self.found)
-        self._surrogate = Surrogate.fit(*points, np.log([max(one.loss, 1e-9) for one in self.found]))
-        expected: list[float] = self._surrogate.predict(*points)[0].tolist()
+        self._process = GaussianProcess.fit(*points, np.log([max(one.loss, 1e-9) for one in self.found]))
+        expected: list[float] = self._process.predict(*points)[0].tolist()
         return expected
 
     def _points(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +187,7 @@ class Guided:
         if not pool:
             return None
         candidates = list(pool.values())
-        mean, deviation = self._surrogate.predict(*self._points(candidates))
+        mean, deviation = self._process.predict(*self._points(candidates))
         chosen = candidates[int((mean - deviation).argmin())]
         return chosen.removed, chosen.extras
 

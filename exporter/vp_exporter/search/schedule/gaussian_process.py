@@ -19,7 +19,7 @@ _NOISES = (0.01, 0.05, 0.2, 0.5, 1.0)  # variance of what is a plan's own, as a 
 
 
 @dataclass(frozen=True)
-class Surrogate:
+class GaussianProcess:
     """Fitted to some points; `predict` speaks of others.
 
     Attributes:
@@ -36,7 +36,7 @@ class Surrogate:
     _spread: float
 
     @classmethod
-    def fit(cls, counts: np.ndarray, settings: np.ndarray, values: Sequence[float] | np.ndarray) -> Surrogate:
+    def fit(cls, counts: np.ndarray, settings: np.ndarray, values: Sequence[float] | np.ndarray) -> GaussianProcess:
         """The scales of most marginal likelihood, by trying all of a few; the amplitude in closed form.
 
         Args:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vp_exporter.errors import SearchError
-from vp_exporter.search.limits import Allowance, Trace
-from vp_exporter.search.schedule.bayesian_optimisation import Guided
+from vp_exporter.search.limits import Limits, Trace
+from vp_exporter.search.schedule.bayesian_optimisation import BayesianOptimisation
 from vp_exporter.search.schedule.search import Scheduled, begin, sensitivity, settle
 from vp_exporter.search.schedule.space import Space, uniform
 from vp_exporter.search.scoring import Scorer
@@ -62,21 +62,23 @@ def search_mixed(
             spaces.append(space)
     if not spaces:
         raise SearchError(f"no drop of {list(drops)} fits", expected=f"0 to {description.patches // 2}")
-    allowance = Allowance(evaluations, seconds, scorer.workers)
-    table = sensitivity(scorer, whole, allowance, temperature)
-    share = _SHORT if evaluations is None else max(1, (evaluations - allowance.spent) // 2 // len(spaces))
-    best: Guided | None = None
+    limits = Limits(evaluations, seconds, scorer.workers)
+    table = sensitivity(scorer, whole, limits, temperature)
+    share = _SHORT if evaluations is None else max(1, (evaluations - limits.spent) // 2 // len(spaces))
+    best: BayesianOptimisation | None = None
     for space in spaces:
-        if best is not None and not allowance.left:
+        if best is not None and not limits.left:
             break
-        until = allowance.spent + share
+        until = limits.spent + share
         # What is best for the sizes before is a start for this one.
         extras, more = (None, []) if best is None else (best.best.extras, [space.scaled(best.best.removed)])
-        guided = Guided(scorer, space, allowance, seed=seed, temperature=temperature, trace=trace, extras=extras)
-        begin(guided, even, table, more, shapes=best is None)
-        guided.improve(until)
-        if best is None or guided.expected < best.expected:
-            best = guided
+        optimisation = BayesianOptimisation(
+            scorer, space, limits, seed=seed, temperature=temperature, trace=trace, extras=extras
+        )
+        begin(optimisation, even, table, more, shapes=best is None)
+        optimisation.improve(until)
+        if best is None or optimisation.expected < best.expected:
+            best = optimisation
     assert best is not None
     best.improve()
     found = settle(scorer, best, even, trace.rows[first:])

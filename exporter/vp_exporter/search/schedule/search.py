@@ -18,8 +18,8 @@ import numpy as np
 
 from vp_exporter.methods.schedule import rounded
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.search.limits import Allowance, Trace
-from vp_exporter.search.schedule.bayesian_optimisation import Guided
+from vp_exporter.search.limits import Limits, Trace
+from vp_exporter.search.schedule.bayesian_optimisation import BayesianOptimisation
 from vp_exporter.search.schedule.sensitivity import LEVELS, Sensitivity, allocate, measure
 from vp_exporter.search.schedule.space import Extras, Space, uniform, usual_shapes
 from vp_exporter.search.scoring import Scorer, merit, settled
@@ -47,7 +47,7 @@ class Scheduled:
 
 
 def sensitivity(
-    scorer: Scorer, space: Space, allowance: Allowance, temperature: float, *, images: int = 32
+    scorer: Scorer, space: Space, limits: Limits, temperature: float, *, images: int = 32
 ) -> Sensitivity | None:
     """The table of a space without a static step, on the first batches that hold `images` images.
 
@@ -55,8 +55,8 @@ def sensitivity(
     """
     counts = sorted({min(space.start - 1, max(space.least(space.start), rounded(share * space.start)))
                      for share in LEVELS} - {0}, reverse=True)  # fmt: skip
-    if allowance.limit is not None:
-        levels = (allowance.limit - allowance.spent) // 3 // max(1, space.decided)
+    if limits.evaluations is not None:
+        levels = (limits.evaluations - limits.spent) // 3 // max(1, space.decided)
         counts = counts[-1:] if levels == 1 else counts[: min(levels, len(counts))]
     if not counts:
         return None
@@ -66,9 +66,9 @@ def sensitivity(
         return space.plan_of([space.start] * block + [count] * (space.description.depth - block), extras)
 
     def left() -> bool:
-        if not allowance.left:
+        if not limits.left:
             return False
-        allowance.spend()
+        limits.spend()
         return True
 
     return measure(
@@ -136,16 +136,16 @@ def search_schedule(
     first = len(trace.rows)
     space = Space(method, scorer.description, target)
     even = uniform(method, scorer.description, target)
-    guided = Guided(
-        scorer, space, Allowance(evaluations, seconds, scorer.workers), seed=seed, temperature=temperature, trace=trace
+    optimisation = BayesianOptimisation(
+        scorer, space, Limits(evaluations, seconds, scorer.workers), seed=seed, temperature=temperature, trace=trace
     )
-    begin(guided, even, sensitivity(scorer, space, guided.allowance, temperature))
-    guided.improve()
-    return settle(scorer, guided, even, trace.rows[first:])
+    begin(optimisation, even, sensitivity(scorer, space, optimisation.limits, temperature))
+    optimisation.improve()
+    return settle(scorer, optimisation, even, trace.rows[first:])
 
 
 def begin(
-    guided: Guided,
+    optimisation: BayesianOptimisation,
     even: ReductionPlan,
     table: Sensitivity | None,
     more: Sequence[tuple[int, ...] | None] = (),
@@ -153,14 +153,16 @@ def begin(
     shapes: bool = True,
 ) -> None:
     """Start from the uniform schedule, from the optima of a table, from `more` and from the usual shapes."""
-    space = guided.space
+    space = optimisation.space
     alive = [row.mlp - space.description.prefix_tokens for row in even.tokens()]
     weights = [a - b for a, b in pairwise((space.description.patches, *alive))]
     optima = [planned(space, table, power) for power in (1.0, 0.5)] if table else []
-    guided.begin([space.scaled(weights), *optima, *more, *(usual_shapes(space) if shapes else ())])
+    optimisation.begin([space.scaled(weights), *optima, *more, *(usual_shapes(space) if shapes else ())])
 
 
-def settle(scorer: Scorer, guided: Guided, even: ReductionPlan, rows: list[dict[str, Any]]) -> Scheduled:
+def settle(
+    scorer: Scorer, optimisation: BayesianOptimisation, even: ReductionPlan, rows: list[dict[str, Any]]
+) -> Scheduled:
     """The best schedules, other starts and the uniform one on the held-out images; gives the memory back.
 
     What is best on the search images has been fitted to them, the usual shapes have not. The first LOOK held-out images
@@ -170,13 +172,13 @@ def settle(scorer: Scorer, guided: Guided, even: ReductionPlan, rows: list[dict[
     held = scorer.calibration.held
 
     def losses_of(plan: ReductionPlan, batches: Sequence[int]) -> tuple[float, float]:
-        return scorer.loss(plan, batches), scorer.loss(plan, batches, guided.temperature)
+        return scorer.loss(plan, batches), scorer.loss(plan, batches, optimisation.temperature)
 
-    plans = guided.finalists(SETTLED)
+    plans = optimisation.finalists(SETTLED)
     look = scorer.calibration.first(LOOK, held)
     if len(look) < len(held):
         plans = sorted(plans, key=lambda plan: merit(*losses_of(plan, look)))[:STAYING]
-    plans = [dataclasses.replace(even, method=guided.space.method, budget=guided.best.plan.budget), *plans]
+    plans = [dataclasses.replace(even, method=optimisation.space.method, budget=optimisation.best.plan.budget), *plans]
     losses = [losses_of(plan, held) for plan in plans]
     best = settled(losses)
     scorer.forget()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.exporter.search.mask.test_rearrangement import LIFE, PATCHES, prior, scorer
 from tests.exporter.tiny import DEPTH
-from vp_exporter.search.limits import Allowance, Trace
+from vp_exporter.search.limits import Limits, Trace
 from vp_exporter.search.mask.encoding import plan_of
 from vp_exporter.search.mask.exchange import Incumbent
 from vp_exporter.search.mask.ppo import CLIP, EPOCHS, LAMBDA, Learner, _confirm, ppo_search
@@ -173,18 +173,18 @@ def test_it_learns_what_the_prior_does_not_know() -> None:
 
 def search(measure: Scorer, evaluations: int | None, seed: int = 0, **options: Any) -> tuple[Any, ...]:
     life, effects, importance = prior()
-    allowance, trace = Allowance(evaluations), Trace()
+    limits, trace = Limits(evaluations), Trace()
     found, loss = ppo_search(
-        measure, options.pop("life", life), effects, importance, allowance, trace,
+        measure, options.pop("life", life), effects, importance, limits, trace,
         batches=measure.calibration.search, seed=seed, **options,
     )  # fmt: skip
-    return found, loss, allowance, trace
+    return found, loss, limits, trace
 
 
 def test_the_search_lowers_the_loss() -> None:
     measure, life = scorer(), prior()[0]
-    found, loss, allowance, trace = search(measure, 100, exchanges=2)  # 8 would be all of 16 patches
-    assert allowance.spent == len(trace.rows) == 100
+    found, loss, limits, trace = search(measure, 100, exchanges=2)  # 8 would be all of 16 patches
+    assert limits.spent == len(trace.rows) == 100
     assert sorted(found) == sorted(life)
     fresh = scorer()
     start, end = (fresh.loss(plan_of(m, fresh.description), fresh.calibration.search, 3.0) for m in (life, found))
@@ -195,10 +195,10 @@ def test_the_search_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("evaluations", [0, 1, 7, 8, 13])
-def test_the_allowance_is_kept_to_the_last_candidate(evaluations: int) -> None:
+def test_the_limit_is_kept_to_the_last_candidate(evaluations: int) -> None:
     measure = scorer()
-    _, _, allowance, trace = search(measure, evaluations)
-    assert allowance.spent == len(trace.rows) == evaluations
+    _, _, limits, trace = search(measure, evaluations)
+    assert limits.spent == len(trace.rows) == evaluations
     assert len({key.split("/")[0] for key in measure.memo}) <= evaluations + 1  # and the start
 
 
@@ -214,9 +214,9 @@ def test_the_same_seed_gives_the_same_search_whatever_else_draws() -> None:
 
 def test_a_mask_without_exchanges_is_given_back() -> None:
     whole = np.full(PATCHES, DEPTH)
-    found, loss, allowance, _ = search(scorer(), None, life=whole)
+    found, loss, limits, _ = search(scorer(), None, life=whole)
     assert np.array_equal(found, whole)
-    assert allowance.spent == 0
+    assert limits.spent == 0
     assert loss < 1e-6
 
 

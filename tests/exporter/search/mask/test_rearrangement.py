@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.exporter.tiny import DEPTH, tiny_vit
 from vp_exporter.errors import SearchError
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.limits import Allowance, Trace
-from vp_exporter.search.mask import exchange as greedy
+from vp_exporter.search.limits import Limits, Trace
+from vp_exporter.search.mask import exchange
 from vp_exporter.search.mask.baselines import PRIOR
 from vp_exporter.search.mask.encoding import plan_of
 from vp_exporter.search.mask.exchange import Exchanges, Incumbent, block_fisher_swap, local_search, standard_log
@@ -146,7 +146,7 @@ def test_incumbent_compares_image_by_image(monkeypatch: pytest.MonkeyPatch) -> N
     plans = [plan_of(mask, plain.description) for mask in (late, life)]
     expected = plain.losses(plans[0], batches, 2.0) - plain.losses(plans[1], batches, 2.0)
     for limit, shares in ((2**32, True), (0, False)):
-        monkeypatch.setattr(greedy, "REMEMBER_BYTES", limit)
+        monkeypatch.setattr(exchange, "REMEMBER_BYTES", limit)
         shared = scorer()
         incumbent = Incumbent(shared, life, batches, 2.0)
         for mask in (late, life[::-1].copy(), late):
@@ -162,16 +162,16 @@ def test_incumbent_compares_image_by_image(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("evaluations", [0, 1, 60])
-def test_local_search_lowers_the_loss_within_its_allowance(evaluations: int) -> None:
+def test_local_search_lowers_the_loss_within_its_limits(evaluations: int) -> None:
     life, _, importance = prior()
     runs = []
     for _ in range(2):
-        measure, trace, allowance = scorer(), Trace(), Allowance(evaluations)
+        measure, trace, limits = scorer(), Trace(), Limits(evaluations)
         found, loss = local_search(
-            measure, life, allowance, trace,
+            measure, life, limits, trace,
             batches=measure.calibration.search, importance=importance, seed=3,
         )  # fmt: skip
-        assert allowance.spent == len(trace.rows) == evaluations
+        assert limits.spent == len(trace.rows) == evaluations
         assert measure.evaluations <= 2 * evaluations + 1
         assert sorted(found) == sorted(life)
         assert loss == pytest.approx(
@@ -188,18 +188,18 @@ def test_local_search_lowers_the_loss_within_its_allowance(evaluations: int) -> 
 def test_local_search_ends_where_all_neighbours_were_tried() -> None:
     measure = scorer()
     life = np.array([0] + [DEPTH] * (PATCHES - 1))
-    allowance = Allowance()
+    limits = Limits()
     found, loss = local_search(
-        measure, life, allowance, Trace(), batches=measure.calibration.search, importance=prior()[2] * 0 + 1, seed=0
+        measure, life, limits, Trace(), batches=measure.calibration.search, importance=prior()[2] * 0 + 1, seed=0
     )
-    assert allowance.spent < PATCHES * PATCHES
+    assert limits.spent < PATCHES * PATCHES
     every = [np.roll(life, k) for k in range(PATCHES)]
     losses = [measure.loss(plan_of(mask, measure.description), measure.calibration.search, 3.0) for mask in every]
     assert loss == pytest.approx(min(losses))  # all masks are neighbours
     assert np.array_equal(found, every[int(np.argmin(losses))])
     whole = np.full(PATCHES, DEPTH)
     found, _ = local_search(
-        measure, whole, Allowance(5), Trace(), batches=measure.calibration.search, importance=prior()[2], seed=0
+        measure, whole, Limits(5), Trace(), batches=measure.calibration.search, importance=prior()[2], seed=0
     )
     assert np.array_equal(found, whole)  # nothing to exchange
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vp_exporter.search.mask.encoding import counts_of, mask_of
-from vp_exporter.search.mask.starting_masks import PULLS, REACHES, drop, energy, kernel, spread_masks
+from vp_exporter.search.mask.starting_masks import PULLS, REACHES, drop, energy, kernel, starting_masks
 
 
 def slow_energy(grid: tuple[int, int], reach: float, worth: np.ndarray, dropped: list[int]) -> float:
@@ -57,24 +57,24 @@ def test_the_worthless_go_where_nothing_repels() -> None:
 @pytest.mark.parametrize("counts", [(16, 16, 16), (11, 11, 11), (16, 10, 4), (9, 5, 1)])
 def test_masks_have_the_counts_and_revive_nothing(counts: tuple[int, ...]) -> None:
     importance = np.random.default_rng(1).random(16)
-    found = spread_masks(counts, (4, 4), importance)
+    found = starting_masks(counts, (4, 4), importance)
     assert len(found) == len(REACHES) * len(PULLS)
     for name, life in found.items():
         assert counts_of(life, len(counts)) == counts, name
         assert mask_of(life, len(counts)).sum() == sum(counts)
-    again = spread_masks(counts, (4, 4), importance)
+    again = starting_masks(counts, (4, 4), importance)
     assert all(np.array_equal(found[name], again[name]) for name in found)
 
 
 def test_importance_holds_patches_back() -> None:
     importance = np.ones(64)
     importance[:8] = 1e4  # the first row
-    found = spread_masks((40,), (8, 8), importance)
+    found = starting_masks((40,), (8, 8), importance)
     for reach in REACHES:
         free, held = (found[f"spread {reach:g}{name}"][:8].sum() for name in ("", " by importance"))
         assert held > free
 
 
 def test_no_importance_at_all_is_no_error() -> None:
-    found = spread_masks((5, 5), (3, 3), np.zeros(9))
+    found = starting_masks((5, 5), (3, 3), np.zeros(9))
     assert np.array_equal(found["spread 1.2"], found["spread 1.2 by importance"])

@@ -19,8 +19,7 @@ from vp_exporter.reducers import step_from_dict
 from vp_exporter.rewrite.block import ReducedBlock
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.mask import least_squares as scales
-from vp_exporter.search.mask import tuning as tune
+from vp_exporter.search.mask import least_squares, tuning
 from vp_exporter.search.mask.encoding import plan_of
 from vp_exporter.search.mask.least_squares import normal_equations, responses, row_weights, sample_rows, solve
 from vp_exporter.search.scoring import Scorer, frozen
@@ -69,15 +68,15 @@ def test_linear_model_is_the_derivative_by_the_scales(kind: str) -> None:
     block, x = block_of(kind), entering()
     bias, rows = torch.linspace(-0.5, 0.4, 6, dtype=torch.float64), torch.tensor([0, 2, 5])
     matrix, out = responses(block, x, bias, rows)
-    torch.testing.assert_close(out, scales.attended(block, x, bias)[:, rows], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(scales.answers(block, x, [bias], rows)[0], out, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(out, least_squares.attended(block, x, bias)[:, rows], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(least_squares.answers(block, x, [bias], rows)[0], out, atol=1e-6, rtol=1e-6)
     step = 1e-4
     for token in range(6):
         up, down = bias.exp().clone(), bias.exp().clone()
         up[token] *= 1 + step
         down[token] *= 1 - step
         # attention() takes float32 biases by contract, but adds what it is given in the dtype of the queries
-        slope = (scales.attended(block, x, up.log()) - scales.attended(block, x, down.log())) / (2 * step)
+        slope = (least_squares.attended(block, x, up.log()) - least_squares.attended(block, x, down.log())) / (2 * step)
         torch.testing.assert_close(matrix[:, token], slope[:, rows], atol=1e-6, rtol=1e-4)
     assert float(matrix.detach().abs().max()) > 1e-3  # not a comparison of zeros
 
@@ -87,12 +86,12 @@ def test_normal_equations_are_those_of_the_whole_matrix(kind: str, monkeypatch: 
     block, x, target = block_of(kind), entering(), entering(seed=1)
     bias, rows = torch.linspace(-0.5, 0.4, 6, dtype=torch.float64), torch.tensor([0, 1, 4])
     weights = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
-    monkeypatch.setattr(scales, "CHUNK", 6 * 3 * 64)  # one image at a time
+    monkeypatch.setattr(least_squares, "CHUNK", 6 * 3 * 64)  # one image at a time
     with torch.no_grad():
         equations = normal_equations(block, x, bias, target, rows, weights)
         layer, scale = block.block[0].attn, block._scale(torch.ones(64, dtype=torch.float64), 1).numpy()
-        q, k, v = (part.numpy() for part in scales.heads_of(block, x))
-        missing = (target - scales.attended(block, x, bias)).numpy()
+        q, k, v = (part.numpy() for part in least_squares.heads_of(block, x))
+        missing = (target - least_squares.attended(block, x, bias)).numpy()
     project = layer.proj.weight.detach().numpy()
     matrix, right = [], []
     for image in range(3):
@@ -157,7 +156,7 @@ def test_rows_without_weight_are_never_drawn() -> None:
     assert (rows.tolist(), weights.tolist()) == ([0], [1.0])
 
 
-def known(queries: int | None, width: float = 0.3) -> tuple[Scorer, tune._Fit, np.ndarray]:
+def known(queries: int | None, width: float = 0.3) -> tuple[Scorer, tuning._Fit, np.ndarray]:
     """A fit of block 2 whose teacher is the student's own block with a known bias, which is the only difference.
 
     A Scorer's dense model has no biases, so the streams are made by hand.
@@ -167,9 +166,9 @@ def known(queries: int | None, width: float = 0.3) -> tuple[Scorer, tune._Fit, n
     truth = np.random.default_rng(3).uniform(-width, width, 17)
     with torch.no_grad():
         model = ReducedViT(scorer.vit, scorer.description)
-        streams = {b: tune.embed(model, scorer.calibration.images(b)) for b in scorer.calibration.search}
-        targets = {b: scales.attended(block, s.x, torch.tensor(truth).float()) for b, s in streams.items()}
-    return scorer, tune._Fit(block, torch.arange(17), np.ones(17), queries, (0,), streams, targets), truth
+        streams = {b: tuning.embed(model, scorer.calibration.images(b)) for b in scorer.calibration.search}
+        targets = {b: least_squares.attended(block, s.x, torch.tensor(truth).float()) for b, s in streams.items()}
+    return scorer, tuning._Fit(block, torch.arange(17), np.ones(17), queries, (0,), streams, targets), truth
 
 
 @pytest.mark.parametrize("queries", [None, 8])
@@ -207,8 +206,8 @@ def errors_after_attention(scorer: Scorer, plan: ReductionPlan, block: int) -> f
 def test_least_squares_brings_the_first_reduced_block_nearer(kind: str) -> None:
     scorer = scorer_of(kind, images=16)
     plan = plan_for(scorer)
-    tuned = tune.least_squares(scorer, plan, scorer.calibration.search, class_weight=50.0)
-    assert set(tuned.key_bias) <= set(tune.tunable(plan)) == {1, 2, 3}
+    tuned = tuning.least_squares(scorer, plan, scorer.calibration.search, class_weight=50.0)
+    assert set(tuned.key_bias) <= set(tuning.tunable(plan)) == {1, 2, 3}
     assert tuned.key_bias
     assert all(math.isfinite(v) and abs(v) <= math.log(10) + 1e-6 for row in tuned.key_bias.values() for v in row)
     assert tuned.steps == plan.steps
@@ -234,19 +233,19 @@ def test_a_scale_out_of_bounds_leaves_the_block_as_it_was() -> None:
 def test_a_single_patch_left(prefix: str) -> None:
     scorer = scorer_of(prefix, images=16)
     plan = plan_for(scorer, alive=(1, 1, 1, 1))
-    found = tune.tune(scorer, plan, steps=3)
+    found = tuning.tune(scorer, plan, steps=3)
     assert found.kl_after <= found.kl_before
-    assert [row["stage"] for row in found.rows] == list(tune.METHODS)
+    assert [row["stage"] for row in found.rows] == list(tuning.METHODS)
     if prefix == "average-pool":  # one token: its softmax is 1 whatever the bias
-        assert not tune.least_squares(scorer, plan, scorer.calibration.search).key_bias
+        assert not tuning.least_squares(scorer, plan, scorer.calibration.search).key_bias
 
 
 def test_attention_that_is_not_linear_is_tuned_by_adam_alone() -> None:
     scorer = scorer_of("qk-norm", images=16)
     plan = plan_for(scorer)
     with pytest.raises(SearchError, match=r"block 0 normalises .*adam"):
-        tune.least_squares(scorer, plan, scorer.calibration.search)
-    rows = {row["stage"]: row for row in tune.tune(scorer, plan, steps=4).rows}
+        tuning.least_squares(scorer, plan, scorer.calibration.search)
+    rows = {row["stage"]: row for row in tuning.tune(scorer, plan, steps=4).rows}
     assert rows["least-squares"]["held_kl"] is None
     assert "normalises" in rows["least-squares"]["note"]
     assert rows["adam"]["held_kl"] is not None
@@ -258,7 +257,7 @@ def test_shared_bias_is_the_best_of_its_grid() -> None:
     scorer = scorer_of()
     plan = biased(plan_for(scorer), 1)
     search = scorer.calibration.search
-    shared = tune.shared_bias(scorer, plan, search, shares=(0.0, 0.5, 1.0), temperature=1.0)
+    shared = tuning.shared_bias(scorer, plan, search, shares=(0.0, 0.5, 1.0), temperature=1.0)
     losses = []
     for share in (0.0, 0.5, 1.0):
         rows = {1: plan.key_bias[1], 2: (0.0,) * 12, 3: (0.0,) * 7}
@@ -271,7 +270,7 @@ def test_shared_bias_is_the_best_of_its_grid() -> None:
     assert max(losses) > 1.01 * min(losses)
     bare = scorer_of("average-pool", images=16)
     plan = plan_for(bare)
-    assert tune.shared_bias(bare, plan, search) is plan  # no prefix: a constant for all keys
+    assert tuning.shared_bias(bare, plan, search) is plan  # no prefix: a constant for all keys
 
 
 def test_adam_lowers_the_loss_it_is_given_and_leaves_the_weights_alone() -> None:
@@ -280,7 +279,7 @@ def test_adam_lowers_the_loss_it_is_given_and_leaves_the_weights_alone() -> None
     before = state(scorer)
     plan = plan_for(scorer)
     search = scorer.calibration.search
-    tuned = tune.adam(scorer, plan, search, steps=40)
+    tuned = tuning.adam(scorer, plan, search, steps=40)
     assert scorer.loss(tuned, search, 3.0) < 0.95 * scorer.loss(plan, search, 3.0)
     assert set(tuned.key_bias) == {1, 2, 3}
     for (asked, value), (now_asked, now) in zip(before, state(scorer), strict=True):
@@ -297,13 +296,13 @@ def test_adams_first_step_follows_the_gradient() -> None:
     scorer = scorer_of(images=16)
     plan = plan_for(scorer)
     batches = scorer.calibration.search[:1]
-    tuned = tune.adam(scorer, plan, batches, steps=1, lr=0.01, parts=1)
+    tuned = tuning.adam(scorer, plan, batches, steps=1, lr=0.01, parts=1)
     for token in range(7):
         sides = []
         for h in (0.02, -0.02):
             row = tuple(h if i == token else 0.0 for i in range(7))
             squares = scorer.losses(replace(plan, key_bias={3: row}), batches, 3.0).square()
-            sides.append(float((squares + tune.SMOOTH).sqrt().mean()))
+            sides.append(float((squares + tuning.SMOOTH).sqrt().mean()))
         slope = sides[0] - sides[1]
         if abs(slope) > 1e-5:
             assert tuned.key_bias[3][token] == pytest.approx(-math.copysign(0.01, slope), rel=1e-2)
@@ -315,7 +314,7 @@ def test_pull_towards_the_start() -> None:
     search = scorer.calibration.search
     moved = [
         max(abs(a - b) for a, b in zip(found.key_bias[2], plan.key_bias[2], strict=True))
-        for found in (tune.adam(scorer, plan, search, steps=20, decay=decay) for decay in (0.0, 100.0))
+        for found in (tuning.adam(scorer, plan, search, steps=20, decay=decay) for decay in (0.0, 100.0))
     ]
     assert moved[1] < 0.5 * moved[0]
 
@@ -324,7 +323,7 @@ def test_pull_towards_the_start() -> None:
 def test_tuning_never_raises_the_held_out_loss(kind: str) -> None:
     scorer = scorer_of(kind, images=24)
     plan = plan_for(scorer, seed=2)
-    found = tune.tune(scorer, plan, steps=6)
+    found = tuning.tune(scorer, plan, steps=6)
     held = scorer.calibration.held
     assert found.kl_before == scorer.loss(plan, held)
     assert found.kl_after == scorer.loss(found.plan, held) <= found.kl_before
@@ -341,9 +340,9 @@ def test_tuning_never_raises_the_held_out_loss(kind: str) -> None:
 def test_what_makes_it_worse_is_rejected() -> None:
     scorer = scorer_of()
     plan = plan_for(scorer)
-    wild = tune.adam(scorer, plan, scorer.calibration.search, steps=3, lr=1e6)
-    assert max(abs(v) for row in wild.key_bias.values() for v in row) == tune.LIMIT
-    found = tune.tune(scorer, plan, steps=3, lr=1e6, methods=("adam",))
+    wild = tuning.adam(scorer, plan, scorer.calibration.search, steps=3, lr=1e6)
+    assert max(abs(v) for row in wild.key_bias.values() for v in row) == tuning.LIMIT
+    found = tuning.tune(scorer, plan, steps=3, lr=1e6, methods=("adam",))
     assert not found.rows[0]["accepted"]
     assert found.rows[0]["held_kl"] > found.kl_before
     assert found.plan == plan
@@ -351,7 +350,7 @@ def test_what_makes_it_worse_is_rejected() -> None:
 
 
 def test_two_runs_are_equal_and_another_seed_is_not() -> None:
-    first, second, other = (tune.tune(s, plan_for(s), steps=8, seed=k) for s, k in zip(
+    first, second, other = (tuning.tune(s, plan_for(s), steps=8, seed=k) for s, k in zip(
         (scorer_of(images=56), scorer_of(images=56), scorer_of(images=56)), (0, 0, 1), strict=True))  # fmt: skip
     assert first.plan.key_bias
     assert first.plan == second.plan
@@ -373,13 +372,13 @@ class Pair(Workers):
 def test_the_order_in_which_processes_finish_changes_nothing() -> None:
     one, two = scorer_of(), scorer_of()
     two.workers = Pair()
-    assert tune.tune(one, plan_for(one), steps=4).plan == tune.tune(two, plan_for(two), steps=4).plan
+    assert tuning.tune(one, plan_for(one), steps=4).plan == tuning.tune(two, plan_for(two), steps=4).plan
 
 
 @given(batches=st.integers(1, 9), parts=st.integers(1, 5), seed=st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
 def test_every_image_comes_once_an_epoch(batches: int, parts: int, seed: int) -> None:
-    groups = tune._groups(list(range(10, 10 + batches)), parts, seed)
+    groups = tuning._groups(list(range(10, 10 + batches)), parts, seed)
     epoch = [next(groups) for _ in range(parts * -(-batches // parts))]
     assert sorted((b, part) for group, part in epoch for b in group) == [
         (b, part) for b in range(10, 10 + batches) for part in range(parts)
@@ -392,18 +391,18 @@ def test_blocks_behind_a_choice_by_image_are_left_alone() -> None:
     static = plan_for(scorer, alive=(16, 10, 10, 10)).steps[:1]
     mixed = replace(plan_for(scorer), steps=(*static, step_from_dict({"block": 2, "reducer": "tome", "r": 3})))
     mixed = biased(replace(mixed, proportional_attention=True), 3)
-    assert tune.tunable(mixed) == (1, 2)
+    assert tuning.tunable(mixed) == (1, 2)
     for found in (
-        tune.shared_bias(scorer, mixed, scorer.calibration.search, shares=(0.5,)),
-        tune.least_squares(scorer, mixed, scorer.calibration.search),
-        tune.adam(scorer, mixed, scorer.calibration.search, steps=4),
-        tune.tune(scorer, mixed, steps=4).plan,
+        tuning.shared_bias(scorer, mixed, scorer.calibration.search, shares=(0.5,)),
+        tuning.least_squares(scorer, mixed, scorer.calibration.search),
+        tuning.adam(scorer, mixed, scorer.calibration.search, steps=4),
+        tuning.tune(scorer, mixed, steps=4).plan,
     ):
         assert found.steps == mixed.steps
         assert found.key_bias[3] == mixed.key_bias[3]
-    assert set(tune.adam(scorer, mixed, scorer.calibration.search, steps=4).key_bias) == {1, 2, 3}
+    assert set(tuning.adam(scorer, mixed, scorer.calibration.search, steps=4).key_bias) == {1, 2, 3}
     by_image = replace(mixed, steps=mixed.steps[-1:], key_bias={})
-    found = tune.tune(scorer, by_image, steps=4)
+    found = tuning.tune(scorer, by_image, steps=4)
     assert found.plan == by_image
     assert {row["note"] for row in found.rows} == {"nothing to change"}
 
@@ -412,10 +411,10 @@ def test_wrong_settings_are_refused() -> None:
     scorer = scorer_of(images=16)
     plan = plan_for(scorer)
     with pytest.raises(SearchError, match=r"'lsq'.*shared, least-squares, adam"):
-        tune.tune(scorer, plan, methods=("lsq",))
+        tuning.tune(scorer, plan, methods=("lsq",))
     for wrong in ({"ridge": 0.0}, {"bound": 1.0}, {"class_weight": -1.0}, {"queries": 0}):
         with pytest.raises(SearchError, match="ridge above 0"):
-            tune.least_squares(scorer, plan, scorer.calibration.search, **wrong)  # type: ignore[arg-type]
+            tuning.least_squares(scorer, plan, scorer.calibration.search, **wrong)  # type: ignore[arg-type]
     for wrong in ({"steps": -1}, {"lr": 0.0}, {"temperature": 0.0}, {"decay": -1.0}, {"parts": 0}):
         with pytest.raises(SearchError, match="steps and decay"):
-            tune.adam(scorer, plan, scorer.calibration.search, **wrong)  # type: ignore[arg-type]
+            tuning.adam(scorer, plan, scorer.calibration.search, **wrong)  # type: ignore[arg-type]

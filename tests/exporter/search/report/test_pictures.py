@@ -21,7 +21,7 @@ from vp_exporter.errors import SearchError
 from vp_exporter.search.report import pictures
 from vp_exporter.search.report.page import write_page
 from vp_exporter.search.report.verdict import judge_search
-from vp_exporter.utils import plotting as drawing
+from vp_exporter.utils import plotting
 
 BLUE, ORANGE, GREY = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0xE9, 0xEC, 0xEF)
 
@@ -152,7 +152,7 @@ def test_lines_of_odd_numbers_and_names() -> None:
         lambda: pictures.progress([]),
         lambda: pictures.front([]),
         lambda: pictures.key_bias_map(np.ones((1, 1)), (1, 1)),
-        drawing.require_matplotlib,
+        plotting.require_matplotlib,
     ],
 )
 def test_without_matplotlib(draw: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:

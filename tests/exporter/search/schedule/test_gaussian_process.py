@@ -9,9 +9,9 @@ import torch
 from tests.exporter.tiny import tiny_vit
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.limits import Allowance, Trace
-from vp_exporter.search.schedule.bayesian_optimisation import Guided
-from vp_exporter.search.schedule.gaussian_process import Surrogate
+from vp_exporter.search.limits import Limits, Trace
+from vp_exporter.search.schedule.bayesian_optimisation import BayesianOptimisation
+from vp_exporter.search.schedule.gaussian_process import GaussianProcess
 from vp_exporter.search.schedule.space import Extras, Space, usual_shapes
 from vp_exporter.search.scoring import Scorer
 
@@ -34,7 +34,7 @@ def textbook(points: np.ndarray, values: np.ndarray, asked: np.ndarray, length: 
 def test_predictions_are_the_textbooks(seed: int) -> None:
     rng = np.random.default_rng(seed)
     points, asked, values = rng.random((9, 3)), rng.random((5, 3)), rng.normal(size=9)
-    fitted = Surrogate.fit(points, np.zeros((9, 0)), values)
+    fitted = GaussianProcess.fit(points, np.zeros((9, 0)), values)
     length, _, noise = fitted.scales
     mean, variance = textbook(points, values, asked, length, noise)
     found, deviation = fitted.predict(asked, np.zeros((5, 0)))
@@ -52,7 +52,7 @@ def test_it_sees_through_noise() -> None:
         rng = np.random.default_rng(seed)
         points = rng.random((60, 2))
         values = ((points - 0.5) ** 2).sum(axis=1) + rng.normal(scale=0.15, size=60)
-        fitted = Surrogate.fit(points, np.zeros((60, 0)), values)
+        fitted = GaussianProcess.fit(points, np.zeros((60, 0)), values)
         thought = points[fitted.predict(points, np.zeros((60, 0)))[0].argmin()]
         lucky = points[values.argmin()]
         nearer.append(np.linalg.norm(thought - 0.5) <= np.linalg.norm(lucky - 0.5))
@@ -61,7 +61,7 @@ def test_it_sees_through_noise() -> None:
 
 def test_points_that_repeat_and_equal_values_are_taken() -> None:
     points = np.zeros((4, 2))
-    mean, deviation = Surrogate.fit(points, np.ones((4, 1)), [2.0] * 4).predict(points, np.ones((4, 1)))
+    mean, deviation = GaussianProcess.fit(points, np.ones((4, 1)), [2.0] * 4).predict(points, np.ones((4, 1)))
     np.testing.assert_allclose(mean, 2.0)
     assert np.isfinite(deviation).all()
 
@@ -69,7 +69,7 @@ def test_points_that_repeat_and_equal_values_are_taken() -> None:
 def test_settings_have_a_scale_of_their_own() -> None:
     rng = np.random.default_rng(0)
     points, settings = rng.random((40, 2)), rng.integers(0, 2, (40, 1)).astype(float)
-    fitted = Surrogate.fit(points, settings, points.sum(axis=1) + 3 * settings[:, 0])
+    fitted = GaussianProcess.fit(points, settings, points.sum(axis=1) + 3 * settings[:, 0])
     mean, _ = fitted.predict(np.full((2, 2), 0.5), np.array([[0.0], [1.0]]))
     assert mean[1] - mean[0] == pytest.approx(3, abs=0.3)
 
@@ -92,12 +92,12 @@ def test_a_guided_search_comes_near_the_goal_and_knows_it(method: str) -> None:
     images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     scorer = Bowl(VIT, DESCRIPTION, Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4))
     space, trace = Space(method, DESCRIPTION, 0.75), Trace()
-    search = Guided(scorer, space, Allowance(80), seed=0, temperature=3.0, trace=trace)
+    search = BayesianOptimisation(scorer, space, Limits(80), seed=0, temperature=3.0, trace=trace)
     search.begin([space.scaled([1.0] * DESCRIPTION.depth)])
     start = search.best.loss
     search.improve()
     assert 0.05 - 0.002 <= search.best.loss < 0.05 + (start - 0.05) / 3
-    assert len(trace.rows) == len(search.found) == search.allowance.spent <= 80
+    assert len(trace.rows) == len(search.found) == search.limits.spent <= 80
     assert len({one.plan.fingerprint() for one in search.found}) == len(search.found), "none is run twice"
     assert all(space.macs(one.removed) <= space.budget for one in search.found)
     chosen = search.finalists(3)
@@ -120,7 +120,7 @@ def test_candidates_take_turns_on_the_images_and_are_compared_as_on_all_of_them(
     scorer = Slope(VIT, DESCRIPTION, Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4))
     scorer.ran = []
     space = Space("topk", DESCRIPTION, 0.75)
-    search = Guided(scorer, space, Allowance(12), seed=0, temperature=3.0, trace=Trace())
+    search = BayesianOptimisation(scorer, space, Limits(12), seed=0, temperature=3.0, trace=Trace())
     search.begin(usual_shapes(space))
     search.improve()
     every = scorer.calibration.search
@@ -136,7 +136,7 @@ def test_a_small_space_is_searched_to_its_end() -> None:
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     scorer = Bowl(VIT, DESCRIPTION, Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4))
     space = Space("topk", DESCRIPTION, 0.97)
-    search = Guided(scorer, space, Allowance(), seed=0, temperature=3.0, trace=Trace())
+    search = BayesianOptimisation(scorer, space, Limits(), seed=0, temperature=3.0, trace=Trace())
     search.begin(usual_shapes(space))
     search.improve()
     assert search.best.loss <= min(one.loss for one in search.found) + 0.004

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vp_exporter.search.schedule.bayesian_optimisation as guided_module
 import vp_exporter.search.schedule.search as schedule_module
 from tests.exporter.tiny import DEPTH, tiny_vit
 from vp_exporter.errors import PlanError, SearchError
@@ -21,8 +20,9 @@ from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.search.calibration import Calibration
-from vp_exporter.search.limits import Allowance, Trace
-from vp_exporter.search.schedule.bayesian_optimisation import Guided
+from vp_exporter.search.limits import Limits, Trace
+from vp_exporter.search.schedule import bayesian_optimisation
+from vp_exporter.search.schedule.bayesian_optimisation import BayesianOptimisation
 from vp_exporter.search.schedule.search import begin, planned, search_schedule, sensitivity, settle
 from vp_exporter.search.schedule.sensitivity import Sensitivity, allocate
 from vp_exporter.search.schedule.space import (
@@ -121,7 +121,7 @@ def test_a_cascade_is_held_to_the_uniform_schedule_of_its_second_reducer(method:
 
 
 def test_where_a_cascade_merges_is_searched(scorer: Scorer) -> None:
-    found = guided(scorer, Space("tome+diffrate", DESCRIPTION, 0.7))
+    found = optimisation(scorer, Space("tome+diffrate", DESCRIPTION, 0.7))
     found.begin([found.space.scaled([1, 1, 1])])
     found.improve(30)
     assert len({one.extras.merged for one in found.found}) > 3
@@ -230,7 +230,7 @@ def test_a_table_is_interpolated_and_never_falls() -> None:
 def test_sensitivities_are_the_losses_of_single_steps(scorer: Scorer, images: torch.Tensor, method: str) -> None:
     space = Space(method, DESCRIPTION, 0.7)
     asked = scorer.blocks_asked
-    table = sensitivity(scorer, space, Allowance(), 3.0, images=8)
+    table = sensitivity(scorer, space, Limits(), 3.0, images=8)
     assert table is not None
     assert table.losses[DEPTH - 1] == (0.0,) * len(table.shares)  # not measured: the class token alone is read
     dense = ReducedViT(VIT, DESCRIPTION)
@@ -249,8 +249,8 @@ def test_sensitivities_are_the_losses_of_single_steps(scorer: Scorer, images: to
 
 def test_few_evaluations_make_a_smaller_table_or_none(scorer: Scorer) -> None:
     space = Space("topk", DESCRIPTION, 0.7)
-    assert sensitivity(scorer, space, Allowance(8), 3.0) is None
-    one = Allowance(9)
+    assert sensitivity(scorer, space, Limits(8), 3.0) is None
+    one = Limits(9)
     table = sensitivity(scorer, space, one, 3.0)
     assert table is not None
     assert (len(table.shares), one.spent) == (1, 3)
@@ -304,13 +304,13 @@ def test_a_search_of_next_to_nothing_still_ends_with_a_plan(scorer: Scorer, eval
     assert found.kl <= found.uniform_kl
 
 
-def guided(scorer: Scorer, space: Space, **given: object) -> Guided:
-    return Guided(scorer, space, Allowance(), seed=0, temperature=3.0, trace=Trace(), **given)  # type: ignore[arg-type]
+def optimisation(scorer: Scorer, space: Space, **given: object) -> BayesianOptimisation:
+    return BayesianOptimisation(scorer, space, Limits(), seed=0, temperature=3.0, trace=Trace(), **given)  # type: ignore[arg-type]
 
 
 def test_the_uniform_schedule_is_returned_where_it_is_better_on_held_out_images(scorer: Scorer) -> None:
     space, even = Space("topk", DESCRIPTION, 0.7), uniform("topk", DESCRIPTION, 0.7)
-    local = guided(scorer, space)
+    local = optimisation(scorer, space)
     local.begin([space.most])  # all but one leave at block 0
     found = settle(scorer, local, even, [])
     assert scorer.loss(local.best.plan, scorer.calibration.held) > found.kl == found.uniform_kl
@@ -322,10 +322,10 @@ def test_a_start_wins_where_what_was_fitted_is_worse_on_held_out_images(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space, even = Space("topk", DESCRIPTION, 0.7), uniform("topk", DESCRIPTION, 0.7)
-    local = guided(scorer, space)
+    local = optimisation(scorer, space)
     little = (0,) * (space.decided - 1) + (1,)
     local.begin([little])
-    monkeypatch.setattr(guided_module, "FINALISTS", 1)
+    monkeypatch.setattr(bayesian_optimisation, "FINALISTS", 1)
     local.found.append(dataclasses.replace(local.found[0], plan=space.plan(space.most, local.extras), start=False))
     local._order = [1, 0]  # what was fitted is thought better
     found = settle(scorer, local, even, [])
@@ -341,7 +341,7 @@ def test_a_first_look_says_which_schedules_meet_all_held_out_images(
     monkeypatch.setattr(schedule_module, "LOOK", scorer.calibration.count(held[:1]))
     monkeypatch.setattr(schedule_module, "STAYING", 1)
     space, even = Space("topk", DESCRIPTION, 0.7), uniform("topk", DESCRIPTION, 0.7)
-    local = guided(scorer, space)
+    local = optimisation(scorer, space)
     begin(local, even, None)
     plans = local.finalists(schedule_module.SETTLED)
     assert len(plans) > 2
