@@ -126,9 +126,11 @@ def test_everything_is_in_the_wheel(wheel: Path) -> None:
                 continue  # C++ is built from a clone
             if path.suffix in (".py", ".j2") or path.name == "py.typed":
                 wanted.add("/".join(parts))
-    names = zipfile.ZipFile(wheel).namelist()
-    assert wanted == {name for name in names if ".dist-info/" not in name}
-    assert "vp_kernels/plugins/embed.py" in wanted
+    archive = zipfile.ZipFile(wheel)
+    assert wanted == {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert {"vp_kernels/plugins/embed.py", "vp_exporter/search/report/page.html.j2"} <= wanted
+    (tops,) = [name for name in archive.namelist() if name.endswith("top_level.txt")]
+    assert archive.read(tops).decode().split() == ["vp_engines", "vp_exporter", "vp_kernels"]  # no folder of C++
 
 
 def test_every_line_names_extras_that_there_are() -> None:
