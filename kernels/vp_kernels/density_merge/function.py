@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vp_kernels.function_body import Body, Value, node, variants
 from vp_kernels.match_merge.function import frame, nearest, unit
 from vp_kernels.merge_rows.function import merge, one_hot
-from vp_kernels.onnx import Body, Value, node, variants
 from vp_kernels.select.function import split
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vp_kernels.function_body import Body, Value, node, variants
 from vp_kernels.merge_rows.function import merge
-from vp_kernels.onnx import Body, Value, node, variants
 from vp_kernels.select.function import split
 
 if TYPE_CHECKING:

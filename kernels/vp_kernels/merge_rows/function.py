@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vp_kernels.onnx import Body, Value, node, variants
+from vp_kernels.function_body import Body, Value, node, variants
 
 if TYPE_CHECKING:
     from torch import Tensor

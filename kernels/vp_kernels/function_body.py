@@ -1,0 +1,226 @@
+"""How a room writes its operator in ONNX: the node that it leaves in a traced graph, and the body beside it.
+
+Importing this imports neither onnx nor torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+DOMAIN, VERSION = "vp", 1
+OPSET = 23  # of the bodies: the first in which Attention is a standard operator
+
+
+def node(
+    op_type: str,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[tuple[torch.dtype, Sequence[Any]]],
+    **attributes: float,
+) -> list[torch.Tensor]:
+    """One node of the domain, in a graph that torch.onnx.export traces; what its outputs hold means nothing.
+
+    Args:
+        outputs: dtype and shape of each; sizes may be symbolic.
+    """
+    import torch
+
+    made = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{op_type}",
+        inputs,
+        attributes,
+        dtypes=[dtype for dtype, _ in outputs],
+        shapes=[shape for _, shape in outputs],
+        version=VERSION,
+    )
+    return list(made)
+
+
+def variants(operator: str, *suffixes: str) -> list[str]:
+    """The operator's name with every choice of the suffixes, in their order: "A", "AY", "AX", "AXY"."""
+    return [operator + "".join(parts) for parts in product(*(("", suffix) for suffix in suffixes))]
+
+
+class Value:
+    """A tensor inside a body. Arithmetic with numbers and other values makes nodes."""
+
+    def __init__(self, body: Body, name: str) -> None:
+        self.body, self.name = body, name
+
+    def __add__(self, other: Value | float) -> Value:
+        return self.body.Add(self, other)
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self.body.Sub(self, other)
+
+    def __mul__(self, other: Value | float) -> Value:
+        return self.body.Mul(self, other)
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self.body.Div(self, other)
+
+    def __rsub__(self, other: float) -> Value:
+        return self.body.Sub(other, self)
+
+    def __mod__(self, other: Value | float) -> Value:
+        return self.body.Mod(self, other)
+
+
+class Body:
+    """Writes the body of one operator type: `body.TopK(x, [3], axis=-1)` makes a node and returns its (first) output.
+
+    Arguments that are numbers become constants: 2 an int64 [1], [2, 3] an int64 [2], 2.0 a float32 scalar, [2.0] a
+    float32 [1]. Counts and positions are int64 [1]. They come from attributes alone, so that every engine computes them
+    before it runs: a static size that a body needs is an attribute of the node (`tokens`). ONNX Runtime leaves a Shape
+    for the run where the batch is dynamic.
+
+    Args:
+        op_type: of the operator.
+        inputs: their names.
+        attributes: names and types (int or float).
+    """
+
+    def __init__(self, op_type: str, inputs: Sequence[str], attributes: Mapping[str, type] | None = None) -> None:
+        self.op_type, self.input_names, self.attributes = op_type, list(inputs), dict(attributes or {})
+        self.nodes: list[onnx.NodeProto] = []
+        self.results: list[tuple[str, Value]] = []
+        self._counts: Counter[str] = Counter()
+        self._constants: dict[str, Value] = {}
+
+    def __getattr__(self, op_type: str) -> Callable[..., Value]:
+        if not op_type[0].isupper():
+            raise AttributeError(op_type)
+        return lambda *inputs, **attributes: self.nodes_of(op_type, inputs, 1, attributes)[0]
+
+    def nodes_of(self, op_type: str, inputs: Sequence[Any], outputs: int, attributes: Mapping[str, Any]) -> list[Value]:
+        """One node; attributes whose value is a `Ref` come from the operator's own."""
+        from onnx import helper
+
+        names = [self._value(each).name for each in inputs]
+        name = f"{op_type}.{self._counts[op_type]}"
+        self._counts[op_type] += 1
+        made = [name if index == 0 else f"{name}:{index}" for index in range(outputs)]
+        plain = {key: value for key, value in attributes.items() if not isinstance(value, Ref)}
+        self.nodes.append(helper.make_node(op_type, names, made, name=name, **plain))
+        for key, value in attributes.items():
+            if isinstance(value, Ref):
+                kind = "FLOAT" if self.attributes[value.attribute] is float else "INT"
+                self.nodes[-1].attribute.add(name=key, type=kind, ref_attr_name=value.attribute)
+        return [Value(self, each) for each in made]
+
+    def inputs(self) -> list[Value]:
+        """The operator's inputs."""
+        return [Value(self, name) for name in self.input_names]
+
+    def outputs(self, **results: Value) -> Body:
+        """Say what the operator returns, by name."""
+        self.results = list(results.items())
+        return self
+
+    def function(self, opset: int = OPSET) -> onnx.FunctionProto:
+        """The body as ONNX holds it, without nodes that nothing uses: helpers may compute more than a variant needs."""
+        from onnx import helper
+
+        used = {value.name for _, value in self.results}
+        for index in reversed(range(len(self.nodes))):
+            if used.isdisjoint(self.nodes[index].output):
+                del self.nodes[index]
+            else:
+                used.update(self.nodes[index].input)
+        for name, value in self.results:  # an Identity for each would stay in the inlined twin
+            for each in self.nodes:
+                each.input[:] = [name if old == value.name else old for old in each.input]
+                each.output[:] = [name if old == value.name else old for old in each.output]
+        return helper.make_function(
+            DOMAIN,
+            self.op_type,
+            self.input_names,
+            [name for name, _ in self.results],
+            self.nodes,
+            [helper.make_opsetid("", opset)],
+            list(self.attributes),
+        )
+
+    def _value(self, given: Any) -> Value:
+        """A number as a constant, None as an input left out."""
+        if isinstance(given, Value):
+            return given
+        if given is None:
+            return Value(self, "")
+        key = repr(given)
+        if key not in self._constants:
+            many = given if isinstance(given, list) else [given]
+            kind = "ints" if isinstance(many[0], int) else "floats" if many is given else "float"
+            self._constants[key] = self.Constant(**{f"value_{kind}": many if kind != "float" else given})
+        return self._constants[key]
+
+    def _scalar(self, given: Value | int) -> Value:
+        """A count as Range wants it."""
+        if isinstance(given, Value):
+            return self.Squeeze(given)
+        key = f"scalar {given}"
+        if key not in self._constants:
+            self._constants[key] = self.Constant(value_int=given)
+        return self._constants[key]
+
+    # What every body needs.
+
+    def attribute(self, name: str) -> Value:
+        """An attribute as a tensor: int64 [1], or a float32 scalar."""
+        key = f"@{name}"
+        if key not in self._constants:
+            if self.attributes[name] is float:
+                self._constants[key] = self.Constant(value_float=Ref(name))
+            else:
+                self._constants[key] = self.Reshape(self.Constant(value_int=Ref(name)), 1)
+        return self._constants[key]
+
+    def range(self, start: Value | int, stop: Value | int, step: int = 1) -> Value:
+        """int64 [n], of static bounds."""
+        return self.Range(*(self._scalar(each) for each in (start, stop, step)))
+
+    def slice(self, x: Value, axis: int, start: Value | int, stop: Value | int, step: int = 1) -> Value:
+        """x[start:stop:step] along an axis."""
+        return self.Slice(x, start, stop, axis, step)
+
+    def float(self, x: Value) -> Value:
+        """float32."""
+        return self.Cast(x, to=1)
+
+    def rows(self, x: Value, index: Value) -> Value:
+        """x [B, N, D] at index [B, K] -> [B, K, D]: one axis of the batch, whole rows."""
+        return self.GatherND(x, self.Unsqueeze(index, -1), batch_dims=1)
+
+    def take(self, values: Value, index: Value) -> Value:
+        """values [B, N] at index [B, K] -> [B, K]."""
+        return self.GatherElements(values, index, axis=1)
+
+    def top(self, values: Value, k: Value) -> tuple[Value, Value]:
+        """The k highest of the last axis and where they are, in descending order; ties to the lowest index.
+
+        NaN becomes infinity first: ONNX leaves its rank open, and engines sort by comparisons that it makes void.
+        """
+        values = self.Where(self.IsNaN(values), float("inf"), values)
+        found = self.nodes_of("TopK", (values, k), 2, {"axis": -1, "largest": 1, "sorted": 1})
+        return found[0], found[1]
+
+    def ascending(self, index: Value, k: Value) -> Value:
+        """The k lowest of [B, n], ascending."""
+        return self.nodes_of("TopK", (index, k), 2, {"axis": -1, "largest": 0, "sorted": 1})[0]
+
+    def sum(self, x: Value, axis: int, keep: bool = False) -> Value:
+        """Sum along an axis, counted from the front: ONNX Runtime sums an empty axis -1 to something empty."""
+        return self.ReduceSum(x, axis, keepdims=int(keep))
+
+
+class Ref:
+    """An attribute of a node inside a body that takes its value from the operator's own attribute."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
