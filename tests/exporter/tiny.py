@@ -31,13 +31,15 @@ KINDS: dict[str, tuple[str, dict]] = {
 DEPTH = 4
 
 
-def tiny_vit(kind: str = "class-token", seed: int = 0, heads: int = 4) -> tuple[nn.Module, ModelSpec]:
-    """A 4-block, 64-wide model of 4x4 or 5x5 patches with parameters far from their initial values.
+def tiny_vit(
+    kind: str = "class-token", seed: int = 0, heads: int = 4, depth: int = DEPTH
+) -> tuple[nn.Module, ModelSpec]:
+    """A 4-block (or `depth`), 64-wide model of 4x4 or 5x5 patches with parameters far from their initial values.
 
     Fresh models have zero biases, unit norms and LayerScales of 1e-5, which would hide a forgotten term.
     """
     name, extra = KINDS[kind]
-    args = {"depth": DEPTH, "embed_dim": 64, "num_heads": heads, "img_size": 64, "patch_size": 16, **extra}
+    args = {"depth": depth, "embed_dim": 64, "num_heads": heads, "img_size": 64, "patch_size": 16, **extra}
     if "no_embed_class" in extra:
         args["img_size"] = 80
     if "num_classes" not in args and kind not in ("map-pool", "rms-norm-swiglu"):

@@ -130,9 +130,12 @@ def test_both_builds_run_on_aoti(tmp_path: Path) -> None:
     portable, _ = both([("evit", {"tokens_out": 40, "fuse": True})])
     backend = AotInductorBackend()
 
+    lowered: dict[str, BuildSource] = {}
+
     def lower(kernels: Any) -> BuildSource:
         ready = portable.for_export("fp32", "sdpa", kernels)
-        return BuildSource("fp32", *signature(ready), program=export_program(ready))
+        lowered[kernels] = BuildSource("fp32", *signature(ready), program=export_program(ready))
+        return lowered[kernels]
 
     result, kernels, why = build_best(
         backend,
@@ -145,7 +148,7 @@ def test_both_builds_run_on_aoti(tmp_path: Path) -> None:
         image_shape=(3, 64, 64),
     )
     assert kernels in why
-    source = lower(kernels)
+    source = lowered[kernels]
     files = {name: (tmp_path / name).read_bytes() for name in result.files}
     images = np.random.default_rng(0).standard_normal((3, 3, 64, 64), dtype=np.float32)
     with backend.open(

@@ -74,8 +74,11 @@ OTHER_FIELDS: Steps = [
     ("diffrate", {"prune_to": 35, "merge_to": 33, "weights": "similarity"}),
     ("pitome", {"r": 4, "margin": 0.3, "matching": "protect"}),
     ("ppt", {"r": 3, "tau": 0.0, "order": "position"}),
+    ("tome", {"r": 2}),  # has no other fields: so that this model too has every reducer
     ("gtp", {"r": 3, "alpha": 0.3, "score": "graph", "graph_from": "patches", "graph": "spatial", "theta": 0.7}),
 ]
+# What fp16 is built of by default; of every reducer, it is exhaustive.
+FEW: Steps = [step for step in EVERY_REDUCER if step[0] in ("tome", "ppt", "evit", "bat")]
 NO_CLASS_TOKEN: Steps = [
     ("tome", {"r": 9, "order": "similarity"}),
     ("pitome", {"r": 9, "margin": 0.3}),
@@ -131,6 +134,10 @@ def without_class_token() -> Model:
     return make(NO_CLASS_TOKEN, class_token=False, global_pool="avg")
 
 
+# Lowered models that only these tests need.
+EXHAUSTIVE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("plain", "half_of_every")]
+
+
 def lower(model: Model, engine: str, folder: Path, precision: Precision = "fp32") -> BuildSource:
     return _lower(get_backend(engine), model.reduced, precision, folder / "model.onnx")
 
@@ -148,8 +155,13 @@ def plain(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource
 
 
 @pytest.fixture(scope="module")
-def half(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
-    return lower(every, "trt-rtx", tmp_path_factory.mktemp("half"), "fp16")
+def half(tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
+    return lower(make(FEW), "trt-rtx", tmp_path_factory.mktemp("half"), "fp16")
+
+
+@pytest.fixture(scope="module")
+def half_of_every(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
+    return lower(every, "trt-rtx", tmp_path_factory.mktemp("half_of_every"), "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +199,8 @@ def near_ties(model: Model, images: Tensor, found: Any, wanted: Any, tolerance: 
 
 
 def test_every_reducer_is_here() -> None:
-    assert {name for name, _ in EVERY_REDUCER} == set(REDUCERS) - {"static"}
+    for steps in (EVERY_REDUCER, OTHER_FIELDS):
+        assert {name for name, _ in steps} == set(REDUCERS) - {"static"}
 
 
 @pytest.mark.slow
@@ -202,6 +215,7 @@ def test_other_fields(others: Model, other_fields: BuildSource, engine: str, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # lowering takes half a minute; by default every reducer meets OpenVINO in `other_fields`
 def test_openvino(every: Model, plain: BuildSource, tmp_path: Path) -> None:
     agrees(every, "openvino", plain, tmp_path)
 
@@ -219,7 +233,7 @@ def test_aoti(every: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["plain", "half", "other_fields"])
+@pytest.mark.parametrize("source", ["half", "other_fields", *EXHAUSTIVE])
 def test_tensorrt_builds(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """For a GPU that is not here; every attention is found (and so fused, in fp16)."""
     backend = get_backend("trt-rtx")
@@ -238,7 +252,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["packed", "plain", "half", "other_fields"])
+@pytest.mark.parametrize("source", ["packed", "half", "other_fields", *EXHAUSTIVE])
 def test_graph(source: str, request: pytest.FixtureRequest) -> None:
     """Nothing of data-dependent shape, one attention a block, small TopKs, and names that say what a node is for."""
     lowered: BuildSource = request.getfixturevalue(source)
@@ -246,7 +260,7 @@ def test_graph(source: str, request: pytest.FixtureRequest) -> None:
     assert not model.functions
     found = Counter(node.op_type for node in model.graph.node)
     assert not FORBIDDEN & set(found)
-    steps = OTHER_FIELDS if source == "other_fields" else EVERY_REDUCER
+    steps = {"other_fields": OTHER_FIELDS, "half": FEW}.get(source, EVERY_REDUCER)
     maps = sum(fields.get("score") == "graph" for _, fields in steps)  # gtp's score needs the map itself
     assert (
         found["MultiHeadAttention" if source == "packed" else "Attention"]

@@ -27,7 +27,7 @@ def scorer() -> Scorer:
 @pytest.mark.parametrize("drops", [(0, 2, 4), (3,)])
 def test_a_mixed_plan_keeps_the_joint_budget(method: str, drops: tuple[int, ...]) -> None:
     judge = scorer()
-    found = search_mixed(judge, ORDER, method, 0.65, drops=drops, evaluations=40)
+    found = search_mixed(judge, ORDER, method, 0.65, drops=drops, evaluations=20)
     dense = count_macs(DESCRIPTION).total
     assert count_macs(DESCRIPTION, found.plan).total <= 0.65 * dense
     assert found.plan.method == f"static+{method}"

@@ -283,7 +283,7 @@ def test_at_the_last_block_patches_leave_for_free(images: torch.Tensor, method: 
 
 @pytest.mark.parametrize("method", SCHEDULED)
 def test_a_search_beats_the_uniform_schedule(scorer: Scorer, method: str) -> None:
-    found = search_schedule(scorer, method, 0.7, evaluations=40, trace=(trace := Trace()))
+    found = search_schedule(scorer, method, 0.7, evaluations=20, trace=(trace := Trace()))
     held = scorer.calibration.held
     assert found.kl == pytest.approx(scorer.loss(found.plan, held))
     assert found.uniform_kl == pytest.approx(scorer.loss(found.uniform_plan, held))
@@ -295,7 +295,7 @@ def test_a_search_beats_the_uniform_schedule(scorer: Scorer, method: str) -> Non
     assert found.plan.proportional_attention == bool(reducers & {"tome", "ppt", "diffrate"})
     assert reducers <= set(method.split("+"))
     assert found.rows == trace.rows != []
-    assert len(found.rows) <= 40
+    assert len(found.rows) <= 20
 
 
 @pytest.mark.parametrize("evaluations", [0, 1, 5])
