@@ -41,12 +41,16 @@ def stored(truth: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
     return error + unit(dtype) * (truth.abs() + error) + finfo.tiny * (1.0 if dtype == torch.float32 else finfo.eps)
 
 
-def attention(qkv: Tensor, key_bias: Tensor | None, importance: str) -> tuple[Tensor, Tensor]:
+def attention(
+    qkv: Tensor, key_bias: Tensor | None, importance: str, *, spelled_out: bool = False
+) -> tuple[Tensor, Tensor]:
     """Of vp::attention, [B, N, H * d] and [B, N] ([0] for "none"); arguments as the operator's.
 
     A logit is a sum of d products, scaled, biased, less the row's maximum: off by e. A probability is then off by the
     factor exp(e + the e of its denominator), by the exponentials' own error, once more for every time that an online
     softmax rescales, and by the sum of N. Half precision rounds it once more before it meets v: a sum of N products.
+    With `spelled_out` the type's own rounding meets the scaled queries and keys, their products and the sums with the
+    bias too, as the definition of ONNX's Attention allows.
     """
     dtype, (tokens, heads, width) = qkv.dtype, (qkv.shape[1], *qkv.shape[3:])
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
@@ -57,6 +61,8 @@ def attention(qkv: Tensor, key_bias: Tensor | None, importance: str) -> tuple[Te
     magnitudes = (q.abs() @ k.abs().transpose(2, 3)) * width**-0.5
     top = (product + bias).amax(dim=3, keepdim=True).abs()
     logit = gamma(width + 1) * magnitudes + 6 * UNIT * (magnitudes + bias.abs() + top)
+    if spelled_out:
+        logit = logit + unit(dtype) * (2 * magnitudes + product.abs() + (product + bias).abs())
     logit = torch.where(bias == -torch.inf, 0.0, logit)  # a removed key is exactly 0
     rescaled = tokens // KEYS + 1
     share = logit + logit.amax(dim=3, keepdim=True) + rescaled * (EXP + 2 * UNIT * top)

@@ -66,7 +66,7 @@ class Case:
         """How far rounding may put each floating-point output from the truth, in any form of the operator."""
         given = {**self.tensors, **self.fixed, **self.settings}
         if self.operator is attention:
-            return bounds.attention(given["qkv"], given.get("key_bias"), given["importance"])
+            return bounds.attention(given["qkv"], given.get("key_bias"), given["importance"], spelled_out=True)
         if self.operator is gather_norm:
             return bounds.gather_norm(**given, one_pass=True)
         if self.operator is select_fuse:
