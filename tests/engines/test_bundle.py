@@ -210,6 +210,7 @@ print(json.dumps({"steps": limit, "last": status}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("force", "exchange"), [("fresh", "exchange"), ("force", "exchange"), ("force", "two renames")]
 )

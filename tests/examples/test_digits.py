@@ -55,6 +55,7 @@ def stated(readme: str, label: str) -> str:
     return found.group(1)
 
 
+@pytest.mark.slow
 def test_split_is_disjoint_stratified_and_fixed() -> None:
     _, labels = data.load_digits()
     split = data.make_split(labels)
@@ -119,6 +120,7 @@ def test_weights_are_small_and_say_how_they_were_made() -> None:
     assert {"recipe", "seed", "test_top1", "data", "date"} <= metadata.keys()
 
 
+@pytest.mark.slow
 def test_dense_accuracy_on_the_test_part(
     trained: torch.nn.Module, test_part: tuple[np.ndarray, np.ndarray], readme: str
 ) -> None:
@@ -127,6 +129,7 @@ def test_dense_accuracy_on_the_test_part(
     assert score == pytest.approx(float(stated(readme, "dense top-1, test").rstrip(" %")) / 100, abs=0.0015)
 
 
+@pytest.mark.slow
 def test_reduced_accuracy_on_the_test_part(
     trained: torch.nn.Module, mask: np.ndarray, test_part: tuple[np.ndarray, np.ndarray], readme: str
 ) -> None:
@@ -198,6 +201,7 @@ def test_search_fills_and_swaps_keep_the_mask_monotone() -> None:
         assert trial[stage, enters].all()
 
 
+@pytest.mark.slow
 def test_training_runs_and_its_weights_load(tmp_path: Path) -> None:
     out = tmp_path / "tiny.safetensors"
     command = [sys.executable, str(DIGITS / "train.py"), "--steps", "2", "--limit", "64", "--out", str(out)]

@@ -31,6 +31,7 @@ def _every_type() -> tuple[list[Case], onnx.ModelProto]:
     return cases, model
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     """Decisions, sizes and importances are those of fp32; rows are rounded once."""
     cases, model = _every_type()
@@ -44,6 +45,7 @@ def _nothing_left(case: Case) -> bool:
     return case.note in ("nothing-kept", "no-source") or (case.op_type == "SelectFuse" and case.note.endswith("20"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", CASES)
 def test_inlined_twin_on_openvino(operator: str, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
@@ -76,6 +78,7 @@ def _six(dtype: torch.dtype) -> list[Case]:
     return [named[name] for name in wanted]
 
 
+@pytest.mark.slow
 @needs_rtx
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_functions_build_in_tensorrt(dtype: torch.dtype, tmp_path: Path) -> None:
@@ -87,6 +90,7 @@ def test_functions_build_in_tensorrt(dtype: torch.dtype, tmp_path: Path) -> None
     assert (tmp_path / "model.engine").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_every_type_builds_in_tensorrt(tmp_path: Path) -> None:
     """Each by its name: an operator type called like a standard one would be taken for that."""

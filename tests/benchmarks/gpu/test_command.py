@@ -19,6 +19,7 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_line_and_exit_code_3(environment: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "gpu.md"
     found = run(environment, "--cache", str(tmp_path / "c.json"), "--out", str(out))
@@ -29,6 +30,7 @@ def test_without_a_gpu_one_line_and_exit_code_3(environment: dict[str, str], tmp
     assert not (tmp_path / "c.json").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_lists_rows_and_tries_them(environment: dict[str, str]) -> None:
     found = run(
         environment, "--dry-run", "--quick", "--workers", "12", "--parts", "machine", "kernels-check", "kernels-time",

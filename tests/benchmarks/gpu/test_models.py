@@ -16,6 +16,7 @@ def at(milliseconds: float) -> Timing:
     return Timing(milliseconds / 1e3, milliseconds / 1e3, milliseconds / 1e3, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", jobs.MODELS)
 def test_every_plan_has_the_macs_that_were_asked(model: str) -> None:
     for reducer in jobs.REDUCERS:

@@ -40,6 +40,7 @@ def bare(environment: dict[str, str], before: str = "") -> list[str]:
     return found.stdout.split()
 
 
+@pytest.mark.slow
 def test_starts_without_pydantic_and_takes_no_other_trees_packages(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "vp_exporter").mkdir()
     (tmp_path / "vp_exporter" / "__init__.py").write_text("")

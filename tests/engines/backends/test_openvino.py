@@ -36,6 +36,7 @@ def open_(built: Built, options: RunOptions | None = None, **changes: object) ->
     return BACKEND.open(result.artefact, files, INPUTS, OUTPUTS, requirements, options or RunOptions())
 
 
+@pytest.mark.slow
 def test_same_answers_as_pytorch(built: Built, vit: nn.Module) -> None:
     with open_(built, RunOptions(threads=1)) as runner:
         tiny_vit.check_outputs(runner, vit)
@@ -54,6 +55,7 @@ def test_fp32_weights_stay_fp32_and_compute_in_fp32(built: Built, fp32: BuildSou
         assert hint.to_string() in FP32
 
 
+@pytest.mark.slow
 def test_half_precisions(fp16: BuildSource, bf16: BuildSource, vit: nn.Module, tmp_path: Path) -> None:
     for source in (fp16, bf16):
         out = tmp_path / source.precision

@@ -292,6 +292,7 @@ def resolve(work: Work, options: dict[str, Any]) -> dict[str, Any]:
     return {key: value(work) if callable(value) else value for key, value in options.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in EXPORT])
 @pytest.mark.usefixtures("ready_engines")
 def test_export_refuses(case: Case, work: Work) -> None:

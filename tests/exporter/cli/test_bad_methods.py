@@ -116,6 +116,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 @pytest.mark.usefixtures("ready_engines")
 def test_export_refuses(case: Case, inputs: Inputs, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def reduced_vit(inputs: Inputs, plan: Path | None = None) -> ReducedViT:
     return ReducedViT(model.vit, model.description, ReductionPlan.load(plan or inputs.plan))
 
 
+@pytest.mark.slow
 def test_engine_computes_what_pytorch_does(exported: Path, inputs: Inputs) -> None:
     images = batch()
     with vp_engines.load(exported) as engine, torch.no_grad():

@@ -73,6 +73,7 @@ def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"error: .*--jsn; --help lists the options\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_it_runs_where_the_console_is_broken() -> None:
     """With nothing but Python: every package is said to be missing, in this process and in those that try it."""
     code = (

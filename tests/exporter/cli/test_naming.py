@@ -26,6 +26,7 @@ def test_names_come_from_the_folders_of_data(exported: Path) -> None:
     assert read_manifest(exported).classes == ("a", "b", "c")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_where_the_names_come_from_is_said(inputs: Inputs, tmp_path: Path, names: Path) -> None:
     result = call(export, *argv(export_options(inputs, tmp_path / "a.vpe", data=inputs.data)))

@@ -48,6 +48,7 @@ def measured(merging: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     return found, out
 
 
+@pytest.mark.slow
 def test_every_operation_has_its_part(measured: tuple[dict[str, Any], Path], merging: Path) -> None:
     found, _ = measured
     assert [(each["label"], each["batch"]) for each in found["profiles"]] == [

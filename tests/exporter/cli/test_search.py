@@ -88,6 +88,7 @@ def test_its_page(searched: Path) -> None:
     assert verdict["text"] in unescape(html)
 
 
+@pytest.mark.slow
 def test_vp_export_takes_the_plan(searched: Path, inputs: Inputs) -> None:
     given = export_options(inputs, searched / "m.vpe", masks=None, plan=searched / "plan.json", validate=None)
     result = call(export, *argv({**given, "--no-validate": True, "--no-dense": True}))
@@ -143,6 +144,7 @@ def test_a_schedule_and_a_sweep(inputs: Inputs, tmp_path: Path) -> None:
         assert rows["stages"][-1]["kl"] <= rows["baselines"][0]["kl"]
 
 
+@pytest.mark.slow
 def test_a_latency_budget_reads_its_table(inputs: Inputs, tmp_path: Path) -> None:
     vit = create()
     table = measure_table(vit, describe(vit, NAME), batch=2, counts=(4, 16), seconds=0.2)

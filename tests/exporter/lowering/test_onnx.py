@@ -236,6 +236,7 @@ def test_fp16_takes_and_gives_float32(halves: dict[str, tuple[Path, ReducedViT]]
         assert weights[onnx.TensorProto.FLOAT] < 1000
 
 
+@pytest.mark.slow
 def test_bf16_lowers(tmp_path: Path) -> None:
     path = lower_onnx(reduced_vit(scales=True).for_export("bf16"), tmp_path / "bf16.onnx")
     onnx.checker.check_model(str(path), full_check=True)
@@ -308,6 +309,7 @@ def test_large_models_put_their_weights_beside(
     agrees_at_every_batch(moved / "large.onnx", model)
 
 
+@pytest.mark.slow
 def test_again_is_the_same_file_and_prints_nothing(
     tmp_path: Path, plain: tuple[Path, ReducedViT], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def close(path: Path, lowered: Lowered, within: float) -> None:
     assert np.sort(errors)[-2] <= within * lowered.logits.std(), errors
 
 
+@pytest.mark.slow
 def test_no_weight_is_described_twice(lowered: Lowered) -> None:
     """A quantizer replaces a weight under its name: a shape of it elsewhere in the file is then false."""
     graph = onnx.load(str(lowered.path)).graph

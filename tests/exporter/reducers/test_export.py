@@ -357,6 +357,7 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildSource, np.n
     return BuildSource("fp32", (specs[0],), (specs[1],), onnx=path), packed.numpy(), answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ort", "openvino"])
 def test_ties_go_to_the_lowest_index(
     choices: tuple[BuildSource, np.ndarray, np.ndarray], engine: str, tmp_path: Path
@@ -376,6 +377,7 @@ def answers_of(engine: str, source: BuildSource, packed: np.ndarray, out: Path) 
         return runner.run(packed)["answers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "precision"),
     thinned(
@@ -407,6 +409,7 @@ def test_compiles_in_one_graph() -> None:
             torch.testing.assert_close(compiled(images), reduced(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tensorrt_names_a_sort_that_is_too_long(tmp_path: Path) -> None:
     """TensorRT's TopK takes 3840 values; an image of 1024 pixels has 4096 patches."""
     rtx = get_backend("trt-rtx")

@@ -125,6 +125,7 @@ def at(statistics: AttentionStatistics, index: torch.Tensor) -> AttentionStatist
     return AttentionStatistics(**{name: value[index] for name, value in vars(statistics).items() if value is not None})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @QUIET
 @given(seed=seeds)
@@ -203,6 +204,7 @@ def test_tokens_are_as_many_as_the_plan_says(kind: str) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_again_is_the_same_and_the_batch_does_not_matter(variant: str) -> None:
     vit, description = model_of("class-token")
@@ -277,6 +279,7 @@ def deit() -> ReducedViT:
     return ReducedViT(vit, describe(vit, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reducer_adds_little_to_the_counted_macs(deit: ReducedViT, variant: str) -> None:
     """torch's counter sees what count_macs says, and beside it only the products of the reducers themselves."""

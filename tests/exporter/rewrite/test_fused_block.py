@@ -122,6 +122,7 @@ def test_select_fuse_is_used_where_no_sizes_are() -> None:
     }
 
 
+@pytest.mark.slow
 def test_exported_program_takes_other_batches() -> None:
     portable, fused = both(EVERY)
     program = export_program(fused.for_export())
@@ -174,6 +175,7 @@ def test_refuses_other_heads() -> None:
         ReducedViT(vit, description, None, "vp")
 
 
+@pytest.mark.slow
 def test_the_portable_form_never_loads_the_kernels() -> None:
     code = (
         "import sys\n"

@@ -305,6 +305,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_leaves_all_that_was_written(tmp_path: Path) -> None:
     folder, known = tmp_path / "checkpoint", 0
     for wait in (0.02, 0.11, 0.3):

@@ -95,6 +95,7 @@ def test_both_are_named_wherever_a_figure_stands(
     assert "dense" not in visible.lower()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -203,6 +203,7 @@ class Nan(FakeEngine):
         return {"logits": logits}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dense", "rows"), [(True, slice(None)), (False, slice(1, 2))], ids=["both, all", "one image"])
 def test_nan_without_images_fails(dense: bool, rows: slice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path, variant: str, **options: Any) -> FakeEngine:
@@ -255,6 +256,7 @@ def test_what_the_terminal_is_warned_of_is_in_the_report(
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "source", "stated", "wrong", "warned"),
     [

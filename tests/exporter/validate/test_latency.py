@@ -206,6 +206,7 @@ class Poisoned(Slow):
         return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("poison", "run", "output"),  # the first run, another of the warm-up, one on the clock, the last

@@ -33,6 +33,7 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_what_was_written_is_sound(copy: Path) -> None:
     assert len(check_index(copy)["entries"]) == 2
     resign(copy, lambda index: None)  # the tests below change only what they say

@@ -198,6 +198,7 @@ def assembled(data: bytes, entry: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_folder_says_of_itself_what_it_is(built: Path) -> None:
     index = check_index(built)
     assert (index["format"], index["version"]) == ("vp-kernels-aot", 1)
@@ -259,6 +260,7 @@ def test_alignment_reaches_the_code(built: Path) -> None:
     assert not wide("add_loose")
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes(built: Path, tmp_path: Path) -> None:
     """Another folder, other processes, another hash seed, no cache."""
     command = ["--out", "deep/er", "--jobs", "2", *CHOSEN]
@@ -272,6 +274,7 @@ def test_two_builds_are_the_same_bytes(built: Path, tmp_path: Path) -> None:
     assert not any(path.name.startswith(".er") for path in other.parent.iterdir())
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "room").mkdir()
     (tmp_path / "room/there").mkdir()
@@ -308,6 +311,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "room/there/mine.txt").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_list_default_set_and_force(built: Path, tmp_path: Path) -> None:
     room = tmp_path / "room"
     room.mkdir()

@@ -19,6 +19,7 @@ from vp_kernels.launch import triton_type
 PLAN = Plan(50, 1, 25, 4, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
 @pytest.mark.parametrize(
     "plan", [PLAN, usual(197, 1, 0.7), Plan(33, 2, 18, 0, 15), Plan(33, 0, 33, 33, 0), Plan(1, 0, 1, 0, 0)], ids=str

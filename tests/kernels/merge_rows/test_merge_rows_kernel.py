@@ -51,6 +51,7 @@ def check(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return merged, mass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "dtype"), counts_and_types(n for n in TOKENS if n > 1), ids=str)
 def test_like_the_reference(tokens: int, dtype: torch.dtype) -> None:
     # The interpreter takes its time: where one row takes all of many sources, that is rounds, and one test is enough.

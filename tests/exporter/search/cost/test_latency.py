@@ -49,6 +49,7 @@ def measured() -> LatencyTable:
     return measure_table(VIT, DESCRIPTION, engine="ort", batch=16, counts=[4, 4], seconds=0.4, threads=1)
 
 
+@pytest.mark.slow
 def test_a_measured_table(measured: LatencyTable) -> None:
     """Times are noise at this size: only that they are times, of what was asked, is held."""
     assert measured.tokens == (5, 17)  # each once, with the class token, and the dense count

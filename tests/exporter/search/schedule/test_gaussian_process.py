@@ -87,6 +87,7 @@ class Bowl(Scorer):
         return torch.full((self.calibration.count(batches),), 0.05 + far + 0.004 * jump, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["topk", "bat"])
 def test_a_guided_search_comes_near_the_goal_and_knows_it(method: str) -> None:
     images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))

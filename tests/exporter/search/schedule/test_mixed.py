@@ -23,6 +23,7 @@ def scorer() -> Scorer:
     return Scorer(VIT, DESCRIPTION, Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["diffrate", "ppt", "tome+diffrate"])
 @pytest.mark.parametrize("drops", [(0, 2, 4), (3,)])
 def test_a_mixed_plan_keeps_the_joint_budget(method: str, drops: tuple[int, ...]) -> None:
@@ -42,6 +43,7 @@ def test_a_mixed_plan_keeps_the_joint_budget(method: str, drops: tuple[int, ...]
         assert set(range(DESCRIPTION.patches)) - set(step.keep) == set(ORDER[-dropped:].tolist())
 
 
+@pytest.mark.slow
 def test_every_size_is_searched_and_the_best_goes_on() -> None:
     found = search_mixed(scorer(), ORDER, "diffrate", 0.65, drops=(0, 2, 4), evaluations=60)
     names = [row["stage"].split(":")[0] for row in found.rows]
@@ -54,6 +56,7 @@ def test_every_size_is_searched_and_the_best_goes_on() -> None:
         assert kept == ([] if lowest == "diffrate" else [int(lowest.split()[1])])
 
 
+@pytest.mark.slow
 def test_it_decides_the_same_twice() -> None:
     first, second = (search_mixed(scorer(), ORDER, "ppt", 0.7, drops=(0, 3), evaluations=32, seed=2) for _ in range(2))
     assert first.plan == second.plan

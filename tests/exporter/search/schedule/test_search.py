@@ -120,6 +120,7 @@ def test_a_cascade_is_held_to_the_uniform_schedule_of_its_second_reducer(method:
     assert uniform(method, DESCRIPTION, 0.7) == uniform(method.removeprefix("tome+"), DESCRIPTION, 0.7)
 
 
+@pytest.mark.slow
 def test_where_a_cascade_merges_is_searched(scorer: Scorer) -> None:
     found = optimisation(scorer, Space("tome+diffrate", DESCRIPTION, 0.7))
     found.begin([found.space.scaled([1, 1, 1])])
@@ -281,6 +282,7 @@ def test_at_the_last_block_patches_leave_for_free(images: torch.Tensor, method: 
     assert averaged.alive([0] * DEPTH) == (AVERAGE[1].patches,) * DEPTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SCHEDULED)
 def test_a_search_beats_the_uniform_schedule(scorer: Scorer, method: str) -> None:
     found = search_schedule(scorer, method, 0.7, evaluations=20, trace=(trace := Trace()))
@@ -363,6 +365,7 @@ def test_usual_shapes_meet_the_budget_and_begin_where_they_say(method: str) -> N
     assert [next(block for block, count in enumerate(shape) if count) for shape in even] == list(range(len(even)))
 
 
+@pytest.mark.slow
 def test_a_search_lowers_its_own_loss_and_decides_the_same_twice(images: torch.Tensor) -> None:
     def once() -> tuple[ReductionPlan, list[dict]]:
         calibration = Calibration.of_tensors(images, None, VIT, DESCRIPTION, batch_size=4)
