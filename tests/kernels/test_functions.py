@@ -142,6 +142,7 @@ def test_as_the_operator(operator: str, index: int, op_type: str, name: str, for
     check(case, answers(operator, form)[index])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", CASES)
 def test_what_is_static_is_computed_before_the_first_run(operator: str, tmp_path: Path) -> None:
     cases, model = exported(operator)
@@ -151,6 +152,7 @@ def test_what_is_static_is_computed_before_the_first_run(operator: str, tmp_path
     assert left & NEVER == ({"Expand"} if operator == "attention" else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("operator", CASES)
 def test_any_batch(operator: str, batch: int) -> None:

@@ -45,6 +45,7 @@ def test_same_answers_as_pytorch(built: Built, vit: nn.Module) -> None:
         tiny_vit.check_closed(runner)
 
 
+@pytest.mark.slow
 def test_fp32_weights_stay_fp32_and_compute_in_fp32(built: Built, fp32: BuildSource) -> None:
     result, files = built
     assert fp32.onnx is not None

@@ -58,6 +58,7 @@ def test_wrong_number_of_attentions(fp16: BuildSource, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_rtx
 def test_fp32_attention_builds_and_bf16_too(fp32: BuildSource, bf16: BuildSource, tmp_path: Path) -> None:
     """Left alone, TensorRT refuses an fp32 Attention: "not supported by a dedicated kernel"."""

@@ -347,6 +347,7 @@ BUNDLES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in BUNDLES])
 @pytest.mark.parametrize("command", [inspect, validate], ids=["inspect", "validate"])
 def test_bundle_is_refused(case: BadBundle, command: Any, work: Work) -> None:

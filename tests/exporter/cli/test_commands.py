@@ -62,6 +62,7 @@ def test_engine_computes_what_pytorch_does(exported: Path, inputs: Inputs) -> No
     np.testing.assert_allclose(logits, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_exported_bundle_says_what_it_is(exported: Path, inputs: Inputs) -> None:
     manifest = verify_bundle(exported).manifest
     assert (manifest.name, manifest.model.name, manifest.model.num_classes) == ("tiny", NAME, 3)

@@ -82,6 +82,7 @@ def test_every_operation_has_its_part(measured: tuple[dict[str, Any], Path], mer
         assert operation["name"] not in named or operation["group"] == REDUCTION
 
 
+@pytest.mark.slow
 def test_memory_is_of_a_process_that_does_nothing_else(measured: tuple[dict[str, Any], Path]) -> None:
     memory = measured[0]["memory"]
     assert set(memory) == {"dense", "reduced"}
@@ -91,6 +92,7 @@ def test_memory_is_of_a_process_that_does_nothing_else(measured: tuple[dict[str,
         assert each["gpu"] is None or each["gpu"] >= 0
 
 
+@pytest.mark.slow
 def test_the_trace_is_chromes(measured: tuple[dict[str, Any], Path]) -> None:
     found, out = measured
     events = json.loads((out / "trace.json").read_text())["traceEvents"]
@@ -106,6 +108,7 @@ def test_the_trace_is_chromes(measured: tuple[dict[str, Any], Path]) -> None:
     assert one == sorted(one)
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_bar_of_every_part(measured: tuple[dict[str, Any], Path]) -> None:
     from vp_exporter.profile.picture import COLOURS
 
@@ -115,6 +118,7 @@ def test_the_picture_has_a_bar_of_every_part(measured: tuple[dict[str, Any], Pat
         assert (np.abs(picture - colour).max(axis=2) <= 2).sum() > 100, group
 
 
+@pytest.mark.slow
 def test_the_table(merging: Path, exported: Path) -> None:
     result = call(app, merging, "--against", exported, "--batch", "2", *QUICK, "--top", "2", "--no-memory")
     assert result.exit_code == 0, result.output
@@ -127,6 +131,7 @@ def test_the_table(merging: Path, exported: Path) -> None:
     assert len([line for line in text.splitlines() if "MatMul" in line or "Attention" in line]) >= 2
 
 
+@pytest.mark.slow
 def test_alone(without_dense: Path) -> None:
     result = call(app, without_dense, "--alone", "--batch", "1", *QUICK, "--no-memory", "--json")
     assert result.exit_code == 0, result.output
@@ -135,6 +140,7 @@ def test_alone(without_dense: Path) -> None:
     assert found["speedups"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -153,6 +159,7 @@ def test_bad_requests(words: tuple[str, ...], message: str, exported: Path, tmp_
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_no_baseline_and_damage(without_dense: Path, bundle: Path) -> None:
     result = call(app, without_dense)
     assert result.exit_code == 2
@@ -165,6 +172,7 @@ def test_no_baseline_and_damage(without_dense: Path, bundle: Path) -> None:
     assert call(app, bundle).exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -224,6 +224,7 @@ def test_fp16_errs_at_most_twice_as_much_as_dense(halves: dict[str, tuple[Path, 
     assert 0 < errors["reduced"] <= 2 * errors["dense"]
 
 
+@pytest.mark.slow
 def test_fp16_takes_and_gives_float32(halves: dict[str, tuple[Path, ReducedViT]]) -> None:
     for path, _ in halves.values():
         graph = onnx.load(str(path)).graph

@@ -74,6 +74,7 @@ def test_no_weight_is_described_twice(lowered: Lowered) -> None:
     assert described <= {name for node in graph.node for name in node.output}
 
 
+@pytest.mark.slow
 def test_quantized_dynamically(lowered: Lowered, tmp_path: Path) -> None:
     out = tmp_path / "int8.onnx"
     quantization.quantize_dynamic(str(lowered.path), str(out), weight_type=quantization.QuantType.QInt8)
@@ -82,6 +83,7 @@ def test_quantized_dynamically(lowered: Lowered, tmp_path: Path) -> None:
     close(out, lowered, 0.3)
 
 
+@pytest.mark.slow
 def test_quantized_statically(lowered: Lowered, tmp_path: Path) -> None:
     out = tmp_path / "qdq.onnx"
     quantization.quantize_static(
@@ -91,6 +93,7 @@ def test_quantized_statically(lowered: Lowered, tmp_path: Path) -> None:
     close(out, lowered, 0.5)
 
 
+@pytest.mark.slow
 def test_prepared_for_quantization(lowered: Lowered, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """ONNX Runtime's symbolic inference does not know batch_dims of GatherND: chosen tokens go without it."""
     shape_inference = pytest.importorskip("onnxruntime.quantization.shape_inference")
@@ -99,11 +102,13 @@ def test_prepared_for_quantization(lowered: Lowered, tmp_path: Path, request: py
     close(out, lowered, 1e-3)
 
 
+@pytest.mark.slow
 def test_strict_shape_inference(lowered: Lowered) -> None:
     onnx.checker.check_model(str(lowered.path), full_check=True)
     onnx.shape_inference.infer_shapes(onnx.load(str(lowered.path)), check_type=True, strict_mode=True, data_prop=True)
 
 
+@pytest.mark.slow
 def test_through_the_intermediate_representation(lowered: Lowered, tmp_path: Path) -> None:
     ir = pytest.importorskip("onnx_ir")
     optimizer = pytest.importorskip("onnxscript.optimizer")
@@ -113,11 +118,13 @@ def test_through_the_intermediate_representation(lowered: Lowered, tmp_path: Pat
     close(tmp_path / "optimized.onnx", lowered, 1e-3)
 
 
+@pytest.mark.slow
 def test_in_another_opset(lowered: Lowered, tmp_path: Path) -> None:
     onnx.save(onnx.version_converter.convert_version(onnx.load(str(lowered.path)), 24), str(tmp_path / "24.onnx"))
     close(tmp_path / "24.onnx", lowered, 1e-3)
 
 
+@pytest.mark.slow
 def test_polygraphy_shows_it(lowered: Lowered) -> None:
     pytest.importorskip("polygraphy")
     code = "import sys; sys.argv[0] = 'polygraphy'; from polygraphy.tools import main; main()"

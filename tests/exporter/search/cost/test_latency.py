@@ -65,6 +65,7 @@ def test_a_measured_table(measured: LatencyTable) -> None:
     assert len(VIT.blocks) == DESCRIPTION.depth  # the model itself was not cut
 
 
+@pytest.mark.slow
 def test_a_search_by_a_measured_table(measured: LatencyTable) -> None:
     # The figures are set: the search must have something to gain whatever the noise was.
     table = replace(measured, milliseconds=(1.0, 3.4), overhead_ms=(0.1, 0.1))
