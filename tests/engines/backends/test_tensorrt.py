@@ -39,6 +39,7 @@ def built(fp16: BuildSource, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return result, tiny_vit.contents(result, out)
 
 
+@pytest.mark.slow
 def test_build_for_a_gpu_that_is_not_here(
     built: tuple[BuildResult, dict[str, bytes]], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_exported_bundle_says_what_it_is(exported: Path, inputs: Inputs) -> None
     assert str(inputs.data) not in (exported / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_plan_gives_the_bundle_of_its_mask_as_json(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
     out = tmp_path / "new.vpe"
@@ -116,6 +117,7 @@ METHODS: list[tuple[dict[str, Any], list[int], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "tokens", "asked"), METHODS)
 @pytest.mark.usefixtures("ready_engines")
 def test_method_writes_its_plan_into_the_bundle(
@@ -147,6 +149,7 @@ def test_method_makes_an_engine(options: dict[str, Any], inputs: Inputs, tmp_pat
         np.testing.assert_allclose(engine.run(images)["logits"], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_force_replaces(bundle: Path, inputs: Inputs) -> None:
     before = verify_bundle(bundle).digest
@@ -160,6 +163,7 @@ def test_force_replaces(bundle: Path, inputs: Inputs) -> None:
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_force_without_a_bundle_writes_one(inputs: Inputs, tmp_path: Path) -> None:
     options = export_options(inputs, tmp_path / "new.vpe", force=True, no_validate=True)
@@ -167,6 +171,7 @@ def test_force_without_a_bundle_writes_one(inputs: Inputs, tmp_path: Path) -> No
     verify_bundle(tmp_path / "new.vpe")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_quiet_prints_the_verdict_alone(inputs: Inputs, tmp_path: Path) -> None:
     result = call(export.app, *argv(export_options(inputs, tmp_path / "new.vpe", data=inputs.data, quiet=True)))
@@ -176,6 +181,7 @@ def test_quiet_prints_the_verdict_alone(inputs: Inputs, tmp_path: Path) -> None:
     assert f"wrote {tmp_path / 'new.vpe'} (MAC ratio 1.486)" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_missed_budget_writes_the_bundle_and_says_so(inputs: Inputs, tmp_path: Path) -> None:
     out = tmp_path / "slow.vpe"
@@ -189,6 +195,7 @@ def test_missed_budget_writes_the_bundle_and_says_so(inputs: Inputs, tmp_path: P
     assert json.loads((out / "report.json").read_text())["verdict"]["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_corrupt_image_is_named_and_counted(inputs: Inputs, tmp_path: Path) -> None:
     data, out = tmp_path / "images", tmp_path / "new.vpe"
@@ -203,6 +210,7 @@ def test_corrupt_image_is_named_and_counted(inputs: Inputs, tmp_path: Path) -> N
     assert any("1 image that could not be decoded" in text and "b/broken.jpg" in text for text in report["warnings"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_unlabelled_images_give_agreement(inputs: Inputs, tmp_path: Path) -> None:
     options = export_options(inputs, tmp_path / "new.vpe", data=inputs.data / "a", min_agreement=50)
@@ -288,6 +296,7 @@ def test_installed_scripts(inputs: Inputs, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_inspect_bundle(exported: Path) -> None:
     result = call(inspect.app, exported)
     assert result.exit_code == 0
@@ -296,12 +305,14 @@ def test_inspect_bundle(exported: Path) -> None:
         assert text in result.stdout
 
 
+@pytest.mark.slow
 def test_inspect_bundle_as_json(exported: Path) -> None:
     found = json.loads(call(inspect.app, exported, "--json").stdout)
     assert found["digest"] == verify_bundle(exported).digest
     assert found["manifest"]["name"] == "tiny"
 
 
+@pytest.mark.slow
 def test_inspect_plan(inputs: Inputs) -> None:
     result = call(inspect.app, inputs.plan)
     assert result.exit_code == 0
@@ -310,6 +321,7 @@ def test_inspect_plan(inputs: Inputs) -> None:
     assert "ratio 1.486" in call(inspect.app, inputs.plan, *MODEL, "--num-classes", "3").stdout
 
 
+@pytest.mark.slow
 def test_inspect_method() -> None:
     """A preview: tokens and MACs of a method on a model, without a plan file."""
     words = ["--model", "deit_small_patch16_224", "--method", "ppt", "--preset", "ppt-deit-s"]
@@ -323,6 +335,7 @@ def test_inspect_method() -> None:
     assert ReductionPlan.from_dict(found["plan"]).fingerprint() == found["fingerprint"]
 
 
+@pytest.mark.slow
 def test_inspect_mask(inputs: Inputs) -> None:
     result = call(inspect.app, inputs.mask, *MODEL, "--json")
     assert result.exit_code == 0
@@ -332,6 +345,7 @@ def test_inspect_mask(inputs: Inputs) -> None:
     assert found["macs"]["dense"] > found["macs"]["reduced"]
 
 
+@pytest.mark.slow
 def test_validate_holds_a_budget(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
     budget = ["--max-drop", "50", "--min-speedup", "0.01", "--min-agreement", "50"]
     words: list[str | Path] = [*FAST, "--data", inputs.data, *budget, "--report", tmp_path / "deep" / "report"]
@@ -344,12 +358,14 @@ def test_validate_holds_a_budget(exported: Path, inputs: Inputs, tmp_path: Path)
     assert (tmp_path / "deep" / "report" / "report.html").read_text().startswith("<!")
 
 
+@pytest.mark.slow
 def test_validate_misses_a_budget(exported: Path) -> None:
     result = call(validate.app, exported, *FAST, "--min-speedup", "100", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["verdict"]["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_validate_updates_the_bundle(bundle: Path, exported: Path) -> None:
     result = call(validate.app, bundle, *FAST, "--min-speedup", "100", "--update", "--json")
     assert result.exit_code == 1
@@ -360,6 +376,7 @@ def test_validate_updates_the_bundle(bundle: Path, exported: Path) -> None:
     assert (bundle / "engine/model.onnx").read_bytes() == (exported / "engine/model.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_validate_against_another_bundle(without_dense: Path, exported: Path, inputs: Inputs) -> None:
     words: list[str | Path] = [*FAST, "--data", inputs.data, "--against", exported, "--json"]
     result = call(validate.app, without_dense, *words)
@@ -376,6 +393,7 @@ def test_validate_against_another_bundle(without_dense: Path, exported: Path, in
     assert "against tiny.vpe (baseline) on the same engine" in report["verdict"]["headline"]
 
 
+@pytest.mark.slow
 def test_against_names_the_other_bundle_on_the_terminal(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
     other = tmp_path / "other.vpe"
     shutil.copytree(exported, other)
@@ -397,6 +415,7 @@ def test_against_names_the_other_bundle_on_the_terminal(exported: Path, inputs: 
     assert str(tmp_path) not in page
 
 
+@pytest.mark.slow
 def test_against_is_refused_before_anything_runs(
     exported: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,6 +435,7 @@ def test_against_is_refused_before_anything_runs(
 PREPARED = "preprocessing: resize shorter side 71 (bicubic), crop 64x64, center, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_preprocessing_is_shown_by_every_command(exported: Path, inputs: Inputs, tmp_path: Path) -> None:
     for options in ({"no_validate": True}, {}):
@@ -427,6 +447,7 @@ def test_preprocessing_is_shown_by_every_command(exported: Path, inputs: Inputs,
     assert '<th scope="row">mean</th><td>0.5, 0.5, 0.5</td>' in (exported / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 @pytest.mark.parametrize("stated", [False, True])
 def test_own_weights_with_statistics_that_are_not_theirs(stated: bool, inputs: Inputs, tmp_path: Path) -> None:
