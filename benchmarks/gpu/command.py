@@ -22,7 +22,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.gpu.runs import Child, Results, Row, run_rows, supervise
+from benchmarks.gpu.runs import GRACE, Child, Results, Row, run_rows, supervise
 from benchmarks.gpu.setup import ROOT, bootstrap
 from benchmarks.gpu.stages import Stage, rows_of, wanted
 
@@ -117,6 +117,7 @@ def run_stage(stage: Stage, args: argparse.Namespace, results: Results, deadline
     environment = {
         "TORCHINDUCTOR_CACHE_DIR": str(args.work / "inductor"),
         "TRITON_CACHE_DIR": str(args.work / "triton"),
+        "PYTHONFAULTHANDLER": "1",  # where a process died
         **({"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"} if count > 1 else {}),
     }
     children, base = [], args.work / "shards"
@@ -135,7 +136,7 @@ def run_stage(stage: Stage, args: argparse.Namespace, results: Results, deadline
         ]
         command += ["--deadline", repr(deadline), "--into", str(shard)]
         children.append(Child(command, shard, {row.name: row for row in rows}, environment))
-    return supervise(children, into, deadline=deadline)
+    return supervise(children, into, deadline=deadline, late_is_failure=not stage.warm)
 
 
 def run_parts(args: argparse.Namespace, results: Results) -> bool:
@@ -144,7 +145,8 @@ def run_parts(args: argparse.Namespace, results: Results) -> bool:
     good = True
 
     def warm(stage: Stage) -> None:
-        run_stage(stage, args, results, time.time() + WARM_SHARE * (end - time.time()))
+        # Builds have GRACE seconds more than they are told, and are to leave the rest for what they are built for.
+        run_stage(stage, args, results, time.time() + WARM_SHARE * (end - time.time()) - GRACE)
 
     for part in args.parts:
         if part == "models":

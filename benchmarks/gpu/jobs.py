@@ -104,8 +104,9 @@ class Wanted:
         yield from order
 
     def dense(self, model: str, dtype: str, batch: int) -> list[Job]:
-        """timm's own module, eager and compiled whatever was asked, then ours: the best is the best of all."""
-        engines = list(dict.fromkeys(["eager", "compile", *self._engines(batch, eager=True)]))
+        """timm's own module, eager and compiled whatever was asked (with max-autotune too), then ours: the best is the
+        best of all."""
+        engines = list(dict.fromkeys(["eager", "compile", "compile-max", *self._engines(batch, eager=True)]))
         jobs = [Job(model, dtype, batch, engine, "timm") for engine in engines]
         for form in ("portable", "vp"):
             jobs += [Job(model, dtype, batch, engine, form) for engine in self._engines(batch, eager=False)]

@@ -162,6 +162,7 @@ def measure_dense(bench: Bench, jobs: Sequence[Job], broken: Mapping[str, str]) 
     """
     calls, refused, answers = {}, {}, {}
     for job in jobs:
+        print(f"{job.group} dense: {job.name}", flush=True)  # the last one said is the one that a process died of
         try:
             if job.key in broken:
                 raise RuntimeError(broken[job.key])

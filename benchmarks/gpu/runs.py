@@ -211,8 +211,13 @@ class Child:
         return True
 
 
-def supervise(children: Sequence[Child], results: Results, *, deadline: float, poll: float = 0.3) -> bool:
+def supervise(
+    children: Sequence[Child], results: Results, *, deadline: float, late_is_failure: bool = True, poll: float = 0.3
+) -> bool:
     """Run children side by side until all are done or time is up; their rows are in `results` as they finish.
+
+    Args:
+        late_is_failure: note a row that hangs at the deadline as failed. A build is merely slow: it is made again.
 
     Returns:
         Whether every child came to its end by itself.
@@ -232,7 +237,8 @@ def supervise(children: Sequence[Child], results: Results, *, deadline: float, p
                     if time.time() > deadline + GRACE:
                         child.kill()
                         results.absorb(child.shard)
-                        child.blame(results, "did not end in time and was stopped", older_than=STUCK)
+                        if late_is_failure:
+                            child.blame(results, "did not end in time and was stopped", older_than=STUCK)
                         waiting.remove(child)
                         clean = False
                     continue

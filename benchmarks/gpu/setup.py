@@ -46,7 +46,6 @@ def _is_ours(name: str, folder: str) -> bool:
 
 
 @cache
-@cache
 def of_the_tests(name: str) -> ModuleType:
     """tests/kernels/NAME.py: the tests' criterion of accuracy is ours. By its file: `tests` may be another package."""
     spec = importlib.util.spec_from_file_location(f"vp_kernel_test_{name}", ROOT / "tests" / "kernels" / f"{name}.py")

@@ -292,6 +292,14 @@ def sum_config(importance: str) -> Config:
     return Config(sum_partials, {"ROWS": 16 if importance == "class" else 32, "COLUMNS": 64})
 
 
+def programs_a_head(tiles: int, heads: int | torch.SymInt) -> Any:
+    """How many programs share the query tiles of one image's head, `heads` of which there are in the batch.
+
+    Of a traced batch too: a comparison would fix its size, torch's minimum and maximum do not.
+    """
+    return torch.sym_min(tiles, torch.sym_max(1, PROGRAMS // torch.sym_max(1, heads)))
+
+
 def launch_attention(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "none") -> tuple[Tensor, Tensor]:
     """Run the kernels on checked arguments.
 
@@ -312,9 +320,7 @@ def launch_attention(qkv: Tensor, key_bias: Tensor | None = None, importance: st
         partial = qkv.new_empty(B, H, 1 if importance == "class" else tiles, N, dtype=torch.float32)
     bias_stride = 0 if key_bias is None or key_bias.shape[0] == 1 else N
     if chosen.kernel is attention_whole:
-        # A traced batch of any size gets two programs: a comparison with it would fix it.
-        split = min(tiles, max(1, PROGRAMS // max(1, B * H)) if isinstance(B, int) else 2)
-        grid: tuple[Any, ...] = (B * H, split)
+        grid: tuple[Any, ...] = (B * H, programs_a_head(tiles, B * H))
     else:
         grid = (B * H * tiles,)
     bias = absent(qkv, torch.float32) if key_bias is None else key_bias

@@ -43,7 +43,7 @@ def test_what_matters_comes_first() -> None:
 
 def test_dense_has_every_engine_and_form() -> None:
     few = {job.name for job in Wanted(engines=("aoti",)).dense("deit_small_patch16_224", "bf16", 256)}
-    assert few == {"timm eager", "timm compile", "timm aoti", "portable aoti", "vp aoti"}
+    assert few == {"timm eager", "timm compile", "timm compile-max", "timm aoti", "portable aoti", "vp aoti"}
     one = {job.name for job in Wanted().dense("deit_small_patch16_224", "bf16", 1)}
     assert {"timm eager", "timm compile", "timm aoti", "timm aoti-graph", "vp compile", "portable aoti"} <= one
     many = {job.name for job in Wanted().dense("deit_small_patch16_224", "bf16", 256)}

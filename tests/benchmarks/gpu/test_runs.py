@@ -131,7 +131,10 @@ def test_a_process_that_dies_loses_one_row_only(tmp_path: Path) -> None:
     assert not (tmp_path / "shard.json").exists()
 
 
-def test_a_process_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late_is_failure", [True, False])
+def test_a_process_that_hangs_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_is_failure: bool
+) -> None:
     from benchmarks.gpu import runs
 
     results, stuck = Results(tmp_path / "all.json"), child(tmp_path, ["good", "hang", "after"])
@@ -143,9 +146,13 @@ def test_a_process_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(runs, "STUCK", 0.0)
     monkeypatch.setattr(runs, "time", SimpleNamespace(**{**vars(time), "time": now}))
-    assert not supervise([stuck], results, deadline=time.time() + LONG, poll=0.05)
+    deadline = time.time() + LONG
+    assert not supervise([stuck], results, deadline=deadline, late_is_failure=late_is_failure, poll=0.05)
     assert results.rows["part: good"]["value"] == 1
-    assert "was stopped" in results.rows["part: hang"]["error"]
+    if late_is_failure:
+        assert "was stopped" in results.rows["part: hang"]["error"]
+    else:
+        assert "part: hang" not in results.rows
 
 
 def test_newer_rows_win(tmp_path: Path) -> None:

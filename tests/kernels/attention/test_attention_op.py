@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.kernels import bounds
 from tests.kernels.support import DTYPES, assert_within, seeded, without_interpreter
+from vp_kernels.attention.kernel import PROGRAMS, programs_a_head
 from vp_kernels.attention.op import HEAD_DIMS, attention
 from vp_kernels.attention.reference import attention_gradients, attention_reference
 from vp_kernels.errors import KernelError
@@ -326,3 +327,17 @@ def test_kernels_compile_for_hopper() -> None:
         "attention_fp32_d80_n1_1024_bias_mean": "False True True",
         "sum_class": "False False True",
     }
+
+
+def test_a_traced_batch_gets_the_programs_of_its_size() -> None:
+    """The grid of generated code is a formula in the batch, without a guard, and has the values of eager calls."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    shapes = ShapeEnv()
+    batch = shapes.create_unbacked_symint()  # a comparison with it would raise
+    for tiles, heads in ((1, 6), (2, 6), (2, 12), (7, 3)):
+        formula = programs_a_head(tiles, batch * heads)
+        for size in (1, 8, 44, 45, 88, 256, 1024):
+            wanted = min(tiles, max(1, PROGRAMS // (size * heads)))
+            assert programs_a_head(tiles, size * heads) == wanted
+            assert int(formula.node.expr.subs(batch.node.expr, size) if hasattr(formula, "node") else formula) == wanted
