@@ -94,15 +94,19 @@ class Environment:
     def run(self, command: str, cwd: Path, timeout: float = 1800) -> subprocess.CompletedProcess[str]:
         return self._run(["sh", "-c", command], cwd, timeout)
 
-    def run_each(self, commands: Sequence[str], cwd: Path, timeout: float = 1800) -> list[tuple[str, int, str, str]]:
-        """Installed commands in turn, up to the first that fails: (command, exit code, stdout, stderr) of each."""
+    def run_each(
+        self, commands: Sequence[str], cwd: Path, timeout: float = 1800
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """Installed commands in turn, up to the first that fails."""
         with tempfile.TemporaryDirectory() as folder:
             words = [str(self.bin / "python"), "-c", FORKING, folder]
             done = self._run(words, cwd, timeout, json.dumps(list(commands)))
             assert done.returncode == 0, done.stderr
             codes = json.loads(done.stdout)
             return [
-                (command, code, *(Path(folder, f"{number}.{stream}").read_text() for stream in ("out", "err")))
+                subprocess.CompletedProcess(
+                    command, code, *(Path(folder, f"{number}.{stream}").read_text() for stream in ("out", "err"))
+                )
                 for number, (command, code) in enumerate(zip(commands, codes, strict=False))
             ]
 

@@ -108,12 +108,9 @@ def _small(command: str) -> str:
 def _run(made: Environment, commands: Sequence[str], cwd: Path) -> None:
     """All of them, and all go well. In a fresh environment each is a line in a shell, as a user types it."""
     small = [_small(command) for command in commands]
-    if FRESH:
-        each = [(one, done.returncode, done.stdout, done.stderr) for one in small for done in (made.run(one, cwd),)]
-    else:
-        each = made.run_each(small, cwd)
-    for command, code, out, err in each:
-        assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
+    each = [made.run(one, cwd) for one in small] if FRESH else made.run_each(small, cwd)
+    for command, done in zip(small, each, strict=False):  # run_each ends at the first that fails
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert len(each) == len(commands)
 
 
