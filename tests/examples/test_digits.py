@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.waiting import LONG
+from tests.warm import start
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
@@ -204,8 +204,7 @@ def test_search_fills_and_swaps_keep_the_mask_monotone() -> None:
 @pytest.mark.slow
 def test_training_runs_and_its_weights_load(tmp_path: Path) -> None:
     out = tmp_path / "tiny.safetensors"
-    command = [sys.executable, str(DIGITS / "train.py"), "--steps", "2", "--limit", "64", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
+    done = start([DIGITS / "train.py", "--steps", "2", "--limit", "64", "--out", out]).communicate()
     assert done.returncode == 0, done.stderr
     assert "epoch 1/" in done.stdout
     digits_model.load_model(out)

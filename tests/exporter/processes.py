@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from tests.ports import free_ports
 from tests.waiting import LONG
+from tests.warm import start
 from vp_exporter.utils.distributed import Workers
 
 T = TypeVar("T")
@@ -22,21 +22,11 @@ def together(arguments: list[str], world: int, timeout: float = LONG) -> list[su
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports()[0]),
               "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # fmt: skip
     started = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start(arguments, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]
     try:
-        done = []
-        for process in started:
-            out, err = process.communicate(timeout=timeout)
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-        return done
+        return [process.communicate(timeout) for process in started]
     finally:
         for process in started:  # one that hangs must not outlive its test
             process.kill()

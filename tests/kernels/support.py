@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tests.warm import run
 
 # Around every edge of a tile: one below, at and above powers of two; one token; class token plus 7 x 7, 14 x 14.
 TOKENS = [1, 2, 15, 16, 17, 50, 63, 64, 65, 100, 127, 128, 129, 196, 197, 198, 256, 257]
@@ -48,13 +48,6 @@ def seeded(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
 def without_interpreter(code: str, given: str = "") -> list[str]:
     """The lines that a Python process prints whose kernels are compiled, not interpreted; `given` is its input."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).resolve().parents[2],
-        input=given,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run(["-c", code], given=given, env=environment, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()

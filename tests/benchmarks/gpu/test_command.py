@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import command
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    return warm.run(["-m", "benchmarks.gpu", *arguments], env=environment, cwd=ROOT)
 
 
 @pytest.mark.slow

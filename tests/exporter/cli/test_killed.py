@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,40 +13,39 @@ from pathlib import Path
 
 import pytest
 
+import vp_exporter.export as package
 from tests.exporter.cli.samples import Inputs, argv, call, export_options
 from tests.waiting import LONG
+from tests.warm import Started
+from vp_engines.backends.base import BuildResult
+from vp_engines.backends.ort import OnnxRuntimeBackend
 from vp_engines.bundle import verify_bundle
-from vp_exporter.cli.export import app
+from vp_exporter.cli.export import app, main
 
 SCRIPT = Path(sys.executable).with_name("vp-export")
 
-# vp-export with ready-made engines (see `ready_engines`) that kills itself at the n-th fsync of the bundle's writing.
-KILLED = """
-import os, shutil, signal, sys
-from pathlib import Path
-from vp_engines.backends.base import BuildResult
-from vp_engines.backends.ort import OnnxRuntimeBackend
-import vp_exporter.export as package
 
-engines, doomed = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+def killed(engines: Path, doomed: int, words: list[str]) -> None:
+    """vp-export that dies at one fsync of the bundle's writing, with ready-made engines (see `ready_engines`)."""
 
-def build(self, source, folder, options):
-    shutil.copytree(engines / folder.name, folder, dirs_exist_ok=True)
-    return BuildResult("model.onnx", ("model.onnx",), {})
+    def build(self: OnnxRuntimeBackend, source: object, folder: Path, options: object) -> BuildResult:
+        shutil.copytree(engines / folder.name, folder, dirs_exist_ok=True)
+        return BuildResult("model.onnx", ("model.onnx",), {})
 
-count, fsync = 0, os.fsync
+    count, fsync = 0, os.fsync
 
-def dying(fd):
-    global count
-    count += 1
-    if count == doomed:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(fd)
+    def dying(fd: int) -> None:
+        nonlocal count
+        count += 1
+        if count == doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(fd)
 
-package._lower, OnnxRuntimeBackend.build, os.fsync = lambda *args: None, build, dying
-from vp_exporter.cli.export import main
-main()
-"""
+    package._lower = lambda *args: None  # type: ignore[assignment]
+    OnnxRuntimeBackend.build = build  # type: ignore[assignment,method-assign]
+    os.fsync = dying  # type: ignore[assignment]
+    sys.argv[1:] = words
+    main()
 
 
 def check_nothing_left(folder: Path) -> None:
@@ -63,7 +64,7 @@ def test_killed_while_writing(
         bundle = tmp_path / "new.vpe"
     before = verify_bundle(bundle).digest if old else None
     words = argv(export_options(inputs, bundle, force=True, no_validate=True, quiet=True))
-    done = subprocess.run([sys.executable, "-c", KILLED, exported, str(nth), *words], capture_output=True, text=True)
+    done = Started(killed, exported, nth, words).communicate()
     assert done.returncode == -signal.SIGKILL, done.stderr
     if old or bundle.exists():
         digest = verify_bundle(bundle).digest

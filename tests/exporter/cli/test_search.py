@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 from tests.exporter.cli.samples import NAME, Inputs, argv, call, create, export_options, model_args
 from tests.exporter.processes import together
 from tests.waiting import until
+from tests.warm import start
 from vp_exporter.cli.export import app as export
 from vp_exporter.cli.search import app, join_sweep
 from vp_exporter.model.describe import describe
@@ -121,11 +119,11 @@ def _decisive(text: str) -> Any:
 def test_a_killed_search_goes_on(searched: Path, inputs: Inputs, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     words = options(inputs, out)
-    started = subprocess.Popen([sys.executable, "-m", "vp_exporter.cli.search", *words], stderr=subprocess.PIPE)
+    started = start(["-m", "vp_exporter.cli.search", *words])
     folder = tmp_path / "plan.json.search"
-    until(lambda: list(folder.glob("*fisher*")) or started.poll() is not None)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    until(lambda: list(folder.glob("*fisher*")) or started.ended())
+    started.kill()
+    started.communicate()
     assert folder.is_dir(), "killed before it had begun, or after its end"
     assert not out.exists()
     refused("the same search", *options(inputs, out, seed=1))

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.waiting import LONG
 from vp_kernels.aot import check_index
 from vp_kernels.aot.index import AotError, grid_size
@@ -128,10 +129,8 @@ def run(folder: Path, *commands: list[str], without: tuple[str, ...] = (), dies:
     for name, text in (("aot_helper.py", HELPER), ("aot_room.py", ROOM), ("script.py", SCRIPT)):
         (folder / name).write_text(text)
     given = json.dumps({"commands": commands, "without": without, "dies": dies})
-    done = subprocess.run(
-        [sys.executable, "script.py", given], cwd=folder, capture_output=True, text=True, timeout=LONG,
-        env=environment(PYTHONPATH=str(folder), TRITON_CACHE_DIR=str(folder / "cache"), **env),
-    )  # fmt: skip
+    environ = environment(PYTHONPATH=str(folder), TRITON_CACHE_DIR=str(folder / "cache"), **env)
+    done = warm.run([folder / "script.py", given], cwd=folder, env=environ)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout.splitlines()[-1]))
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.kernels.aot.test_command import assembled, declared, environment
 from tests.pairwise import covering
-from tests.waiting import LONG
 from vp_kernels.aot import check_index
 
 # One compilation after another: a minute on two idle cores, several on busy ones.
@@ -54,10 +52,7 @@ print(json.dumps(chosen))
 
 def command(*words: str, folder: Path) -> str:
     """Run Python with kernels that compile; its stdout."""
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=LONG,
-        env=environment(TRITON_CACHE_DIR=str(folder / "cache")),
-    )  # fmt: skip
+    done = warm.run(words, cwd=folder, env=environment(TRITON_CACHE_DIR=str(folder / "cache")))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -70,7 +65,7 @@ from vp_kernels.aot.command import main
 if __name__ == "__main__":
     for sm, names in json.loads(sys.argv[1]).items():
         words = [f"--match={name}" for name in names]
-        assert main(["--out", sm, "--jobs", "2", f"--sm={sm}", *words]) == 0
+        assert main(["--out", sm, "--jobs", "1", f"--sm={sm}", *words]) == 0
 """
 
 
@@ -85,10 +80,10 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str
 
 @pytest.fixture(scope="module", params=["pairs", pytest.param("all", marks=pytest.mark.exhaustive)])
 def wanted(chosen: dict[str, list[tuple[str, str]]], request: pytest.FixtureRequest) -> list[tuple[str, str, int]]:
-    """(operator, variant, sm): all of them for all three, or every variant once and every kernel for all three."""
+    """(operator, variant, sm): all of them for all three, or every variant once and every operator for all three."""
     names = [(operator, *each) for operator, names in chosen.items() for each in names]
     rows = [(*each, sm) for each in names for sm in SHARED_BYTES]
-    some = covering([{(operator, name), (operator, kernel, sm)} for operator, kernel, name, sm in rows])
+    some = covering([{(operator, name), (operator, sm)} for operator, _, name, sm in rows])
     kept = some if request.param == "pairs" else range(len(rows))
     return [(rows[at][0], rows[at][2], rows[at][3]) for at in kept]
 
