@@ -40,7 +40,7 @@ beside = @echo "installing $(1) for the tests into $(@D)"; mkdir -p $(dir $(@D))
 # The tests that compute numbers, as other processors would: other vector code in torch, oneDNN and OpenBLAS, MKL's own
 # choice of code for every machine, another number of threads. Each line is one run. Widths that this processor lacks do
 # nothing; those that it has beyond AVX2 are what `make test` uses.
-NUMERIC := tests/kernels tests/exporter/reducers tests/exporter/lowering tests/exporter/search tests/exporter/rewrite \
+NUMERIC := tests/kernels tests/exporter/reducers tests/exporter/lowering tests/exporter/searching tests/exporter/rewrite \
     tests/engines/backends tests/engines/test_preprocess.py tests/examples
 test-portable: setup  ## the tests that compute numbers, under other vector code and BLAS (long)
 	@set -e; for settings in \

@@ -18,7 +18,7 @@ import numpy as np
 from vp_engines.preprocess import preprocess
 from vp_exporter.model.loading import LoadedModel, ModelRequest, load_model
 from vp_exporter.model.preprocessing import PreprocessingOverrides, preprocessing_of
-from vp_exporter.validate.latency import environment
+from vp_exporter.validation.latency import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WEIGHTS = SHARED / "models" / "flowers_vits16.safetensors"

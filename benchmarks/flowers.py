@@ -41,10 +41,10 @@ from vp_engines.backends import ENGINES, get_backend
 from vp_exporter.model.loading import LoadedModel
 from vp_exporter.plan import PlanModel
 from vp_exporter.plan.masks import plan_from_mask
-from vp_exporter.validate.check import CheckRequest, check_bundle
-from vp_exporter.validate.latency import LatencyRow, compare
-from vp_exporter.validate.report import ReportData
-from vp_exporter.validate.verdict import Budget
+from vp_exporter.validation.check import CheckRequest, check_bundle
+from vp_exporter.validation.latency import LatencyRow, compare
+from vp_exporter.validation.report import ReportData
+from vp_exporter.validation.verdict import Budget
 
 IMAGENET = ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD)), "--crop-pct", str(CROP_PCT)]
 KEEP, SEED = 124, 0  # patches kept at random from block 0 on: MAC ratio 1.62

@@ -137,7 +137,7 @@ def whole_graphs() -> dict[str, tuple[bytes, Any, Any, float]]:
     import torch
 
     from vp_engines.backends import get_backend
-    from vp_exporter.export import _lower
+    from vp_exporter.exporting import _lower
     from vp_exporter.methods import METHODS, MethodRequest, build_plan
     from vp_exporter.model.describe import describe
     from vp_exporter.rewrite.reduced_vit import ReducedViT

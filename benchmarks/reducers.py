@@ -49,9 +49,9 @@ from vp_exporter.methods import MethodRequest, build_plan
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.rewrite.reduced_vit import ReducedViT
-from vp_exporter.validate.accuracy import evaluate
-from vp_exporter.validate.intervals import bootstrap_ratio_of_medians
-from vp_exporter.validate.latency import compare
+from vp_exporter.validation.accuracy import evaluate
+from vp_exporter.validation.intervals import bootstrap_ratio_of_medians
+from vp_exporter.validation.latency import compare
 
 BATCHES = (8, 1)
 BATCH = 32  # of the pass over the photographs

@@ -26,15 +26,15 @@ from reducers import BATCH, Bench, Recorded, short_tokens, sources
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.plan.macs import count_macs
 from vp_exporter.reducers import StaticStep
-from vp_exporter.search.calibration import Calibration, load_calibration
-from vp_exporter.search.checkpoint import Checkpoint
-from vp_exporter.search.mask.baselines import PRIOR, baselines
-from vp_exporter.search.mask.encoding import plan_of
-from vp_exporter.search.pipeline import search
-from vp_exporter.search.scoring import Scorer
-from vp_exporter.search.settings import STATIC, SearchSettings, usual_images
-from vp_exporter.validate.accuracy import evaluate
-from vp_exporter.validate.latency import compare
+from vp_exporter.searching.calibration import Calibration, load_calibration
+from vp_exporter.searching.checkpoint import Checkpoint
+from vp_exporter.searching.mask.baselines import PRIOR, baselines
+from vp_exporter.searching.mask.encoding import plan_of
+from vp_exporter.searching.pipeline import search
+from vp_exporter.searching.scoring import Scorer
+from vp_exporter.searching.settings import STATIC, SearchSettings, usual_images
+from vp_exporter.validation.accuracy import evaluate
+from vp_exporter.validation.latency import compare
 
 TRAIN = SHARED / "data" / "flowers" / "train"
 SHOWN = ("images", "dense_top1", "reduced_top1", "top1_difference", "agreement", "kl")

@@ -26,7 +26,7 @@ from common import command_line, machine, prose, table
 
 import vp_engines
 from vp_engines.serving.triton.repository import ServeOptions, write_repository
-from vp_exporter.profile.memory import resident
+from vp_exporter.profiling.memory import resident
 
 if TYPE_CHECKING:
     from tests.engines.serving.triton.server import Server

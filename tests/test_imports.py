@@ -76,7 +76,11 @@ def test_imports_keep_to_their_floors() -> None:
     ("file", "line", "broken"),
     [
         ("exporter/vp_exporter/reducers/ops.py", "import vp_exporter.plan.masks", "The floors of vp_exporter"),
-        ("exporter/vp_exporter/search/scoring.py", "import vp_exporter.search.mask.ppo", "The floors of the search"),
+        (
+            "exporter/vp_exporter/searching/scoring.py",
+            "import vp_exporter.searching.mask.ppo",
+            "The floors of the search",
+        ),
         ("exporter/vp_exporter/methods/options.py", "import vp_exporter.methods.table", "No two neighbours"),
         ("engines/vp_engines/atomic.py", "import vp_kernels.errors", "vp_kernels and vp_engines know nothing"),
         ("benchmarks/gpu/runs.py", "import benchmarks.gpu.dry", "No two neighbours"),

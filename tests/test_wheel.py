@@ -125,7 +125,7 @@ def test_everything_is_in_the_wheel(wheel: Path) -> None:
                 wanted.add("/".join(parts))
     archive = zipfile.ZipFile(wheel)
     assert wanted == {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert {"vp_kernels/plugins/embed.py", "vp_exporter/search/report/page.html.j2"} <= wanted
+    assert {"vp_kernels/plugins/embed.py", "vp_exporter/searching/report/page.html.j2"} <= wanted
     (tops,) = [name for name in archive.namelist() if name.endswith("top_level.txt")]
     assert archive.read(tops).decode().split() == ["vp_engines", "vp_exporter", "vp_kernels"]  # no folder of C++
 

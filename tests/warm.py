@@ -25,7 +25,7 @@ IMPORTED = ("torch", "timm", "torchvision.transforms", "onnxscript", "torch.onnx
 @functools.cache
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED, "vp_exporter.export", "vp_exporter.search.pipeline"])
+    context.set_forkserver_preload([*IMPORTED, "vp_exporter.exporting", "vp_exporter.searching.pipeline"])
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # which Triton reads when it is imported
     try:
         forkserver.ensure_running()

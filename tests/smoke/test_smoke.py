@@ -17,7 +17,7 @@ from tests.exporter.reducers.test_export import EVERY_REDUCER, Model, images_of,
 from vp_engines.backends import get_backend
 from vp_engines.backends.base import BuildOptions, RunOptions
 from vp_exporter.cli import export, inspect, search, serve, validate
-from vp_exporter.export import _lower
+from vp_exporter.exporting import _lower
 from vp_exporter.plan import ReductionPlan
 
 pytestmark = pytest.mark.smoke

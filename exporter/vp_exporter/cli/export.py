@@ -140,9 +140,9 @@ def export(
             raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
         require_packages("vp-export", "export", needs)
         from vp_exporter.data.labels import read_names
-        from vp_exporter.export import ExportRequest, export_bundle
+        from vp_exporter.exporting import ExportRequest, export_bundle
         from vp_exporter.utils.progress import Recording
-        from vp_exporter.validate.check import CheckRequest
+        from vp_exporter.validation.check import CheckRequest
 
         progress = Recording(console.ConsoleProgress(quiet=quiet))  # the report has the warnings of loading, too
         budget = options.read_budget(max_drop, min_speedup, min_agreement, data)
@@ -204,7 +204,7 @@ def export(
 
 
 def _summary(result: Any, out: Path) -> dict[str, Any]:
-    from vp_exporter.validate.report import Report
+    from vp_exporter.validation.report import Report
 
     return {
         "bundle": out.name,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vp_engines.manifest import Preprocessing
     from vp_exporter.model.loading import LoadedModel
     from vp_exporter.utils.progress import Progress
-    from vp_exporter.validate.verdict import Budget
+    from vp_exporter.validation.verdict import Budget
 
 Model = Annotated[
     str,
@@ -249,7 +249,7 @@ def read_budget(
     Raises:
         VpError: a limit out of its range, or one that needs images where there are none.
     """
-    from vp_exporter.validate.verdict import Budget
+    from vp_exporter.validation.verdict import Budget
 
     try:
         budget = Budget(max_drop, min_speedup, min_agreement)

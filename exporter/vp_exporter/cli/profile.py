@@ -10,7 +10,7 @@ import typer
 from vp_exporter.cli import console, options
 
 if TYPE_CHECKING:
-    from vp_exporter.profile.measure import Profiled, Subject
+    from vp_exporter.profiling.measure import Profiled, Subject
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -49,7 +49,7 @@ def profile(
         from vp_engines.errors import EXIT_BUDGET_MISSED, EXIT_OK, VpError
         from vp_engines.extras import require_packages
         from vp_exporter.cli import show
-        from vp_exporter.profile.measure import profile as measure
+        from vp_exporter.profiling.measure import profile as measure
         from vp_exporter.utils.required_packages import PICTURES
 
         if out is not None:
@@ -94,7 +94,7 @@ def _subjects(bundle: Path, against: Path | None, alone: bool) -> list[Subject]:
     """The baseline first."""
     import vp_engines
     from vp_engines.errors import BundleError
-    from vp_exporter.profile.measure import Subject
+    from vp_exporter.profiling.measure import Subject
 
     own = Subject("reduced", bundle, "reduced")
     if alone:
@@ -114,8 +114,8 @@ def _subjects(bundle: Path, against: Path | None, alone: bool) -> list[Subject]:
 def _write(found: Profiled, out: Path) -> None:
     import json
 
-    from vp_exporter.profile.picture import stacked_bars
-    from vp_exporter.profile.trace import chrome_trace
+    from vp_exporter.profiling.picture import stacked_bars
+    from vp_exporter.profiling.trace import chrome_trace
     from vp_exporter.utils.files import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def search(
         measured = target_latency is not None and not (latency_table is not None and latency_table.exists())
         _require((engine or "ort") if measured else None, drawn=page is not None)
         from vp_exporter.data.labels import read_names
-        from vp_exporter.search.settings import SearchSettings, usual_images
+        from vp_exporter.searching.settings import SearchSettings, usual_images
 
         shares = _shares(sweep)
         if shares and (target_macs is not None or target_latency is not None):
@@ -154,7 +154,7 @@ def search(
             results = [runner.run(request, path) for request, path in zip(requests, outs, strict=True)]
             if workers.leader:
                 if page is not None:
-                    from vp_exporter.search.report.page import write_page
+                    from vp_exporter.searching.report.page import write_page
 
                     page.mkdir(parents=True, exist_ok=True)
                     write_page(page, runner.page(results))

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from vp_engines.manifest import Preprocessing
     from vp_exporter.model.loading import LoadedModel
     from vp_exporter.plan import ReductionPlan
-    from vp_exporter.search.cost.latency import LatencyTable
-    from vp_exporter.search.pipeline import SearchResult
-    from vp_exporter.search.settings import SearchSettings
+    from vp_exporter.searching.cost.latency import LatencyTable
+    from vp_exporter.searching.pipeline import SearchResult
+    from vp_exporter.searching.settings import SearchSettings
     from vp_exporter.utils.distributed import Workers
 
 
@@ -47,7 +47,7 @@ class SearchRun:
         need_labels: bool,
     ) -> None:
         from vp_engines.preprocess import preprocess
-        from vp_exporter.search.calibration import load_calibration
+        from vp_exporter.searching.calibration import load_calibration
 
         self.calibration = load_calibration(
             data,
@@ -77,10 +77,10 @@ class SearchRun:
         }
 
     def run(self, settings: SearchSettings, out: Path) -> SearchResult:
-        from vp_exporter.search.checkpoint import Checkpoint
-        from vp_exporter.search.cost.latency import latency_costs
-        from vp_exporter.search.pipeline import search as run_search
-        from vp_exporter.search.scoring import Scorer
+        from vp_exporter.searching.checkpoint import Checkpoint
+        from vp_exporter.searching.cost.latency import latency_costs
+        from vp_exporter.searching.pipeline import search as run_search
+        from vp_exporter.searching.scoring import Scorer
 
         identity = {
             "model": self.description.name,
@@ -208,8 +208,8 @@ def latency_table(
         return None
     from vp_engines.backends import get_backend
     from vp_exporter.errors import SearchError
-    from vp_exporter.search.cost.latency import LatencyTable
-    from vp_exporter.search.cost.measured_latency import measure_table
+    from vp_exporter.searching.cost.latency import LatencyTable
+    from vp_exporter.searching.cost.measured_latency import measure_table
 
     name = engine or "ort"
     backend = get_backend(name)

@@ -12,11 +12,11 @@ from vp_engines.backends import ENGINES, get_backend
 from vp_engines.manifest import Manifest, Preprocessing, TensorInfo
 from vp_exporter.cli.console import stderr, stdout
 from vp_exporter.cli.tables import facts, table
-from vp_exporter.profile.groups import GROUPS
-from vp_exporter.profile.measure import Profile, Profiled
-from vp_exporter.validate.baseline import DENSE, Baseline
-from vp_exporter.validate.latency import LatencyRow
-from vp_exporter.validate.report import ReportData
+from vp_exporter.profiling.groups import GROUPS
+from vp_exporter.profiling.measure import Profile, Profiled
+from vp_exporter.validation.baseline import DENSE, Baseline
+from vp_exporter.validation.latency import LatencyRow
+from vp_exporter.validation.report import ReportData
 
 
 def macs(value: float) -> str:

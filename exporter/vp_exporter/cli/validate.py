@@ -55,8 +55,8 @@ def validate(
         from vp_engines.errors import EngineUnavailableError, VpError
         from vp_exporter.cli import show
         from vp_exporter.data.labels import read_names
-        from vp_exporter.validate.check import CheckRequest, check_bundle, find_baseline
-        from vp_exporter.validate.report import Report, report_files, validation_fields
+        from vp_exporter.validation.check import CheckRequest, check_bundle, find_baseline
+        from vp_exporter.validation.report import Report, report_files, validation_fields
 
         def prepare() -> CheckRequest:
             request = CheckRequest(

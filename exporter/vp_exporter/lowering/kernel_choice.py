@@ -15,7 +15,7 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.rewrite.fused_block import check_kernels
 from vp_exporter.rewrite.reduced_vit import Kernels
 from vp_exporter.utils.progress import SILENT, Progress
-from vp_exporter.validate.latency import compare
+from vp_exporter.validation.latency import compare
 
 KernelsOption = Literal["portable", "vp", "auto"]
 SECONDS = 2.0  # of timed work for each batch size, when two builds are compared

@@ -56,5 +56,5 @@ def ready_engines(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         files = tuple(name.split("/", 1)[1] for name in found.files)
         return BuildResult(found.artefact.split("/", 1)[1], files, dict(found.requirements))
 
-    monkeypatch.setattr("vp_exporter.export._lower", lambda *args: None)
+    monkeypatch.setattr("vp_exporter.exporting._lower", lambda *args: None)
     monkeypatch.setattr(OnnxRuntimeBackend, "build", build)

@@ -70,7 +70,7 @@ def test_unexpected_error_is_called_a_bug(inputs: Inputs, tmp_path: Path, monkey
     def fail(*args: Any) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("vp_exporter.export.export_bundle", fail)
+    monkeypatch.setattr("vp_exporter.exporting.export_bundle", fail)
     words = argv(export_options(inputs, tmp_path / "new.vpe", quiet=True))
     check_error(
         call(export.app, *words), 70,
@@ -170,7 +170,7 @@ def test_scripts_name_what_they_lack(tmp_path: Path) -> None:
 
 def test_help_of_the_search_names_its_own_defaults() -> None:
     """The command must not import the search to say them."""
-    from vp_exporter.search.settings import EXCHANGES, SCHEDULE_IMAGES, SCHEDULES, STATIC_IMAGES, SearchSettings
+    from vp_exporter.searching.settings import EXCHANGES, SCHEDULE_IMAGES, SCHEDULES, STATIC_IMAGES, SearchSettings
 
     hints = get_type_hints(search.search, include_extras=True)
     for name, static, schedules in [("evaluations", EXCHANGES, SCHEDULES), ("images", STATIC_IMAGES, SCHEDULE_IMAGES)]:

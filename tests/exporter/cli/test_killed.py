@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import vp_exporter.export as package
+import vp_exporter.exporting as package
 from tests.exporter.cli.samples import Inputs, argv, call, export_options
 from tests.waiting import LONG
 from tests.warm import Started

@@ -16,12 +16,12 @@ from PIL import Image
 
 import vp_engines
 from tests.exporter.cli.samples import ARGS, Inputs, argv, call, export_options
-from tests.exporter.validate.samples import LARGE, make_bundle
+from tests.exporter.validation.samples import LARGE, make_bundle
 from vp_engines.bundle import read_manifest
 from vp_engines.errors import VpError
 from vp_exporter.cli import export
 from vp_exporter.cli.profile import app
-from vp_exporter.profile.groups import ATTENTION, EMBEDDING, GROUPS, HEAD, MLP, NORM, REDUCTION, RUNTIME
+from vp_exporter.profiling.groups import ATTENTION, EMBEDDING, GROUPS, HEAD, MLP, NORM, REDUCTION, RUNTIME
 
 DEPTH = ARGS["depth"]
 QUICK = ("--seconds", "0.1", "--threads", "1")
@@ -110,7 +110,7 @@ def test_the_trace_is_chromes(measured: tuple[dict[str, Any], Path]) -> None:
 
 @pytest.mark.slow
 def test_the_picture_has_a_bar_of_every_part(measured: tuple[dict[str, Any], Path]) -> None:
-    from vp_exporter.profile.picture import COLOURS
+    from vp_exporter.profiling.picture import COLOURS
 
     picture = np.asarray(Image.open(io.BytesIO((measured[1] / "profile.png").read_bytes())).convert("RGB")).astype(int)
     for group in (ATTENTION, MLP, REDUCTION):
@@ -184,7 +184,7 @@ def test_no_baseline_and_damage(without_dense: Path, bundle: Path) -> None:
 def test_bundles_that_cannot_run_side_by_side(
     change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vp_exporter.profile import measure
+    from vp_exporter.profiling import measure
 
     monkeypatch.setattr(vp_engines, "load", lambda *args, **options: pytest.fail("loaded"))
     paths = make_bundle(tmp_path / "x", name="a.vpe"), make_bundle(tmp_path / "y", name="b.vpe", **change)

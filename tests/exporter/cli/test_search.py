@@ -18,7 +18,7 @@ from vp_exporter.cli.export import app as export
 from vp_exporter.cli.search import app, join_sweep
 from vp_exporter.model.describe import describe
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.search.cost.measured_latency import measure_table
+from vp_exporter.searching.cost.measured_latency import measure_table
 
 
 def options(inputs: Inputs, out: Path, **changes: Any) -> list[str]:

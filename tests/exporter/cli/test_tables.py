@@ -11,8 +11,8 @@ from tests.exporter.cli.samples import NAME, call, model_args
 from vp_engines.bundle import verify_bundle
 from vp_exporter.cli import console, inspect, show, tables
 from vp_exporter.plan import ReductionPlan
-from vp_exporter.validate.intervals import Interval
-from vp_exporter.validate.latency import LatencyRow, Timing
+from vp_exporter.validation.intervals import Interval
+from vp_exporter.validation.latency import LatencyRow, Timing
 
 WIDTHS = (30, 60, 80, 132)
 

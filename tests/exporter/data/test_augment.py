@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.exporter.search.test_calibration import folder, load
+from tests.exporter.searching.test_calibration import folder, load
 from vp_exporter.data.augment import SHARES, cutmix
 from vp_exporter.errors import SearchError
 

@@ -15,7 +15,7 @@ from vp_engines.backends.aoti import AotInductorBackend
 from vp_engines.backends.base import BuildOptions, BuildResult, BuildSource, Runner
 from vp_exporter.errors import UnsupportedModelError
 from vp_exporter.lowering.kernel_choice import Candidates, build_best, candidates
-from vp_exporter.validate import latency
+from vp_exporter.validation import latency
 
 _, NARROW = tiny_vit()
 _, WIDE = tiny_vit(heads=2)

@@ -38,7 +38,7 @@ from tests.pairwise import thinned
 from vp_engines.backends import get_backend
 from vp_engines.backends.base import BuildOptions, BuildSource, Precision, RunOptions, TensorSpec
 from vp_engines.errors import BuildError
-from vp_exporter.export import _lower
+from vp_exporter.exporting import _lower
 from vp_exporter.lowering.program import dynamic_batch
 from vp_exporter.model.describe import describe
 from vp_exporter.model.spec import ModelSpec

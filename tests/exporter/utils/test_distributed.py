@@ -18,11 +18,11 @@ from vp_exporter.utils.distributed import Workers, announced, from_environment, 
 PROGRAM = """
 import json, os, sys
 import torch
-from tests.exporter.search.samples import calibrated
+from tests.exporter.searching.samples import calibrated
 from tests.exporter.tiny import random_plan
 from vp_exporter.errors import DataError, VpError
 from vp_exporter.plan import PlanModel
-from vp_exporter.search.scoring import Scorer
+from vp_exporter.searching.scoring import Scorer
 from vp_exporter.utils.distributed import close, from_environment
 
 workers = from_environment()
@@ -155,7 +155,7 @@ def test_each_process_sees_its_own_gpu(
 
 
 def test_importing_it_brings_no_torch() -> None:
-    code = "import sys, vp_exporter.utils.distributed, vp_exporter.validate.accuracy; print('torch' in sys.modules)"
+    code = "import sys, vp_exporter.utils.distributed, vp_exporter.validation.accuracy; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
 
