@@ -163,7 +163,7 @@ def test_same_answers_as_python(vp_run: Run, installed: Path, sound: Path, tmp_p
 def test_first_runs_of_many_threads_come_to_an_end(vp_run: Run, sound: Path, tmp_path: Path) -> None:
     """Torch's own lock of the first run hangs about every other time when more threads enter than there are models."""
     (tmp_path / "in").write_bytes(tiny_vit.some_images(8).tobytes())
-    for _ in range(8):
+    for _ in range(4):
         assert len(vp_run(sound, "--input", tmp_path / "in", "--parallel", "8").stdout.splitlines()) == 8
 
 

@@ -28,7 +28,7 @@ def overflowing(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-@pytest.fixture(scope="module", params=["ort", "openvino"])
+@pytest.fixture(scope="module", params=["ort", pytest.param("openvino", marks=pytest.mark.exhaustive)])
 def broken(
     request: pytest.FixtureRequest, overflowing: Path, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Any]:

@@ -32,13 +32,17 @@ def answer(path: Path, images: torch.Tensor, level: ort.GraphOptimizationLevel) 
     return found
 
 
-@pytest.fixture(scope="module", params=["every", "other"])
+STEPS = {"every": EVERY_REDUCER, "other": OTHER_FIELDS, "few": [OTHER_FIELDS[0], OTHER_FIELDS[6]]}
+
+
+# The few have the one operator type that the first lack; lowering all that they stand for takes half a minute.
+@pytest.fixture(scope="module", params=["every", "few", pytest.param("other", marks=pytest.mark.exhaustive)])
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path, Path]:
     """The portable model; its twin over the operators with functions, and in standard operators.
 
     The two files differ in what follows the export, which takes most of a minute: it is done once.
     """
-    model = make(EVERY_REDUCER if request.param == "every" else OTHER_FIELDS, num_heads=HEADS)
+    model = make(STEPS[request.param], num_heads=HEADS)
     folder = tmp_path_factory.mktemp(request.param)
     ready = ReducedViT(model.vit, model.description, model.plan, "vp").for_export()
     functions, standard = lower_onnx(ready, folder / "functions.onnx"), folder / "standard.onnx"

@@ -77,7 +77,7 @@ OTHER_FIELDS: Steps = [
     ("tome", {"r": 2}),  # has no other fields: so that this model too has every reducer
     ("gtp", {"r": 3, "alpha": 0.3, "score": "graph", "graph_from": "patches", "graph": "spatial", "theta": 0.7}),
 ]
-# What fp16 is built of by default; of every reducer, it is exhaustive.
+# What takes longest to build, by default; of every reducer, it is exhaustive.
 FEW: Steps = [step for step in EVERY_REDUCER if step[0] in ("tome", "ppt", "evit", "bat")]
 NO_CLASS_TOKEN: Steps = [
     ("tome", {"r": 9, "order": "similarity"}),
@@ -114,14 +114,20 @@ def images_of(batch: int) -> Tensor:
     return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
 
 
+def between_variances(steps: Steps) -> Model:
+    """With ppt's tau in the widest gap between the variances of the images' scores."""
+    spread = score_variances(make(steps).reduced, 1, images_of(8))
+    return make([(name, {**fields, "tau": widest_gap(spread)} if name == "ppt" else fields) for name, fields in steps])
+
+
 @pytest.fixture(scope="module")
 def every() -> Model:
-    model = make(EVERY_REDUCER)
-    spread = score_variances(model.reduced, 1, images_of(8))
-    steps = [
-        (name, {**fields, "tau": widest_gap(spread)} if name == "ppt" else fields) for name, fields in EVERY_REDUCER
-    ]
-    return make(steps)
+    return between_variances(EVERY_REDUCER)
+
+
+@pytest.fixture(scope="module")
+def few() -> Model:
+    return between_variances(FEW)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +140,9 @@ def without_class_token() -> Model:
     return make(NO_CLASS_TOKEN, class_token=False, global_pool="avg")
 
 
-# Lowering takes half a minute.
+# Lowering takes half a minute. OpenVINO has every reducer in OTHER_FIELDS.
 HALF_OF_EVERY = pytest.param("half_of_every", marks=pytest.mark.exhaustive)
+PLAIN = pytest.param("plain", marks=pytest.mark.exhaustive)
 
 
 def lower(model: Model, engine: str, folder: Path, precision: Precision = "fp32") -> BuildSource:
@@ -155,8 +162,8 @@ def plain(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
-    return lower(make(FEW), "trt-rtx", tmp_path_factory.mktemp("half"), "fp16")
+def half(few: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
+    return lower(few, "trt-rtx", tmp_path_factory.mktemp("half"), "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +222,7 @@ def test_other_fields(others: Model, other_fields: BuildSource, engine: str, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_openvino(every: Model, plain: BuildSource, tmp_path: Path) -> None:
     agrees(every, "openvino", plain, tmp_path)
 
@@ -227,12 +235,14 @@ def test_without_class_token(without_class_token: Model, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_aoti(every: Model, tmp_path: Path) -> None:
-    agrees(every, "aoti", lower(every, "aoti", tmp_path), tmp_path)
+@pytest.mark.parametrize("of", ["few", pytest.param("every", marks=pytest.mark.exhaustive)])
+def test_aoti(of: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model: Model = request.getfixturevalue(of)
+    agrees(model, "aoti", lower(model, "aoti", tmp_path), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["plain", "half", "other_fields", HALF_OF_EVERY])
+@pytest.mark.parametrize("source", ["half", "other_fields", PLAIN, HALF_OF_EVERY])
 def test_tensorrt_builds(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """For a GPU that is not here; every attention is found (and so fused, in fp16)."""
     backend = get_backend("trt-rtx")
@@ -251,7 +261,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["packed", "plain", "half", "other_fields", HALF_OF_EVERY])
+@pytest.mark.parametrize("source", ["packed", "half", "other_fields", PLAIN, HALF_OF_EVERY])
 def test_graph(source: str, request: pytest.FixtureRequest) -> None:
     """Nothing of data-dependent shape, one attention a block, small TopKs, and names that say what a node is for."""
     lowered: BuildSource = request.getfixturevalue(source)
