@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from vp_engines.backends import ENGINES, get_backend
 from vp_engines.manifest import Manifest, Preprocessing, TensorInfo
 from vp_exporter.cli.console import stderr, stdout
-from vp_exporter.cli.tables import facts, table
+from vp_exporter.cli.tables import bare, facts, heading, table
 from vp_exporter.profiling.groups import GROUPS
 from vp_exporter.profiling.measure import Profile, Profiled
 from vp_exporter.validation.baseline import DENSE, Baseline
@@ -37,7 +36,8 @@ def tokens(rows: Sequence[Sequence[int]], dense: int) -> None:
     labels = [str(attention) if attention == mlp else f"{attention} > {mlp}" for attention, mlp in rows]
     beside = 10 + max(map(len, labels))
     whole = max(1, min(40, stdout.width - beside))
-    drawn = Table(title="tokens per block", title_justify="left", title_style="bold", box=None, show_header=False)
+    heading("tokens per block")
+    drawn = bare(show_header=False)
     for block, ((attention, _), label) in enumerate(zip(rows, labels, strict=True)):
         width = round(whole * attention / dense)
         drawn.add_row(f"[dim]{block:3d}[/]", label, f"[cyan]{'█' * width}[/][dim]{'░' * (whole - width)}[/]")

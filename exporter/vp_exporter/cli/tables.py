@@ -36,17 +36,27 @@ def words(value: Any) -> str:
     return str(value)
 
 
+def heading(title: str) -> None:
+    """A line of its own: rich fills the title of a table with blanks."""
+    stdout.print(Text(title, style="bold"), soft_wrap=True)
+
+
+def bare(**options: Any) -> Table:
+    """A table without lines around it, and without blanks after its last column."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), **options)
+
+
 def facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
     """Names and values, side by side. A word that is longer than the room beside the names (a digest) gets a line of
     its own, whole, for the terminal to wrap: what is copied from there has no gap."""
     if title:
-        stdout.print(Text(title, style="bold"), soft_wrap=True)
+        heading(title)
     indent = max(len(key) for key, _ in rows) + 2
     room = stdout.width - indent
     for key, value in rows:
         text = words(value)
         longest = max(map(len, text.split()), default=0)
-        name = Text(key.ljust(indent), style="dim")
+        name = Text(key.ljust(indent) if text else key, style="dim")
         if longest > room:
             stdout.print(Text(key, style="dim"), soft_wrap=True)
             stdout.print(Text(f"  {text}"), soft_wrap=True)
@@ -68,14 +78,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     widths = [max(len(row[column]) for row in (columns, *rows)) for column in range(len(columns))]
     first_dim = len(rows) - dim
     if sum(widths) + 2 * len(widths) <= stdout.width:
-        drawn = Table(title=title, title_justify="left", title_style="bold", box=None)
+        heading(title)
+        drawn = bare()
         for column, name in enumerate(columns):
             drawn.add_column(escape(name), justify="left" if column == 0 else "right", no_wrap=True)
         for number, row in enumerate(rows):
             drawn.add_row(*(escape(text) for text in row), style="dim" if number >= first_dim else "")
         stdout.print(drawn)
         return
-    stdout.print(Text(title, style="bold"), soft_wrap=True)
+    heading(title)
     for row in rows:
         stdout.print(Text(f"{columns[0]} {row[0]}".strip()), soft_wrap=True)
         # No line ends between a name and its value.

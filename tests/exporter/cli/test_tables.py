@@ -92,3 +92,12 @@ def test_inspect_shows_whole_digests_and_no_python(
     for text in (found.output, shown.output):
         for python in ("{'", "['", "None", "True", "…"):
             assert python not in text
+
+
+def test_no_line_ends_in_blanks(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    show.tokens([(197, 180), (180, 90), (90, 90)], 197)
+    tables.table("title", ["", "first", "second"], [["a", "1", "2.50"], ["longer", "100", "3"]])
+    tables.facts("facts", [("name", "value"), ("empty", "")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 9
+    assert [line for line in lines if line != line.rstrip()] == []
