@@ -18,24 +18,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from vp_kernels.attention import function as attention
-from vp_kernels.density_merge import function as density_merge
 from vp_kernels.errors import KernelError
 from vp_kernels.function_body import DOMAIN, OPSET, VERSION, Body
-from vp_kernels.gather_norm import function as gather_norm
-from vp_kernels.match_merge import function as match_merge
-from vp_kernels.merge_rows import function as merge_rows
-from vp_kernels.select import function as select
 
 if TYPE_CHECKING:
     import onnx
 
 PLUGIN_VERSION = "1"  # kVersion of kernels/plugins/src/plugin.hpp; the namespace there is the domain
 OLDEST_OPSET = 18  # of a model that gets bodies: the first with axes as inputs of every reduction
-_ROOMS: tuple[ModuleType, ...] = (attention, gather_norm, select, merge_rows, match_merge, density_merge)
+_ROOMS: tuple[ModuleType, ...] = tuple(
+    import_module(f"vp_kernels.{file.parent.name}.function")
+    for file in sorted(Path(__file__).parent.glob("*/function.py"))
+)
 
 
 def function_names() -> list[str]:

@@ -1,32 +1,34 @@
-"""The engine backends by name. Adding an engine: write its file in this folder, add one line here."""
+"""The engine backends by name. Each file of this folder is one, called as its engine."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from vp_engines.backends.base import Backend
 from vp_engines.errors import VpError
 
-# --engine name -> module and class; a module is imported only when its engine is asked for.
-_BACKENDS = {
-    "ort": ("vp_engines.backends.ort", "OnnxRuntimeBackend"),
-    "openvino": ("vp_engines.backends.openvino", "OpenVinoBackend"),
-    "aoti": ("vp_engines.backends.aoti", "AotInductorBackend"),
-    "trt": ("vp_engines.backends.tensorrt", "TensorRtBackend"),
-    "trt-rtx": ("vp_engines.backends.tensorrt", "TensorRtRtxBackend"),
+# Engine -> file, in the order of lists: those that come first, and those that share a file.
+_FILES = {"ort": "ort", "openvino": "openvino", "aoti": "aoti", "trt": "tensorrt", "trt-rtx": "tensorrt"}
+# What backends share.
+_SHARED = frozenset({"base", "ort_versions", "recording", "recording_runner", "tensorrt_build", "tensorrt_plugins"})
+_FILES |= {
+    module.name.replace("_", "-"): module.name
+    for module in iter_modules(__path__)
+    if module.name not in _SHARED and module.name not in _FILES.values()
 }
 
-ENGINES: tuple[str, ...] = tuple(_BACKENDS)
+ENGINES: tuple[str, ...] = tuple(_FILES)
 
 
 def get_backend(name: str) -> Backend:
-    """The backend called `name`.
+    """The backend called `name`; its file is imported only now.
 
     Raises:
         VpError: no engine has that name.
     """
-    if name not in _BACKENDS:
+    if name not in _FILES:
         raise VpError(f"unknown engine '{name}'", expected=f"one of {', '.join(ENGINES)}")
-    module, cls = _BACKENDS[name]
-    backend: Backend = getattr(import_module(module), cls)()
-    return backend
+    found = vars(import_module(f"{__name__}.{_FILES[name]}")).values()
+    kinds = (kind for kind in found if isinstance(kind, type) and issubclass(kind, Backend))
+    return next(kind for kind in kinds if getattr(kind, "name", None) == name)()

@@ -1,14 +1,16 @@
-"""The methods by name. Adding one whose reducer exists: add its line here."""
+"""The methods by name. A reducer that has no line here gets the method that its fields suggest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 from vp_exporter.methods.base import Method
 from vp_exporter.methods.diffrate import DiffRateMethod
 from vp_exporter.methods.merging import MergingMethod, all_but_one
 from vp_exporter.methods.stages import StageMethod
 from vp_exporter.methods.static import StaticMethod
+from vp_exporter.reducers import REDUCERS, Step
 
 _SLOPED = ("r", "schedule", "blocks", "target_macs")
 _STAGED = ("keep_rate", "blocks", "target_macs")
@@ -30,8 +32,26 @@ _METHODS: tuple[Method, ...] = (
     MergingMethod(
         "gtp", _SLOPED, (("r",),), ("alpha", "score", "graph", "neighbours", "graph_from", "theta"), limit=all_but_one
     ),
+)
+_BASELINES: tuple[Method, ...] = (
     StaticMethod("random", (*_MASK, "seed"), (("keep_rate",),)),
     StaticMethod("grid", _MASK, (("keep_rate",),)),
     StaticMethod("center", _MASK, (("keep_rate",),)),
 )
-METHODS: Mapping[str, Method] = {method.name: method for method in _METHODS}
+
+
+def _suggested(step: type[Step]) -> Method | None:
+    """`r`: so many tokens leave at every block; `tokens_out`: so many stay at a few stages; else none."""
+    names = tuple(field.name for field in fields(step) if field.name != "block")
+    if "r" in names:
+        return MergingMethod(step.reducer, _SLOPED, (("r",),), tuple(name for name in names if name != "r"))
+    return StageMethod(step.reducer, _STAGED, _RATE_OR_LIST, names) if "tokens_out" in names else None
+
+
+def _table() -> dict[str, Method]:
+    named = {method.name for method in _METHODS}
+    others = [_suggested(step) for name, step in REDUCERS.items() if name not in named]
+    return {method.name: method for method in (*_METHODS, *others, *_BASELINES) if method is not None}
+
+
+METHODS: Mapping[str, Method] = _table()

@@ -1,28 +1,34 @@
-"""The reducers by the word that names them in a plan. Adding one: write its file here, add it to `_STEPS`."""
+"""The reducers by the word that names them in a plan. Each file of this folder that defines a `Step` is one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from vp_exporter.errors import PlanError
 from vp_exporter.reducers.base import InnerStep, Step, Tokens
-from vp_exporter.reducers.bat import BatStep
-from vp_exporter.reducers.diffrate import DiffRateStep
-from vp_exporter.reducers.evit import EvitStep
-from vp_exporter.reducers.gtp import GtpStep
-from vp_exporter.reducers.pitome import PitomeStep
-from vp_exporter.reducers.ppt import PptStep
 from vp_exporter.reducers.static import StaticStep
-from vp_exporter.reducers.tome import TomeStep
-from vp_exporter.reducers.topk import TopKStep
 
 __all__ = ["REDUCERS", "InnerStep", "StaticStep", "Step", "Tokens", "step_from_dict"]
 
-_STEPS: tuple[type[Step], ...] = (
-    StaticStep, BatStep, DiffRateStep, EvitStep, GtpStep, PitomeStep, PptStep, TomeStep, TopKStep,
-)  # fmt: skip
-REDUCERS: Mapping[str, type[Step]] = {step.reducer: step for step in _STEPS}
+# What reducers share. Some of these files import torch, and a plan is read without it.
+_SHARED = frozenset({"base", "fused", "graph", "matching", "ops", "stream"})
+
+
+def _found() -> dict[str, type[Step]]:
+    """Reducer -> its step; `static` first, the others in alphabetical order."""
+    steps: dict[str, type[Step]] = {StaticStep.reducer: StaticStep}
+    for name in sorted(module.name for module in iter_modules(__path__)):
+        if name not in _SHARED:
+            module = import_module(f"{__name__}.{name}")
+            kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Step)]
+            steps |= {kind.reducer: kind for kind in kinds if kind.__module__ == module.__name__}
+    return steps
+
+
+REDUCERS: Mapping[str, type[Step]] = _found()
 
 
 def step_from_dict(entry: Any) -> Step:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tests.exporter.reducers.oracles import Image
 from tests.exporter.tiny import tiny_vit
 from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import PlanModel, ReductionPlan
-from vp_exporter.reducers import InnerStep, Tokens, ops, step_from_dict
+from vp_exporter.reducers import REDUCERS, InnerStep, Tokens, ops, step_from_dict
 from vp_exporter.reducers.graph import TokenGraph, code_index
 from vp_exporter.reducers.stream import AttentionStatistics, Stream
 from vp_exporter.rewrite.reduced_vit import ReducedViT
@@ -77,6 +78,11 @@ NEED_NONE = (
     "tome", "tome-similarity", "pitome", "pitome-bipartite",
     "gtp-graph-mixed", "gtp-graph-spatial", "gtp-graph-semantic", *GTP_PATCHES,
 )  # fmt: skip
+
+
+def own_files() -> set[str]:
+    """The reducers that are held by a test file of their own, test_NAME.py (`contract.py`), and not by these cases."""
+    return {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")} & set(REDUCERS)
 
 
 def needs_class(variant: str) -> bool:
