@@ -66,8 +66,15 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The bundle's manifest and, where it was validated, its report."""
+    """What was exported.
 
+    Attributes:
+        path: the bundle.
+        manifest: of the bundle.
+        report: how it compares with dense; None where it was not validated.
+    """
+
+    path: Path
     manifest: Manifest
     report: ReportData | None
 
@@ -185,7 +192,7 @@ def export_bundle(
             fields["validation"] = validation_fields(report)
         with progress.stage("writing the bundle"):
             manifest = write_bundle(request.out, files=files, force=request.force, **fields)
-    return ExportResult(manifest, report)
+    return ExportResult(request.out, manifest, report)
 
 
 def _batches(request: ExportRequest) -> tuple[int, ...]:

@@ -30,7 +30,9 @@ def _start(command: str) -> None:
 
 
 def _fail(error: VpError) -> NoReturn:
-    sys.stderr.write(f"error: {error}\n")
+    from vp_engines.command_line import in_options
+
+    sys.stderr.write(f"error: {in_options(str(error))}\n")
     sys.exit(error.exit_code)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,9 +20,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from vp_engines import command_line
 from vp_engines.errors import VpError
 from vp_engines.extras import missing_package
 
+# Options that are not named after the argument that they give.
+_OPTIONS = {
+    "batch_sizes": "--batch",
+    "use_ema=False": "--no-ema",
+    "args": "--model-arg",
+}
+_METHOD_ARGUMENT = re.compile(r"method argument `([a-z_]+)`")
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BUG = 70  # EX_SOFTWARE
 PULSE = 20.0  # seconds: in a log, long work is heard of so often
@@ -86,10 +95,10 @@ class ConsoleProgress:
         self._say(f"{description}: {time.perf_counter() - start:.1f} s")
 
     def note(self, text: str) -> None:
-        self._say(text)
+        self._say(in_options(text))
 
     def warn(self, text: str) -> None:
-        stderr.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        stderr.print(f"[yellow]warning:[/] {escape(in_options(text))}", soft_wrap=True)
 
     @contextlib.contextmanager
     def _pulse(self, description: str, where: Callable[[], str] = str) -> Iterator[None]:
@@ -220,5 +229,10 @@ def _stop_if_interrupted() -> None:
         raise KeyboardInterrupt
 
 
+def in_options(text: str) -> str:
+    """A message of the library, its arguments as the options that give them."""
+    return command_line.in_options(_METHOD_ARGUMENT.sub(r"--method-arg \1", text), _OPTIONS)
+
+
 def _fail(text: str) -> None:
-    stderr.print(f"[red]error:[/] {escape(' '.join(text.split()))}", soft_wrap=True)
+    stderr.print(f"[red]error:[/] {escape(in_options(' '.join(text.split())))}", soft_wrap=True)

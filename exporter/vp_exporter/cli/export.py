@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated
 
 import typer
 
-from vp_exporter.cli import console, options, plans, show
+from vp_exporter.cli import console, options, plans
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -94,24 +93,12 @@ def export(
     """Turn a timm ViT and a token-reduction plan, or a method's name, into an engine bundle, checked against dense."""
 
     def body() -> int:
-        from vp_engines.backends.base import BuildOptions, Precision
-        from vp_engines.bundle import check_target
-        from vp_engines.errors import EngineUnavailableError, VpError
-        from vp_engines.extras import installed, require_packages
-        from vp_exporter.utils.required_packages import EXPORT, ONNX_LOWERING
+        from vp_exporter.api.export import export as run
+        from vp_exporter.cli import show
 
-        if precision not in (None, "fp32", "fp16", "bf16"):
-            raise VpError(f"--precision is {precision!r}", expected="fp32, fp16 or bf16")
-        if device not in (None, "cpu", "cuda"):
-            raise VpError(f"--device is {device!r}", expected="cpu or cuda")
-        if kernels not in ("portable", "vp", "auto"):
-            raise VpError(f"--kernels is {kernels!r}", expected="portable, vp or auto")
-        if not min_batch <= opt_batch <= max_batch:
-            raise VpError(
-                f"--min-batch {min_batch}, --opt-batch {opt_batch}, --max-batch {max_batch}", expected="ascending sizes"
-            )
-        plans.check_one_source(plan, masks, method)
-        wanted = plans.read_method(
+        source = plans.source(
+            plan,
+            masks,
             method,
             preset=preset,
             r=r,
@@ -124,93 +111,52 @@ def export(
             proportional_attention=proportional_attention,
             method_arg=method_arg,
         )
-        if plugins is not None:  # also the processes that build, and the runners that check what was built
-            os.environ["VP_PLUGINS"] = str(plugins.absolute())
-        check_target(out, force=force)
-        from vp_engines.backends import get_backend
-
-        backend = get_backend(engine)
-        backend.check_opset(opset)
-        # Before the seconds that torch takes to import; one pip line for all that is missing.
-        needs = [*EXPORT, *(ONNX_LOWERING if backend.source == "onnx" else ())]
-        lacking = [] if all(map(installed, backend.packages)) else [backend.extra]
-        require_packages("vp-export", "export", needs, also=lacking, load=False)
-        ready = backend.available("build")
-        if not ready.ok:
-            raise EngineUnavailableError(f"engine '{engine}' cannot build here: {ready.reason}")
-        require_packages("vp-export", "export", needs)
-        from vp_exporter.data.labels import read_names
-        from vp_exporter.exporting import ExportRequest, export_bundle
-        from vp_exporter.utils.progress import Recording
-        from vp_exporter.validation.check import CheckRequest
-
-        progress = Recording(console.ConsoleProgress(quiet=quiet))  # the report has the warnings of loading, too
-        budget = options.read_budget(max_drop, min_speedup, min_agreement, data)
-        if not validate and (data is not None or not budget.empty):
-            raise VpError("--no-validate is given with --data or a budget", expected="one or the other")
-        if not dense and (data is not None or not budget.empty):
-            raise VpError(
-                "--no-dense leaves nothing to compare with for --data or a budget", expected="one or the other"
-            )
-        request = ExportRequest(
-            out=out,
+        done = run(
+            options.model_request(model, model_arg, weights, pretrained, random_init, num_classes, img_size, use_ema),
+            source,
+            out,
             engine=engine,
-            precision=cast(Precision | None, precision),
+            precision=precision,  # type: ignore[arg-type]  # checked there, as are device and kernels
+            device=device,  # type: ignore[arg-type]
+            data=data,
+            max_drop=max_drop,
+            min_speedup=min_speedup,
+            min_agreement=min_agreement,
+            batch_sizes=batch or (1, 8),
+            seconds=seconds,
+            limit=limit,
+            strict=strict,
+            threads=threads,
+            samples=samples,
+            classes=classes,
+            preprocessing=options.preprocessing(crop_pct, interpolation, mean, std),
+            validate=validate,
             dense=dense,
             force=force,
-            build=BuildOptions(
-                min_batch,
-                opt_batch,
-                max_batch,
-                cast(Literal["cpu", "cuda"], device or backend.devices[0]),
-                compute_capability,
-                timing_cache,
-            ),
-            check=CheckRequest(
-                data=data,
-                budget=budget,
-                batches=tuple(dict.fromkeys(batch or (1, 8))),
-                limit=limit,
-                strict=strict,
-                seconds=seconds,
-                threads=threads,
-                samples=samples,
-                statistics_stated=mean is not None or std is not None,
-            )
-            if validate
-            else None,
-            classes=None if classes is None else read_names(classes),
-            kernels=cast(Literal["portable", "vp", "auto"], kernels),
+            kernels=kernels,  # type: ignore[arg-type]
             opset=opset,
+            compute_capability=compute_capability,
+            min_batch=min_batch,
+            opt_batch=opt_batch,
+            max_batch=max_batch,
+            plugins=plugins,
+            timing_cache=timing_cache,
+            progress=console.ConsoleProgress(quiet=quiet),
         )
-        source = options.ModelSource(model, model_arg, weights, pretrained, random_init, num_classes, img_size, use_ema)
-        inputs = options.InputOverrides(crop_pct, interpolation, mean, std)
-        loaded, preprocessing = options.load(source, inputs, progress)
-        reduction = plans.read_plan(plan, masks, wanted, loaded.description)
-        result = export_bundle(loaded, reduction, preprocessing, request, progress)
         if as_json:
-            console.print_json(_summary(result, out))
+            report = done.report.to_dict() if done.report is not None else None
+            console.print_json({"bundle": out.name, "manifest": done.manifest.document(), "report": report})
         else:
-            if result.report is not None:
-                show.report(result.report, brief=quiet)
+            if done.report is not None:
+                show.report(done.report, brief=quiet)
             elif not quiet:
-                show.preprocessing(result.manifest.preprocessing)
-            ratio = result.manifest.plan.macs_dense / result.manifest.plan.macs_reduced
-            unchecked = "" if result.report is not None else ", not validated"
+                show.preprocessing(done.manifest.preprocessing)
+            ratio = done.manifest.plan.macs_dense / done.manifest.plan.macs_reduced
+            unchecked = "" if done.report is not None else ", not validated"
             console.stdout.print(f"wrote {out} (MAC ratio {ratio:.3f}{unchecked})", markup=False, soft_wrap=True)
-        return result.report.verdict.exit_code if result.report is not None else 0
+        return done.report.verdict.exit_code if done.report is not None else 0
 
     raise typer.Exit(console.run(body, debug=debug))
-
-
-def _summary(result: Any, out: Path) -> dict[str, Any]:
-    from vp_exporter.validation.report import Report
-
-    return {
-        "bundle": out.name,
-        "manifest": result.manifest.document(),
-        "report": Report(result.report).to_dict() if result.report is not None else None,
-    }
 
 
 def main() -> None:

@@ -121,7 +121,6 @@ def _plan(
     from vp_exporter.cli import show
     from vp_exporter.cli.tables import facts as show_facts
     from vp_exporter.plan import ReductionPlan
-    from vp_exporter.plan.masks import SUFFIXES
 
     description = None
     if model is not None:
@@ -129,16 +128,17 @@ def _plan(
         from vp_exporter.utils.required_packages import MODEL
 
         require_packages("--model", "export", MODEL)
-        from vp_exporter.model.loading import describe_by_name
+        from vp_exporter.api.models import describe
+        from vp_exporter.api.plans import resolve
+        from vp_exporter.model.request import ModelRequest
 
-        description = describe_by_name(model, args, num_classes, img_size)
-    if description is None:
+        description = describe(ModelRequest(model, args, num_classes=num_classes, img_size=img_size))
+        source = wanted or path
+        assert source is not None  # one of the two is what is inspected
+        plan = resolve(source, description)
+    else:
         assert path is not None  # the command has asked for --model otherwise
         plan = ReductionPlan.load(path)
-    elif path is not None and path.suffix in SUFFIXES:
-        plan = plans.read_plan(None, path, None, description)
-    else:
-        plan = plans.read_plan(path, None, wanted, description)
     rows = [(row.attention, row.mlp) for row in plan.tokens()]
     counts = None
     if description is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +12,7 @@ from vp_engines.errors import VpError
 from vp_exporter.cli import console
 
 if TYPE_CHECKING:
-    from vp_engines.manifest import Preprocessing
-    from vp_exporter.model.loading import LoadedModel
-    from vp_exporter.utils.progress import Progress
-    from vp_exporter.validation.verdict import Budget
+    from vp_exporter.model.request import ModelRequest
 
 Model = Annotated[
     str,
@@ -107,54 +103,43 @@ MethodArgs = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """The options that name a model and its weights, as they were typed."""
-
-    model: str
-    model_arg: list[str] | None = None
-    weights: Path | None = None
-    pretrained: bool = False
-    random_init: bool = False
-    num_classes: int | None = None
-    img_size: str | None = None
-    use_ema: bool | None = None
-
-
-@dataclass(frozen=True)
-class InputOverrides:
-    """The options that replace parts of timm's preprocessing, as they were typed."""
-
-    crop_pct: float | None = None
-    interpolation: str | None = None
-    mean: str | None = None
-    std: str | None = None
-
-
-def load(source: ModelSource, inputs: InputOverrides, progress: Progress) -> tuple[LoadedModel, Preprocessing]:
-    """The model, and how its images are prepared.
+def model_request(
+    model: str,
+    model_arg: list[str] | None,
+    weights: Path | None,
+    pretrained: bool,
+    random_init: bool,
+    num_classes: int | None,
+    img_size: str | None,
+    use_ema: bool | None,
+) -> ModelRequest:
+    """The model that the options name.
 
     Raises:
-        VpError: options that do not parse, or whatever loading the model raises.
+        VpError: options that do not parse.
     """
-    from vp_exporter.model.loading import ModelRequest, load_model
-    from vp_exporter.model.preprocessing import PreprocessingOverrides, preprocessing_of
+    from vp_exporter.model.request import ModelRequest
 
-    request = ModelRequest(
-        source.model, parse_model_args(source.model_arg), source.weights, source.pretrained, source.random_init,
-        source.num_classes, parse_size(source.img_size), source.use_ema,
-    )  # fmt: skip
-    overrides = PreprocessingOverrides(
-        inputs.crop_pct,
-        inputs.interpolation,
-        parse_channels(inputs.mean, "--mean"),
-        parse_channels(inputs.std, "--std"),
+    return ModelRequest(
+        model, parse_model_args(model_arg), weights, pretrained, random_init, num_classes, parse_size(img_size), use_ema
     )
-    with progress.stage(f"loading {source.model}"):
-        loaded = load_model(request)
-        for note in loaded.notes:
-            progress.note(note)
-        return loaded, preprocessing_of(loaded.vit, loaded.description, overrides)
+
+
+def preprocessing(
+    crop_pct: float | None, interpolation: str | None, mean: str | None, std: str | None
+) -> dict[str, Any] | None:
+    """What the options put in the place of timm's preprocessing; None where they leave it.
+
+    Raises:
+        VpError: options that do not parse.
+    """
+    stated = {
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+        "mean": parse_channels(mean, "--mean"),
+        "std": parse_channels(std, "--std"),
+    }
+    return {name: value for name, value in stated.items() if value is not None} or None
 
 
 def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:
@@ -229,32 +214,3 @@ def parse_whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise VpError(f"{option} is {text!r}", expected=f"whole numbers with commas, such as {example}")
     return tuple(int(part) for part in parts)
-
-
-def check_folder(path: Path | None, option: str) -> None:
-    """Before long work that ends in a folder.
-
-    Raises:
-        VpError: a file of that name is there.
-    """
-    if path is not None and path.exists() and not path.is_dir():
-        raise VpError(f"{option} {path} is a file", expected="a folder, or a name for a new one")
-
-
-def read_budget(
-    max_drop: float | None, min_speedup: float | None, min_agreement: float | None, data: Path | None
-) -> Budget:
-    """The budget that the options state.
-
-    Raises:
-        VpError: a limit out of its range, or one that needs images where there are none.
-    """
-    from vp_exporter.validation.verdict import Budget
-
-    try:
-        budget = Budget(max_drop, min_speedup, min_agreement)
-    except VpError as error:
-        raise VpError("--" + error.found.replace("_", "-"), expected=error.expected) from error
-    if data is None and (max_drop is not None or min_agreement is not None):
-        raise VpError("--max-drop and --min-agreement need images", expected="--data DIR")
-    return budget

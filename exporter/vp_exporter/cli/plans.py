@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vp_engines.errors import VpError
 from vp_exporter.cli import options
-from vp_exporter.plan import PlanModel
+from vp_exporter.errors import PlanError
 
 if TYPE_CHECKING:
     from vp_exporter.methods import MethodRequest
-    from vp_exporter.model.spec import ModelSpec
-    from vp_exporter.plan import ReductionPlan
 
 
 def check_one_source(plan: Path | None, masks: Path | None, method: str | None) -> None:
@@ -74,40 +72,28 @@ def read_method(
     )
 
 
-def _check_kind(path: Path) -> None:
-    """Raise where the file of --plan can be told to be something else."""
-    from vp_exporter.errors import PlanError
-    from vp_exporter.plan.masks import SUFFIXES
-    from vp_exporter.utils.file_types import kind_of
+def source(plan: Path | None, masks: Path | None, method: str | None, **method_options: Any) -> Path | MethodRequest:
+    """The plan, the mask or the method that the options name, checked as far as it can be without opening a file.
 
-    if (path / "plan.json").is_file():
-        raise PlanError(f"--plan {path} is a bundle", expected="a plan", fix=f"its plan is {path / 'plan.json'}")
-    if path.suffix in SUFFIXES:
-        found = f"--plan {path} ends in {path.suffix!r}"
-        raise PlanError(found, expected="a plan (.json)", fix="give masks to --masks")
-    kind = kind_of(path) if path.is_file() else ""
-    if kind.startswith(("a PyTorch", "a pickle", "an ONNX", "a .pt2", "a zip", "the manifest", "a report")):
-        raise PlanError(f"--plan {path} is {kind}", expected="a plan (.json)")
-
-
-def read_plan(
-    plan: Path | None, masks: Path | None, request: MethodRequest | None, description: ModelSpec
-) -> ReductionPlan:
-    """The plan file, the mask as a plan for this model, or the method's plan for it.
+    Args:
+        method_options: of `read_method`.
 
     Raises:
-        PlanError: unreadable, inconsistent or for another model; or an amount that does not fit the model.
+        VpError: no source or several, options that do not go together, or a plan where masks belong.
     """
-    from vp_exporter.methods import build_plan
-    from vp_exporter.plan import ReductionPlan
-    from vp_exporter.plan.masks import plan_from_mask, read_mask
+    check_one_source(plan, masks, method)
+    request = read_method(method, **method_options)
+    if request is not None:
+        return request
+    from vp_exporter.plan.masks import SUFFIXES, check_suffix
 
-    if plan is not None:
-        _check_kind(plan)
-        found = ReductionPlan.load(plan)
-        found.check_model(description)
-        return found
     if masks is not None:
-        return plan_from_mask(read_mask(masks), PlanModel.of(description))
-    assert request is not None  # check_one_source has refused the other case
-    return build_plan(request, description)
+        check_suffix(masks)
+        if not masks.is_file():
+            raise PlanError(f"there is no mask file {masks}", expected="a file", fix="check --masks")
+        return masks
+    assert plan is not None  # check_one_source has refused the other case
+    if plan.suffix in SUFFIXES:
+        found = f"--plan {plan} ends in {plan.suffix!r}"
+        raise PlanError(found, expected="a plan (.json)", fix="give masks to --masks")
+    return plan

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from vp_exporter.cli import console, options
-
-if TYPE_CHECKING:
-    from vp_exporter.profiling.measure import Profiled, Subject
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -47,30 +44,23 @@ def profile(
 
     def body() -> int:
         from vp_engines.errors import EXIT_BUDGET_MISSED, EXIT_OK, VpError
-        from vp_engines.extras import require_packages
+        from vp_exporter.api.bundles import profile as run
         from vp_exporter.cli import show
-        from vp_exporter.profiling.measure import profile as measure
-        from vp_exporter.utils.required_packages import PICTURES
 
-        if out is not None:
-            require_packages("vp-profile --out", "profile", PICTURES)
-            options.check_folder(out, "--out")
-        if alone and against is not None:
-            raise VpError("--alone and --against are both given", expected="one of them")
         if more and not batch:
             raise VpError(f"found {more[0]} behind the bundle's name", expected=f"--batch {more[0]}")
-        sizes = tuple(dict.fromkeys([*(batch or ()), *(more or ())])) or (1, 8)
-        found = measure(
-            _subjects(bundle, against, alone),
-            batches=sizes,
+        found = run(
+            bundle,
+            batch_sizes=[*(batch or ()), *(more or ())] or (1, 8),
+            against=against,
+            alone=alone,
             seconds=seconds,
             threads=threads,
-            device=_device(device),
+            device=device,  # type: ignore[arg-type]  # checked there
             memory=memory,
+            out=out,
             progress=console.ConsoleProgress(quiet=quiet),
         )
-        if out is not None:
-            _write(found, out)
         if as_json:
             console.print_json(found.to_dict())
         else:
@@ -80,48 +70,6 @@ def profile(
         return EXIT_OK if found.finite else EXIT_BUDGET_MISSED
 
     raise typer.Exit(console.run(body, debug=debug))
-
-
-def _device(text: str | None) -> Literal["cpu", "cuda"] | None:
-    from vp_engines.errors import VpError
-
-    if text not in (None, "cpu", "cuda"):
-        raise VpError(f"--device is {text!r}", expected="cpu or cuda")
-    return text  # type: ignore[return-value]
-
-
-def _subjects(bundle: Path, against: Path | None, alone: bool) -> list[Subject]:
-    """The baseline first."""
-    import vp_engines
-    from vp_engines.errors import BundleError
-    from vp_exporter.profiling.measure import Subject
-
-    own = Subject("reduced", bundle, "reduced")
-    if alone:
-        return [own]
-    if against is not None:
-        names = [vp_engines.read_manifest(path).name for path in (against, bundle)]
-        labels = [str(against), str(bundle)] if names[0] == names[1] else names
-        return [Subject(labels[0], against, "reduced"), Subject(labels[1], bundle, "reduced")]
-    if "dense" not in vp_engines.read_manifest(bundle).variants:
-        raise BundleError(
-            "the bundle holds no dense baseline to compare with",
-            fix="say --alone, or name another bundle with --against",
-        )
-    return [Subject("dense", bundle, "dense"), own]
-
-
-def _write(found: Profiled, out: Path) -> None:
-    import json
-
-    from vp_exporter.profiling.picture import stacked_bars
-    from vp_exporter.profiling.trace import chrome_trace
-    from vp_exporter.utils.files import write_atomically
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "profile.json", (json.dumps(found.to_dict(), indent=2) + "\n").encode())
-    write_atomically(out / "trace.json", chrome_trace(found.profiles))
-    write_atomically(out / "profile.png", stacked_bars(found.profiles))
 
 
 def main() -> None:

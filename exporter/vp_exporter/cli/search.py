@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vp_exporter.cli import console, options, search_run
+from vp_exporter.cli import console, options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -97,96 +96,62 @@ def search(
 
     def body() -> int:
         from vp_engines.errors import VpError
-
-        measured = target_latency is not None and not (latency_table is not None and latency_table.exists())
-        _require((engine or "ort") if measured else None, drawn=page is not None)
-        from vp_exporter.data.labels import read_names
-        from vp_exporter.searching.settings import SearchSettings, usual_images
+        from vp_exporter.api.search import search_all
+        from vp_exporter.utils import distributed
 
         shares = _shares(sweep)
         if shares and (target_macs is not None or target_latency is not None):
             raise VpError("--sweep is given with another budget", expected="one of them")
-        requests = [
-            SearchSettings(
+        outs = [out / f"{method}-{share:g}.json" for share in shares] if shares else [out]
+        _check_outs(out, outs, force=force, sweep=bool(shares))
+        with distributed.session() as workers:
+            results = search_all(
+                options.model_request(
+                    model, model_arg, weights, pretrained, random_init, num_classes, img_size, use_ema
+                ),
+                data,
+                shares or [target_macs],
+                outs,
                 method=method,
-                target_macs=share if share is not None else target_macs,
                 target_latency=target_latency,
-                min_tokens=min_tokens,
-                multiple=multiple,
+                limit=images,
+                held_out=held_out,
+                search_batch=search_batch,
                 evaluations=evaluations,
                 minutes=minutes,
-                strategies=_names(rearrange),
-                tuning=_names(tune),
+                rearrange=_names(rearrange),
+                tune=_names(tune),
                 tune_steps=tune_steps,
                 targets=targets,
                 temperature=temperature,
+                min_tokens=min_tokens,
+                multiple=multiple,
                 seed=seed,
+                engine=engine,
+                precision=precision,
+                batch=batch,
+                threads=threads,
+                latency_table=latency_table,
+                page=page,
+                device=device,
+                augment=augment,
+                strict=strict,
+                classes=classes,
+                preprocessing=options.preprocessing(crop_pct, interpolation, mean, std),
+                workers=workers,
+                progress=console.ConsoleProgress(quiet=quiet or not workers.leader),
             )
-            for share in (*shares, *([] if shares else [None]))
-        ]
-        outs = [out / f"{method}-{share:g}.json" for share in shares] if shares else [out]
-        _check_outs(out, outs, force=force, sweep=bool(shares))
-        if device not in ("cpu", "cuda"):
-            raise VpError(f"--device is {device!r}", expected="cpu or cuda")
+            if workers.leader and as_json:
+                found = [result.plan.to_dict() for result in results]
+                console.print_json(found if shares else found[0])
+            elif workers.leader:
+                from vp_exporter.cli import show
 
-        import torch
-
-        from vp_exporter.utils import distributed
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise VpError("--device is cuda and torch sees no GPU", expected="cpu, or a machine with a GPU")
-        workers = distributed.from_environment()
-        try:
-            progress = console.ConsoleProgress(quiet=quiet or not workers.leader)
-            source = options.ModelSource(
-                model, model_arg, weights, pretrained, random_init, num_classes, img_size, use_ema
-            )
-            inputs = options.InputOverrides(crop_pct, interpolation, mean, std)
-            loaded, spec = options.load(source, inputs, progress)
-            if classes is not None:
-                loaded = replace(loaded, classes=tuple(read_names(classes)))
-            table = search_run.latency_table(
-                loaded, requests[0], workers, engine, precision, batch, threads, latency_table, progress
-            )
-            runner = search_run.SearchRun(loaded, spec, workers, progress, device, table)
-            count = usual_images(method) if images is None else images
-            runner.read(data, count, held_out, search_batch, seed, augment, strict, need_labels=targets == "labels")
-            results = [runner.run(request, path) for request, path in zip(requests, outs, strict=True)]
-            if workers.leader:
-                if page is not None:
-                    from vp_exporter.searching.report.page import write_page
-
-                    page.mkdir(parents=True, exist_ok=True)
-                    write_page(page, runner.page(results))
-                if as_json:
-                    found = [result.plan.to_dict() for result in results]
-                    console.print_json(found if shares else found[0])
-                else:
-                    runner.show(results, outs)
-        finally:
-            distributed.close(workers)
+                for result, path in zip(results, outs, strict=True):
+                    show.search(result, path)
         return 0
 
     raise typer.Exit(console.run(body, debug=debug))
-
-
-def _require(engine: str | None, *, drawn: bool) -> None:
-    """What the search runs with and the engine that it is to measure, before any work."""
-    from vp_engines.backends import get_backend
-    from vp_engines.errors import EngineUnavailableError
-    from vp_engines.extras import require_packages
-    from vp_exporter.utils.required_packages import ONNX_LOWERING, PICTURES, SEARCH
-
-    needs, also = [*SEARCH, *(PICTURES if drawn else ())], []
-    if engine is not None:
-        backend = get_backend(engine)
-        needs += [*(("onnx", *ONNX_LOWERING) if backend.source == "onnx" else ()), *backend.packages]
-        also.append(backend.extra)
-    require_packages("vp-search", "search", needs, also=also, load=False)
-    for ready in () if engine is None else (backend.available("build"), backend.available("run")):
-        if not ready.ok:
-            raise EngineUnavailableError(f"engine '{engine}' cannot be measured here: {ready.reason}")
-    require_packages("vp-search", "search", needs, also=also)
 
 
 def _check_outs(out: Path, outs: list[Path], *, force: bool, sweep: bool) -> None:

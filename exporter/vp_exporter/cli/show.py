@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -16,6 +17,9 @@ from vp_exporter.profiling.measure import Profile, Profiled
 from vp_exporter.validation.baseline import DENSE, Baseline
 from vp_exporter.validation.latency import LatencyRow
 from vp_exporter.validation.report import ReportData
+
+if TYPE_CHECKING:
+    from vp_exporter.searching.pipeline import SearchResult
 
 
 def macs(value: float) -> str:
@@ -61,6 +65,30 @@ def latency(rows: Sequence[LatencyRow], baseline: Baseline = DENSE) -> None:
         for row in rows
     ]
     table("latency, median ms", columns, cells)
+
+
+def search(result: SearchResult, out: Path) -> None:
+    """The stages of a search as a table, its verdict, and where the plan is."""
+    cells = [
+        (
+            row["stage"] + (" (winner)" if row["stage"] == result.winner else ""),
+            f"{row['macs_share']:.3f}",
+            f"{row['kl']:.5f}",
+            f"{row['agreement']:.2f}%",
+            f"{row['seconds']:.1f}",
+        )
+        for row in [*result.baselines, *result.stages]
+        if "kl" in row
+    ]
+    columns = ("stage", "MACs", "held-out KL", "agreement", "seconds")
+    table(f"search, {result.plan.method}", columns, cells)
+    if result.verdict is not None:
+        stdout.print(result.verdict.text, markup=False, soft_wrap=True)
+    model = result.plan.model
+    tokens([(row.attention, row.mlp) for row in result.plan.tokens()], model.prefix_tokens + model.patches)
+    for text in result.warnings:
+        stdout.print(f"note: {text}", markup=False, soft_wrap=True)
+    stdout.print(f"wrote {out} (MAC ratio {result.mac_ratio:.3f})", markup=False, soft_wrap=True)
 
 
 def report(data: ReportData, *, brief: bool = False) -> None:

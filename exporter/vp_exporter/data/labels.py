@@ -8,6 +8,7 @@ classes and sort in one way only. A folder's class: `label_folders`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,15 @@ class FolderLabels:
     label_of: dict[str, int]
     note: str = ""
     names: tuple[str, ...] | None = None
+
+
+def class_names(given: Sequence[str] | str | os.PathLike[str] | None) -> Sequence[str] | None:
+    """Class names as they are given, or from a file.
+
+    Raises:
+        VpError: as `read_names`.
+    """
+    return read_names(Path(given)) if isinstance(given, str | os.PathLike) else given
 
 
 def read_names(path: Path) -> list[str]:

@@ -1,10 +1,13 @@
 """Which timm Vision Transformers we take apart, how, and a named reason for each one that we refuse.
 
 We rewrite a model's forward pass, so we must know every line of it: a class counts as known only when it is exactly
-that class (`type(x) is`), never a subclass, because a subclass may compute something else.
+that class (`type(x) is`), because a subclass may compute something else. Where a module is checked by its numbers
+afterwards (`vp_exporter.rewrite.equivalence`), subclasses are let through.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch.nn as nn
 from timm.layers import Attention, AttentionPoolLatent, GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU
@@ -18,20 +21,23 @@ from vp_exporter.model.spec import BlockMacs, ModelSpec
 POOLS = ("token", "avg", "avgmax", "max", "map")
 
 
-def describe(model: nn.Module, name: str) -> ModelSpec:
+def describe(model: nn.Module, name: str, *, subclasses: bool = False) -> ModelSpec:
     """Take stock of a timm model.
+
+    Args:
+        subclasses: take a class that derives from a known one for that one.
 
     Raises:
         UnsupportedModelError: with the reason.
     """
-    reason = refusal(model)
+    reason = refusal(model, subclasses=subclasses)
     if reason:
         raise UnsupportedModelError(
             f"{name} cannot be reduced: {reason}", expected="a plain ViT", fix="docs/models.md lists what is supported"
         )
     vit = model
     embed: PatchEmbed = vit.patch_embed
-    distilled = type(vit) is VisionTransformerDistilled
+    distilled = isinstance(vit, VisionTransformerDistilled)
     patch_macs = embed.proj.weight.numel()
     head_fixed = _linear_macs(vit.head) + _linear_macs(getattr(vit, "head_dist", None))
     head_per_token = 0
@@ -53,7 +59,7 @@ def describe(model: nn.Module, name: str) -> ModelSpec:
         num_heads=vit.blocks[0].attn.num_heads,
         pool=vit.global_pool,
         # Eva's attention pooling reads the prefix tokens too; a VisionTransformer says so itself.
-        pool_include_prefix=vit.attn_pool is not None if type(vit) is Eva else vit.pool_include_prefix,
+        pool_include_prefix=vit.attn_pool is not None if isinstance(vit, Eva) else vit.pool_include_prefix,
         num_classes=vit.num_classes,
         blocks=tuple(
             BlockMacs(
@@ -68,12 +74,15 @@ def describe(model: nn.Module, name: str) -> ModelSpec:
     )
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why a timm model cannot be reduced, as a short phrase; None where it can."""
-    kind = type(model)
-    if kind not in (VisionTransformer, VisionTransformerDistilled, Eva):
-        return f"its class {kind.__name__} is not a plain ViT"
-    if type(model.patch_embed) is not PatchEmbed:
+def refusal(model: nn.Module, *, subclasses: bool = False) -> str | None:
+    """Why a timm model cannot be reduced, as a short phrase; None where it can. `subclasses`: as of `describe`."""
+
+    def known(part: object, *kinds: type) -> bool:
+        return isinstance(part, kinds) if subclasses else type(part) in kinds
+
+    if not known(model, VisionTransformer, VisionTransformerDistilled, Eva):
+        return f"its class {type(model).__name__} is not a plain ViT"
+    if not known(model.patch_embed, PatchEmbed):
         return f"its patch embedding {type(model.patch_embed).__name__} is a network of its own"
     embed = model.patch_embed
     if embed.dynamic_img_pad and any(
@@ -87,25 +96,24 @@ def refusal(model: nn.Module) -> str | None:
         return f"it has {what}, which needs every patch"
     if model.attn_pool is not None:
         pool = model.attn_pool
-        if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None:
+        if not known(pool, AttentionPoolLatent) or pool.pos_embed is not None:
             return f"its attention pooling {type(pool).__name__} is not a latent query"
-    return next((reason for block in model.blocks if (reason := _block_refusal(block))), None)
+    return next((reason for block in model.blocks if (reason := _block_refusal(block, known))), None)
 
 
-def _block_refusal(block: nn.Module) -> str | None:
-    kind = type(block)
-    if kind is Block:
-        known_attention = type(block.attn) is Attention
-        scales = (block.ls1, block.ls2)
-        if not all(type(scale) in (LayerScale, nn.Identity) for scale in scales):
-            return f"its blocks scale with {type(block.ls1).__name__}"
-    elif kind is EvaBlock:
-        known_attention = type(block.attn) is EvaAttention
+def _block_refusal(block: nn.Module, known: Callable[..., bool]) -> str | None:
+    if known(block, Block):
+        known_attention = known(block.attn, Attention)
+        strange = [scale for scale in (block.ls1, block.ls2) if not known(scale, LayerScale, nn.Identity)]
+        if strange:
+            return f"its blocks scale with {type(strange[0]).__name__}"
+    elif known(block, EvaBlock):
+        known_attention = known(block.attn, EvaAttention)
     else:
-        return f"its block {kind.__name__} is not the standard one"
+        return f"its block {type(block).__name__} is not the standard one"
     if not known_attention:
         return f"its attention {type(block.attn).__name__} is not the standard one"
-    if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+    if not known(block.mlp, Mlp, GluMlp, SwiGLU):
         return f"its MLP {type(block.mlp).__name__} is not the standard one"
     return None
 

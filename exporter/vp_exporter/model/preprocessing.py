@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch.nn as nn
@@ -14,6 +14,7 @@ from vp_engines.errors import VpError
 from vp_engines.manifest import Preprocessing
 from vp_exporter.model.spec import ModelSpec
 
+CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 
 
@@ -23,13 +24,58 @@ class PreprocessingOverrides:
 
     Attributes:
         crop_pct: the model's input size over the size that the image is resized to, in (0, 1].
+        interpolation: one of INTERPOLATIONS.
         mean, std: per channel, on the scale 0 to 1.
+        crop_mode: one of CROP_MODES.
     """
 
     crop_pct: float | None = None
     interpolation: str | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    crop_mode: str | None = None
+
+
+def read_preprocessing(
+    given: Preprocessing | Mapping[str, Any] | None, vit: nn.Module, description: ModelSpec
+) -> Preprocessing:
+    """How images are prepared, from what the user states and timm's configuration of the model for the rest.
+
+    Args:
+        given: whole; or any of timm's names `mean`, `std`, `crop_pct`, `interpolation`, `crop_mode`, `input_size`.
+
+    Raises:
+        VpError: it makes no sense, is for another image size, or lacks mean and std where the model has no
+            configuration.
+    """
+    if isinstance(given, Preprocessing):
+        _check_size(given.input_size, description)
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise VpError(
+            f"`preprocessing` is a {type(given).__name__}", expected="a dict such as timm's data configuration"
+        )
+    stated = dict(given or {})
+    if (size := stated.pop("input_size", None)) is not None:
+        _check_size(size, description)
+    known = [field.name for field in fields(PreprocessingOverrides)]
+    if strange := sorted(set(stated) - set(known)):
+        raise VpError(f"`preprocessing` holds {strange[0]!r}", expected=f"only {', '.join([*known, 'input_size'])}")
+    if not getattr(vit, "pretrained_cfg", None) and not {"mean", "std"} <= set(stated):
+        raise VpError(
+            f"{description.name} has no `pretrained_cfg`, so how its images are prepared is unknown",
+            expected="`preprocessing` with mean and std",
+            fix="state what it was trained with: dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=0.9)",
+        )
+    return preprocessing_of(vit, description, PreprocessingOverrides(**stated))
+
+
+def _check_size(size: Sequence[int], description: ModelSpec) -> None:
+    if tuple(size)[-2:] != description.image_size:
+        raise VpError(
+            f"`preprocessing` is for images of {list(size)}",
+            expected=f"{[description.in_chans, *description.image_size]}, as the model takes",
+        )
 
 
 def preprocessing_of(
@@ -59,7 +105,9 @@ def preprocessing_of(
     height, width = description.image_size
     # As timm.data.transforms_factory: floor, and one number (the shorter side) for a square input.
     scaled = (math.floor(height / crop_pct), math.floor(width / crop_pct))
-    crop_mode = config.get("crop_mode") or "center"
+    crop_mode = overrides.crop_mode or config.get("crop_mode") or "center"
+    if crop_mode not in CROP_MODES:
+        raise VpError(f"crop_mode is {crop_mode!r}", expected=f"one of {', '.join(CROP_MODES)}")
     square = scaled[0] == scaled[1] and crop_mode == "center"
     return Preprocessing.model_validate(
         {

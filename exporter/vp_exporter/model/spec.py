@@ -20,6 +20,7 @@ class ModelSpec:
     """A ViT in numbers, as `vp_exporter.model.describe.describe` finds it.
 
     Attributes:
+        name: timm's; of a module that timm did not create, its class's.
         image_size, patch_size, grid: height and width, in pixels and in patches.
         prefix_tokens: class token, distillation token and register tokens together, always first in the sequence.
         pool: "token", "avg", "avgmax", "max" or "map".
@@ -27,6 +28,7 @@ class ModelSpec:
         blocks: MACs of each block.
         patch_embed_macs: per embedded patch.
         head_macs: (fixed, per pooled token) MACs of pooling and head.
+        named: whether `name` is timm's. Where it is not, a plan is held to the sizes alone.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ModelSpec:
     blocks: tuple[BlockMacs, ...]
     patch_embed_macs: int
     head_macs: tuple[int, int]
+    named: bool = True
 
     @property
     def depth(self) -> int:

@@ -24,10 +24,9 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         PlanError: another suffix, unreadable, pickled objects, or several arrays.
     """
-    if path.suffix not in SUFFIXES:
-        raise PlanError(f"the mask file {path} ends in {path.suffix!r}", expected=" or ".join(SUFFIXES))
+    check_suffix(path)
     if not path.is_file():
-        raise PlanError(f"there is no mask file {path}", expected="a file", fix="check --masks")
+        raise PlanError(f"there is no mask file {path}", expected="a file", fix="check the path")
     try:
         if path.suffix == ".npy":
             return np.asarray(np.load(path, allow_pickle=False))
@@ -50,6 +49,16 @@ def read_mask(path: Path) -> np.ndarray:
             f"the mask file {path} holds {sorted(arrays) or 'no array'}", expected="one array, or one called 'mask'"
         )
     return np.asarray(next(iter(arrays.values())))
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file that is no mask by its name.
+
+    Raises:
+        PlanError: naming the suffixes of masks.
+    """
+    if path.suffix not in SUFFIXES:
+        raise PlanError(f"the mask file {path} ends in {path.suffix!r}", expected=" or ".join(SUFFIXES))
 
 
 def plan_from_mask(mask: np.ndarray, model: PlanModel, *, method: str = "mask") -> ReductionPlan:

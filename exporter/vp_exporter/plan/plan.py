@@ -231,7 +231,7 @@ class ReductionPlan:
             PlanError: naming the first difference.
         """
         mine, theirs = self.model, PlanModel.of(description)
-        if mine.architecture != theirs.architecture:
+        if description.named and mine.architecture != theirs.architecture:
             raise PlanError(
                 f"the plan is for {mine.architecture}", expected=f"a plan for {theirs.architecture}",
                 fix="search a plan on this model, or export the model that the plan names",

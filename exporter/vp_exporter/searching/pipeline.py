@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vp_exporter.plan import PlanModel, ReductionPlan
-from vp_exporter.plan.macs import count_macs
+from vp_exporter.plan.macs import count_macs, mac_ratio
 from vp_exporter.searching.checkpoint import Checkpoint
 from vp_exporter.searching.limits import Trace
 from vp_exporter.searching.mask.baselines import PRIOR, baselines, farthest_point_order
@@ -43,6 +43,7 @@ class SearchResult:
         trace: the loss of every candidate.
         plans: every stage's, strategy's and baseline's plan by its name.
         winner: the stage that the plan is of.
+        mac_ratio: multiply-accumulates of the dense model over those under the plan.
         verdict: the plan against the best baseline; None without one.
     """
 
@@ -55,6 +56,7 @@ class SearchResult:
     plans: dict[str, ReductionPlan] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     winner: str = ""
+    mac_ratio: float = 1.0
     verdict: SearchVerdict | None = None
 
 
@@ -103,8 +105,11 @@ def search(
             "data_fingerprint": scorer.calibration.fingerprint,
             "skipped_images": len(scorer.calibration.skipped),
             "seed": settings.seed,
+            "winner": result.winner,
+            "verdict": result.verdict.to_dict() if result.verdict is not None else None,
         },
     }
+    result.mac_ratio = mac_ratio(scorer.description, result.plan)
     result.plan = replace(result.plan, method=settings.method, budget=settings.asked(), provenance=provenance)
     return result
 

@@ -183,6 +183,16 @@ def from_environment() -> Workers:
     return Workers(dist.get_rank(), dist.get_world_size())
 
 
+@contextmanager
+def session() -> Iterator[Workers]:
+    """`from_environment`, and `close` at the end."""
+    workers = from_environment()
+    try:
+        yield workers
+    finally:
+        close(workers)
+
+
 def own_gpu() -> None:
     """Let this process see one GPU only, for engines that know nothing of torch's current device.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
@@ -10,7 +11,8 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Receives progress. The command line draws it (vp_exporter.cli.console); libraries default to `SILENT`."""
+    """Receives progress. The command line draws it (vp_exporter.cli.console), the public functions log it
+    (`LoggingProgress`), everything below defaults to `SILENT`."""
 
     def stage(self, description: str) -> AbstractContextManager[None]:
         """A context: a step of unknown length, as `with progress.stage("building the engine"):`."""
@@ -45,6 +47,28 @@ class SilentProgress:
 
 
 SILENT = SilentProgress()
+
+
+class LoggingProgress:
+    """Writes to the logger "vp_exporter": warnings as such, everything else as info."""
+
+    def __init__(self) -> None:
+        self._log = logging.getLogger("vp_exporter")
+
+    @contextmanager
+    def stage(self, description: str) -> Iterator[None]:
+        self._log.info("%s ...", description)
+        yield
+
+    def track(self, items: Iterable[T], *, total: int, description: str) -> Iterator[T]:
+        self._log.info("%s: %d ...", description, total)
+        yield from items
+
+    def note(self, text: str) -> None:
+        self._log.info("%s", text)
+
+    def warn(self, text: str) -> None:
+        self._log.warning("%s", text)
 
 
 class Recording:

@@ -91,6 +91,14 @@ class ReportData:
     def dense_tokens(self) -> int:
         return self.grid[0] * self.grid[1] + self.prefix_tokens
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: every figure of the report."""
+        return Report(self).to_dict()
+
+    def write(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write report.json and report.html into an existing folder, over what is there; returns their paths."""
+        return Report(self).write(folder)
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -84,6 +84,9 @@ class Verdict:
     checks: tuple[Check, ...]
     budget_given: bool
 
+    def __str__(self) -> str:
+        return self.headline
+
     @property
     def passed(self) -> bool:
         return self.status == "passed"
@@ -304,4 +307,4 @@ def _check_range(name: str, value: float | None, low: float, high: float, expect
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
-        raise VpError(f"{name} is {value!r}", expected=expected)
+        raise VpError(f"`{name}` is {value!r}", expected=expected)

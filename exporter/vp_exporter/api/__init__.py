@@ -1,0 +1,1 @@
+"""The public functions, as `vp_exporter` offers them; nothing heavy is imported before one is called."""

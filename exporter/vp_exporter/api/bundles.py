@@ -1,0 +1,245 @@
+"""`validate` and `profile`: what a bundle is worth on this machine, and where its time goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vp_engines.errors import BundleError, EngineUnavailableError, VpError
+from vp_exporter.api.export import read_budget
+from vp_exporter.api.models import progress_of
+
+if TYPE_CHECKING:
+    from vp_exporter.profiling.measure import Profiled, Subject
+    from vp_exporter.utils.distributed import Workers
+    from vp_exporter.utils.progress import Progress
+    from vp_exporter.validation.check import CheckRequest
+    from vp_exporter.validation.report import ReportData
+
+PathLike = str | os.PathLike[str]
+
+
+def validate(
+    bundle: PathLike,
+    *,
+    data: PathLike | None = None,
+    max_drop: float | None = None,
+    min_speedup: float | None = None,
+    min_agreement: float | None = None,
+    batch_sizes: Sequence[int] = (1, 8),
+    seconds: float = 4.0,
+    limit: int | None = None,
+    strict: bool = False,
+    classes: Sequence[str] | PathLike | None = None,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    against: PathLike | None = None,
+    samples: bool = True,
+    report: PathLike | None = None,
+    update: bool = False,
+    workers: Workers | None = None,
+    progress: Progress | None = None,
+) -> ReportData:
+    """Compare a bundle with its dense baseline: accuracy on images, latency on this machine.
+
+    Args:
+        bundle: a folder NAME.vpe.
+        data: a folder of images, with a folder for each class or without labels; None leaves accuracy unmeasured.
+        max_drop: budget: top-1 that may be lost against dense, in percentage points.
+        min_speedup: budget: speed-up over dense at every batch size timed, such as 1.3.
+        min_agreement: budget: images classified as by dense, in percent.
+        batch_sizes: to time.
+        seconds: of timed work for each batch size.
+        limit: take this many images, evenly spaced over the folder.
+        strict: fail on the first image that cannot be decoded.
+        classes: class names in the order of the logits, or a file of them, in place of the bundle's own.
+        threads: CPU threads of both engines.
+        device: "cpu" or "cuda"; by default what the bundle was built for.
+        against: another bundle as the baseline, in place of the dense engine.
+        samples: show sample images in the report.
+        report: a folder to write report.json and report.html to.
+        update: put the new report into the bundle.
+        workers: several processes that share the images (vp_exporter.utils.distributed); every one gets the report.
+        progress: is told where the work is; by default the logger "vp_exporter".
+
+    Returns:
+        The report; its `.verdict` prints as its sentence.
+
+    Raises:
+        BundleError: no sound bundle, or two that cannot be compared.
+        DataError: images that cannot be used.
+        EngineUnavailableError: the engine cannot run here.
+
+    Example:
+        >>> import vp_exporter as vp
+        >>> report = vp.validate("tiny.vpe", seconds=0.1)
+        >>> report.verdict.status
+        'unvalidated'
+    """
+    import vp_engines
+    from vp_engines.bundle import update_bundle
+    from vp_exporter.data.labels import class_names
+    from vp_exporter.utils.distributed import single
+    from vp_exporter.validation.check import CheckRequest, check_bundle, find_baseline
+    from vp_exporter.validation.report import Report, report_files, validation_fields
+
+    workers, bundle = workers or single(), Path(bundle)
+    folder = None if report is None else Path(report)
+
+    def prepare() -> CheckRequest:
+        request = CheckRequest(
+            data=None if data is None else Path(data),
+            budget=read_budget(max_drop, min_speedup, min_agreement, data),
+            batches=tuple(dict.fromkeys(batch_sizes)),
+            limit=limit,
+            strict=strict,
+            classes=class_names(classes),
+            seconds=seconds,
+            against=None if against is None else Path(against),
+            device=device,
+            threads=threads,
+            samples=samples,
+        )
+        check_folder(folder, "report")
+        manifest = vp_engines.verify_bundle(bundle).manifest
+        if request.against is not None:
+            if update:
+                raise VpError(
+                    "`update=True` is given with `against`",
+                    expected="one of them: a bundle's own report is of its own dense engine",
+                    fix="write this one elsewhere with `report=DIR`",
+                )
+            vp_engines.verify_bundle(request.against)
+            find_baseline(bundle, manifest, request)  # refuses what cannot be compared, before anything runs
+        from vp_engines.backends import get_backend
+
+        ready = get_backend(manifest.engine.name).available("run")
+        if not ready.ok:
+            raise EngineUnavailableError(f"the engine '{manifest.engine.name}' cannot run here: {ready.reason}")
+        return request
+
+    request = workers.agree(prepare)
+    found = check_bundle(bundle, request, progress=progress_of(progress), workers=workers)
+
+    def write() -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            Report(found).write(folder)
+        if update:
+            update_bundle(bundle, files=report_files(found), validation=validation_fields(found))
+
+    workers.from_leader(write)
+    return found
+
+
+def profile(
+    bundle: PathLike,
+    *,
+    batch_sizes: Sequence[int] = (1, 8),
+    against: PathLike | None = None,
+    alone: bool = False,
+    seconds: float = 4.0,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    memory: bool = True,
+    out: PathLike | None = None,
+    progress: Progress | None = None,
+) -> Profiled:
+    """Time a bundle with its engine's own profiler, part by part of the model, beside the dense engine.
+
+    Args:
+        bundle: a folder NAME.vpe.
+        batch_sizes: to run.
+        against: another bundle in place of the bundle's dense engine.
+        alone: only the bundle's own engine.
+        seconds: of work for each batch size.
+        threads: CPU threads of the engines.
+        device: "cpu" or "cuda"; by default what the bundle was built for.
+        memory: measure memory, in a process of its own for each engine.
+        out: a folder to write profile.json, trace.json (Chrome's format) and profile.png to.
+        progress: is told where the work is; by default the logger "vp_exporter".
+
+    Returns:
+        `.profiles`, for each batch size the baseline's and the bundle's; `.speedups` by batch size; `.memory`;
+        `.notes`.
+
+    Raises:
+        BundleError: no sound bundle, no baseline in it, or two that cannot be run side by side.
+        InputError: batch sizes that the engine was not built for.
+        EngineUnavailableError: the engine cannot run here, or has no profiler.
+
+    Example:
+        >>> import vp_exporter as vp
+        >>> found = vp.profile("tiny.vpe", batch_sizes=[1], seconds=0.1, memory=False)
+        >>> sorted(found.profiles[0].groups)[:2]
+        ['MLP', 'attention']
+    """
+    from vp_engines.extras import require_packages
+    from vp_exporter.profiling.measure import profile as measure
+    from vp_exporter.utils.required_packages import PICTURES
+
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        require_packages("`vp.profile(out=...)`", "profile", PICTURES)
+        check_folder(folder, "out")
+    if alone and against is not None:
+        raise VpError("`alone` and `against` are both given", expected="one of them")
+    if device not in (None, "cpu", "cuda"):
+        raise VpError(f"`device` is {device!r}", expected="cpu or cuda")
+    found = measure(
+        _subjects(Path(bundle), None if against is None else Path(against), alone),
+        batches=tuple(dict.fromkeys(batch_sizes)),
+        seconds=seconds,
+        threads=threads,
+        device=device,
+        memory=memory,
+        progress=progress_of(progress),
+    )
+    if folder is not None:
+        _write(found, folder)
+    return found
+
+
+def check_folder(path: Path | None, argument: str) -> None:
+    """Before long work that ends in a folder.
+
+    Raises:
+        VpError: a file of that name is there.
+    """
+    if path is not None and path.exists() and not path.is_dir():
+        raise VpError(f"`{argument}` {path} is a file", expected="a folder, or a name for a new one")
+
+
+def _subjects(bundle: Path, against: Path | None, alone: bool) -> list[Subject]:
+    """The baseline first."""
+    import vp_engines
+    from vp_exporter.profiling.measure import Subject
+
+    own = Subject("reduced", bundle, "reduced")
+    if alone:
+        return [own]
+    if against is not None:
+        names = [vp_engines.read_manifest(path).name for path in (against, bundle)]
+        labels = [str(against), str(bundle)] if names[0] == names[1] else names
+        return [Subject(labels[0], against, "reduced"), Subject(labels[1], bundle, "reduced")]
+    if "dense" not in vp_engines.read_manifest(bundle).variants:
+        raise BundleError(
+            "the bundle holds no dense baseline to compare with",
+            fix="say `alone=True`, or name another bundle with `against`",
+        )
+    return [Subject("dense", bundle, "dense"), own]
+
+
+def _write(found: Profiled, out: Path) -> None:
+    import json
+
+    from vp_exporter.profiling.picture import stacked_bars
+    from vp_exporter.profiling.trace import chrome_trace
+    from vp_exporter.utils.files import write_atomically
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "profile.json", (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+    write_atomically(out / "trace.json", chrome_trace(found.profiles))
+    write_atomically(out / "profile.png", stacked_bars(found.profiles))

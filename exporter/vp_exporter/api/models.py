@@ -1,0 +1,73 @@
+"""What stands for a model in the public functions, and the model that it stands for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from vp_exporter.utils.progress import LoggingProgress, Progress
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+    from vp_exporter.model.loading import LoadedModel
+    from vp_exporter.model.request import ModelRequest
+    from vp_exporter.model.spec import ModelSpec
+
+    ModelLike: TypeAlias = nn.Module | ModelRequest | LoadedModel
+
+
+def take(model: ModelLike, backbone: str | None, progress: Progress) -> LoadedModel:
+    """The model with its weights, in fp32 on the CPU: of a module, a copy, held to the module by its numbers.
+
+    Raises:
+        UnsupportedModelError: we do not take it apart.
+        WeightsError: of a request: no weights, or none that fit.
+    """
+    from vp_exporter.model.loading import LoadedModel, load_model
+    from vp_exporter.model.request import ModelRequest
+
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, ModelRequest):
+        with progress.stage(f"loading {model.name}"):
+            loaded = load_model(model)
+            for note in loaded.notes:
+                progress.note(note)
+        return loaded
+    from vp_exporter.model.own_module import copy_module, find_vit
+    from vp_exporter.rewrite.equivalence import check_equivalent
+
+    vit = find_vit(model, backbone)
+    with progress.stage(f"checking {type(vit).__name__}"):
+        loaded = copy_module(model, vit)
+        check_equivalent(loaded.vit, loaded.description)
+    for note in loaded.notes:
+        progress.warn(note)
+    return loaded
+
+
+def describe(model: ModelLike | str, backbone: str | None = None) -> ModelSpec:
+    """The model in numbers; nothing is loaded, copied or run.
+
+    Args:
+        model: or a timm name.
+
+    Raises:
+        UnsupportedModelError: we do not take it apart.
+    """
+    from vp_exporter.model.loading import LoadedModel, describe_by_name
+    from vp_exporter.model.own_module import describe_module, find_vit
+    from vp_exporter.model.request import ModelRequest
+
+    if isinstance(model, LoadedModel):
+        return model.description
+    if isinstance(model, str):
+        return describe_by_name(model, {})
+    if isinstance(model, ModelRequest):
+        return describe_by_name(model.name, model.args, model.num_classes, model.img_size)
+    return describe_module(find_vit(model, backbone))
+
+
+def progress_of(progress: Progress | None) -> Progress:
+    """What the user gave, or the logger."""
+    return LoggingProgress() if progress is None else progress

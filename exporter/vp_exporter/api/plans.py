@@ -1,0 +1,147 @@
+"""`build_plan` and `reduce`: a plan by a method's name, and a model under a plan in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from vp_exporter.api import models
+
+if TYPE_CHECKING:
+    import os
+
+    import numpy as np
+
+    from vp_exporter.methods import MethodRequest
+    from vp_exporter.model.spec import ModelSpec
+    from vp_exporter.plan import ReductionPlan
+    from vp_exporter.rewrite.reduced_vit import ReducedViT
+
+    PlanLike: TypeAlias = ReductionPlan | MethodRequest | np.ndarray | str | os.PathLike[str]
+
+
+def build_plan(
+    method: str,
+    model: models.ModelLike | str,
+    *,
+    target_macs: float | None = None,
+    r: int | Sequence[int] | None = None,
+    keep_rate: float | None = None,
+    preset: str | None = None,
+    schedule: Literal["constant", "decreasing", "increasing"] | None = None,
+    blocks: Sequence[int] | None = None,
+    tau: float | None = None,
+    seed: int | None = None,
+    proportional_attention: bool | None = None,
+    backbone: str | None = None,
+    **method_args: Any,
+) -> ReductionPlan:
+    """Make a plan by a method's name. Nothing is run: token counts and multiply-accumulates decide.
+
+    Exactly one argument says how much goes: `target_macs`, `r`, `keep_rate`, `preset`, or lists of the method's own,
+    such as `tokens_out`.
+
+    Args:
+        method: "tome", "ppt", "evit", "topk", "bat", "diffrate", "pitome", "gtp"; or a static mask: "random", "grid",
+            "center".
+        model: a timm ViT (`torch.nn.Module`), a `ModelRequest`, or a timm name.
+        target_macs: share of the dense model's multiply-accumulates, above 0 and below 1.
+        r: tokens that leave at a block: one number for all acting blocks, or one for each.
+        keep_rate: share of the patch tokens that a stage keeps, above 0 and below 1.
+        preset: a published setting of the method, such as "evit-0.7".
+        schedule: shape of `r` over the blocks: "constant" (default), "decreasing" (2r to 0) or "increasing".
+        blocks: where the method acts, 0-based and ascending; by default where its paper has it.
+        tau: of ppt: the variance of the scores from which an image is pruned and not pooled.
+        seed: of method "random".
+        proportional_attention: add log(token size) to the attention logits; by default as the method's paper does.
+        backbone: where the ViT lies in `model`, as attributes: "model.encoder".
+        **method_args: the method's own, such as `fuse=False` (evit) or `clusters=20` (bat).
+
+    Returns:
+        The plan: fixed token counts for each block. `plan.save("plan.json")` writes it.
+
+    Raises:
+        VpError: an unknown method, or arguments that do not go together.
+        PlanError: an amount that does not fit the model, naming the block and the limit.
+        UnsupportedModelError: a model that is not taken apart.
+
+    Example:
+        >>> import timm, vp_exporter as vp
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4)
+        >>> plan = vp.build_plan("tome", vit, target_macs=0.65)
+        >>> [row.attention for row in plan.tokens()]
+        [17, 14, 11, 8]
+    """
+    from vp_exporter.methods import MethodRequest
+    from vp_exporter.methods import build_plan as make
+
+    request = MethodRequest(
+        method=method,
+        preset=preset,
+        r=r if r is None or isinstance(r, int) else tuple(r),
+        schedule=schedule,
+        blocks=None if blocks is None else tuple(blocks),
+        keep_rate=keep_rate,
+        tau=tau,
+        target_macs=target_macs,
+        seed=seed,
+        proportional_attention=proportional_attention,
+        args=method_args,
+    )
+    return make(request, models.describe(model, backbone))
+
+
+def reduce(
+    model: models.ModelLike,
+    plan: PlanLike | None,
+    *,
+    backbone: str | None = None,
+    kernels: Literal["portable", "vp"] = "portable",
+) -> ReducedViT:
+    """A model under a plan as a PyTorch module, over the model's own parameters: to study or fine-tune it.
+
+    Args:
+        model: a timm ViT (`torch.nn.Module`), which is put into eval mode; or a `ModelRequest`.
+        plan: a `ReductionPlan`; the path of a plan (.json) or a mask (.npy, .npz, .safetensors); a mask
+            [depth, patches]; or None for the dense model in the same form.
+        backbone: where the ViT lies in `model`, as attributes: "model.encoder".
+        kernels: "portable" runs torch's own operations, "vp" the operators of vp_kernels.
+
+    Returns:
+        A module: images float32 [batch, 3, height, width], preprocessed -> logits float32 [batch, classes].
+
+    Raises:
+        PlanError: a plan that cannot be read, or is for another model.
+        UnsupportedModelError: a model that is not taken apart, or does not compute what timm's class computes.
+
+    Example:
+        >>> import timm, torch, vp_exporter as vp
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5)
+        >>> reduced = vp.reduce(vit, vp.build_plan("evit", vit, keep_rate=0.7))
+        >>> reduced(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 5])
+    """
+    import torch.nn as nn
+
+    from vp_exporter.model.own_module import describe_module, find_vit
+    from vp_exporter.rewrite.reduced_vit import ReducedViT
+
+    loaded = models.take(model, backbone, models.progress_of(None))
+    vit, spec = loaded.vit, loaded.description
+    if isinstance(model, nn.Module):  # the copy was for the check
+        vit = find_vit(model, backbone)
+        spec = describe_module(vit)
+    return ReducedViT(vit, spec, None if plan is None else resolve(plan, spec), kernels)
+
+
+def resolve(plan: PlanLike, spec: ModelSpec) -> ReductionPlan:
+    """The plan for a model, of whatever stands for it.
+
+    Raises:
+        PlanError: it cannot be read, is inconsistent or for another model.
+    """
+    from vp_exporter.methods import MethodRequest
+    from vp_exporter.methods import build_plan as make
+    from vp_exporter.plan.files import plan_of
+
+    return make(plan, spec) if isinstance(plan, MethodRequest) else plan_of(plan, spec)

@@ -1,0 +1,139 @@
+"""A module that the user has in memory: the timm ViT in it, or how to go on where there is none."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from vp_exporter.data.labels import known_names
+from vp_exporter.errors import UnsupportedModelError
+from vp_exporter.model.describe import describe, refusal
+from vp_exporter.model.loading import LoadedModel
+from vp_exporter.model.spec import ModelSpec
+from vp_exporter.model.weights import fingerprint
+
+_OTHERS = ("transformers", "torchvision", "mmpretrain")  # state_dicts.py translates the names of their weights
+
+
+def find_vit(model: object, backbone: str | None = None) -> nn.Module:
+    """The ViT in a module.
+
+    Args:
+        model: the module.
+        backbone: where the ViT lies in it, as attributes, such as "model.encoder"; None: `model` is the ViT.
+
+    Raises:
+        UnsupportedModelError: nothing lies there, or no ViT that can be taken apart; the message says where one lies.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"`model` is a {type(model).__name__}", expected="a timm ViT (a torch.nn.Module) or a vp.ModelRequest"
+        )
+    found: Any = model
+    for part in backbone.split(".") if backbone is not None else ():
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"`backbone={backbone!r}`: {type(found).__name__} has no attribute {part!r}",
+                expected="attributes from the module to its ViT, such as 'model.encoder'",
+                fix=_where(model) or "leave it out where the module is the ViT",
+            ) from None
+    name = type(model).__name__ if backbone is None else f"`backbone={backbone!r}` of {type(model).__name__}"
+    if not isinstance(found, nn.Module):
+        raise UnsupportedModelError(f"{name} is a {type(found).__name__}", expected="a timm ViT", fix=_where(model))
+    reason = _refusal(found)
+    if reason is not None:
+        fix = _where(found, backbone) or _other_library(found) or "docs/models.md lists what is supported"
+        raise UnsupportedModelError(f"{name} cannot be reduced: {reason}", expected="a plain timm ViT", fix=fix)
+    return found
+
+
+def describe_module(vit: nn.Module) -> ModelSpec:
+    """Describe a ViT that `find_vit` has found. Its name is timm's, without the tag: that says which weights, and these
+    may have been trained since.
+
+    Raises:
+        UnsupportedModelError: it derives from timm's class, and is laid out otherwise.
+    """
+    config = getattr(vit, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
+    try:
+        spec = describe(vit, str(name or type(vit).__name__), subclasses=True)
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{type(vit).__name__} is not laid out as timm's class that it derives from: {error}",
+            fix="docs/models.md lists what is supported",
+        ) from error
+    return dataclasses.replace(spec, named=bool(name))
+
+
+def copy_module(model: nn.Module, vit: nn.Module) -> LoadedModel:
+    """A copy of the ViT in fp32 on the CPU and in eval mode, with what is known of it; `vit` itself is left as it is.
+
+    Args:
+        model: the module that the user gave, for its name.
+        vit: the ViT in it.
+
+    Raises:
+        UnsupportedModelError: it cannot be copied, or is laid out otherwise.
+    """
+    try:
+        # Parameters alone: what torch keeps beside them (gradients) would be copied too.
+        with torch.no_grad():
+            twin = copy.deepcopy(vit).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
+    except Exception as error:  # whatever the classes of its parts raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"{type(vit).__name__} cannot be copied: {first}",
+            expected="a module that copy.deepcopy takes",
+            fix="load its state_dict into a new timm model, and give that one",
+        ) from error
+    spec = describe_module(twin)
+    notes = []
+    if left := _outside(model, vit):
+        notes.append(
+            f"only the ViT of {type(model).__name__} is taken: {left} of its parameters lie outside, and what it does "
+            "before and after the ViT is not part of it"
+        )
+    kind = type(vit).__name__
+    source = "in memory" if not notes else f"in memory, of a {type(model).__name__}"
+    if not spec.named:
+        source += f" ({kind})" if not notes else ""
+    return LoadedModel(
+        twin, spec, fingerprint(twin), source, tuple(notes), known_names(twin, spec.num_classes, pretrained=False)
+    )
+
+
+def _refusal(vit: nn.Module) -> str | None:
+    try:
+        return refusal(vit, subclasses=True)
+    except AttributeError as error:
+        return f"it lacks what timm's class has ({error})"
+
+
+def _where(model: nn.Module, below: str | None = None) -> str:
+    """How to name the ViTs that lie in a module; "" where there is none."""
+    found = [name for name, part in model.named_modules() if name and _refusal(part) is None]
+    paths = [repr(f"{below}.{name}" if below else name) for name in found[:3]]
+    return f"a ViT lies in it: pass `backbone={' or '.join(paths)}`" if paths else ""
+
+
+def _other_library(model: nn.Module) -> str:
+    library = type(model).__module__.split(".")[0]
+    if library not in _OTHERS:
+        return ""
+    return (
+        f"save its state_dict, and give vp.ModelRequest(NAME, weights=FILE) with the timm model of that size: the "
+        f"names of {library}'s weights are translated"
+    )
+
+
+def _outside(model: nn.Module, vit: nn.Module) -> int:
+    """Parameters of the module that are not the ViT's."""
+    inside = {id(parameter) for parameter in vit.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
