@@ -260,7 +260,7 @@ def test_limits_out_of_range(field, value):
 def test_limits_at_the_edge():
     assert Budget(max_drop=0, min_agreement=100, min_speedup=1).empty is False
     assert Budget().empty
-    with pytest.raises(VpError, match="min_speedup is 0"):
+    with pytest.raises(VpError, match="min_speedup` is 0"):
         Budget(min_speedup=0)
 
 
