@@ -253,7 +253,7 @@ def test_another_bundle_is_named_and_dense_is_not(budget):
 @pytest.mark.parametrize("field", ["max_drop", "min_speedup", "min_agreement"])
 @pytest.mark.parametrize("value", [-1, 1001, math.nan, math.inf, -math.inf, True, "1"])
 def test_limits_out_of_range(field, value):
-    with pytest.raises(VpError, match=f"{field} is .*expected"):
+    with pytest.raises(VpError, match=f"`{field}` is .*expected"):
         Budget(**{field: value})
 
 
