@@ -1,1 +1,1 @@
-"""vp_kernels: Triton kernels for token reduction, each beside its reference."""
+"""Triton kernels for token reduction, each with a reference in plain torch."""

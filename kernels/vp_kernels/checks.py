@@ -1,7 +1,7 @@
-"""Checks of an operator's arguments, all on the host and before any launch: device, dtype, shape, stride, index range.
+"""Argument checks on the host, before any launch: device, dtype, shape, stride, index range.
 
-They read shapes only (never a tensor's content, except `index_range` outside of tracing), so they cost no
-synchronisation and vanish from a traced graph.
+They read shapes, never a tensor's data (except `index_range` outside tracing), so they do not synchronise and leave no
+trace in an exported graph.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Check:
-    """The arguments of one operator, checked one after the other.
+    """Checks the arguments of one operator.
 
     Args:
-        operator: its name, for the messages.
-        first: the tensor whose device all others must share.
+        operator: Name of the operator, for error messages.
+        first: Tensor whose device all others must share.
     """
 
     def __init__(self, operator: str, first: Tensor) -> None:
@@ -28,11 +28,11 @@ class Check:
             self.fail("device", str(first.device), "cpu or cuda")
 
     def fail(self, argument: str, found: str, expected: str) -> None:
-        """Raise the error."""
+        """Raise the KernelError."""
         raise KernelError(self.operator, argument, found, expected)
 
     def true(self, condition: object, argument: str, found: str, expected: str) -> None:
-        """Any other condition."""
+        """Check any other condition."""
         if not condition:
             self.fail(argument, found, expected)
 
@@ -45,11 +45,11 @@ class Check:
         *,
         contiguous: bool = True,
     ) -> None:
-        """A tensor's device, dtype, shape and strides.
+        """Check a tensor's device, dtype, shape and strides.
 
         Args:
-            shape: one entry an axis: its size, several allowed sizes, or a letter for an axis of any size.
-            contiguous: True for a contiguous tensor, False for one whose last axis alone has stride 1.
+            shape: One entry per axis: its size, a tuple of allowed sizes, or a letter for any size.
+            contiguous: Require a contiguous tensor; if False, only the last axis must have stride 1.
         """
         if value.device != self.device:
             self.fail(f"the device of {name}", str(value.device), f"{self.device}, as of the first tensor")
@@ -68,15 +68,15 @@ class Check:
             self.fail(f"the stride of {name}", str(value.stride()), "stride 1 in the last axis")
 
     def within(self, name: str, value: int, low: int, high: int, why: str = "") -> None:
-        """A whole number's range, both ends included."""
+        """Check that an integer lies in low .. high, inclusive."""
         if not low <= value <= high:
             self.fail(name, str(value), f"{low} to {high}" + (f" ({why})" if why else ""))
 
     def index_range(self, name: str, index: Tensor, size: int) -> None:
-        """Every index in 0 .. size - 1.
+        """Check that every index is in 0 .. size - 1.
 
-        Reads the tensor, so on a GPU it waits for it: skipped while tracing, compiling or capturing a CUDA graph, where
-        kernels stay inside their tensors by themselves.
+        Reads the tensor, which synchronises on a GPU. Skipped while tracing, compiling or capturing a CUDA graph; there
+        the kernels do their own bounds checks.
         """
         if index.numel() == 0 or torch.compiler.is_compiling() or _symbolic(index):
             return
@@ -88,7 +88,7 @@ class Check:
 
 
 def _symbolic(value: Tensor) -> bool:
-    """Whether a tensor holds no data: traced, or on the meta device."""
+    """Whether a tensor has no data: traced, or on the meta device."""
     return type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_meta
 
 

@@ -1,16 +1,16 @@
-"""What an operator says of input that it cannot take. Kept here because kernels know nothing of engines or exporter."""
+"""Error raised by the operators. Defined here because vp_kernels depends on neither vp_engines nor vp_exporter."""
 
 from __future__ import annotations
 
 
 class KernelError(ValueError):
-    """An operator's argument is not what its kernel can run on; raised before any launch.
+    """An argument that the operator's kernel does not support; raised before any launch.
 
     Args:
         operator: e.g. "vp::attention".
-        argument: its name in the operator's signature.
-        found: what it is.
-        expected: what is allowed.
+        argument: Name in the operator's signature.
+        found: Value or property found.
+        expected: What is allowed.
     """
 
     def __init__(self, operator: str, argument: str, found: str, expected: str) -> None:

@@ -1,6 +1,6 @@
-"""How a room writes its operator in ONNX: the node that it leaves in a traced graph, and the body beside it.
+"""Helpers to emit an operator's ONNX node while tracing, and to write its function body.
 
-Importing this imports neither onnx nor torch.
+Importing this module imports neither onnx nor torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 DOMAIN, VERSION = "vp", 1
-OPSET = 23  # of the bodies: the first in which Attention is a standard operator
+OPSET = 23  # of the bodies: the first opset with Attention
 
 
 def node(
@@ -24,10 +24,10 @@ def node(
     outputs: Sequence[tuple[torch.dtype, Sequence[Any]]],
     **attributes: float,
 ) -> list[torch.Tensor]:
-    """One node of the domain, in a graph that torch.onnx.export traces; what its outputs hold means nothing.
+    """Emit one node of domain `vp` while torch.onnx.export traces; the values of its outputs are meaningless.
 
     Args:
-        outputs: dtype and shape of each; sizes may be symbolic.
+        outputs: Dtype and shape of each; sizes may be symbolic.
     """
     import torch
 
@@ -43,12 +43,12 @@ def node(
 
 
 def variants(operator: str, *suffixes: str) -> list[str]:
-    """The operator's name with every choice of the suffixes, in their order: "A", "AY", "AX", "AXY"."""
+    """The operator's name with every subset of the suffixes, in order: "A", "AY", "AX", "AXY"."""
     return [operator + "".join(parts) for parts in product(*(("", suffix) for suffix in suffixes))]
 
 
 class Value:
-    """A tensor inside a body. Arithmetic with numbers and other values makes nodes."""
+    """Tensor inside a body. Arithmetic with numbers and other values adds nodes."""
 
     def __init__(self, body: Body, name: str) -> None:
         self.body, self.name = body, name
@@ -73,17 +73,18 @@ class Value:
 
 
 class Body:
-    """Writes the body of one operator type: `body.TopK(x, [3], axis=-1)` makes a node and returns its (first) output.
+    """Builds the function body of one operator type.
 
-    Arguments that are numbers become constants: 2 an int64 [1], [2, 3] an int64 [2], 2.0 a float32 scalar, [2.0] a
-    float32 [1]. Counts and positions are int64 [1]. They come from attributes alone, so that every engine computes them
-    before it runs: a static size that a body needs is an attribute of the node (`tokens`). ONNX Runtime leaves a Shape
-    for the run where the batch is dynamic.
+    `body.TopK(x, [3], axis=-1)` adds a node and returns its first output.
+
+    Numbers become constants: 2 an int64 [1], [2, 3] an int64 [2], 2.0 a float32 scalar, [2.0] a float32 [1]. Counts and
+    positions are int64 [1]. They come from attributes alone (a static size is an attribute of the node, e.g. `tokens`),
+    so that every engine can fold them; ONNX Runtime does not fold a Shape if the batch is dynamic.
 
     Args:
-        op_type: of the operator.
-        inputs: their names.
-        attributes: names and types (int or float).
+        op_type: Operator type.
+        inputs: Names of the inputs.
+        attributes: Names and types (int or float).
     """
 
     def __init__(self, op_type: str, inputs: Sequence[str], attributes: Mapping[str, type] | None = None) -> None:
@@ -99,7 +100,7 @@ class Body:
         return lambda *inputs, **attributes: self.nodes_of(op_type, inputs, 1, attributes)[0]
 
     def nodes_of(self, op_type: str, inputs: Sequence[Any], outputs: int, attributes: Mapping[str, Any]) -> list[Value]:
-        """One node; attributes whose value is a `Ref` come from the operator's own."""
+        """Add one node; attributes given as `Ref` refer to attributes of the operator."""
         from onnx import helper
 
         names = [self._value(each).name for each in inputs]
@@ -115,16 +116,16 @@ class Body:
         return [Value(self, each) for each in made]
 
     def inputs(self) -> list[Value]:
-        """The operator's inputs."""
+        """Inputs of the operator."""
         return [Value(self, name) for name in self.input_names]
 
     def outputs(self, **results: Value) -> Body:
-        """Say what the operator returns, by name."""
+        """Set the outputs of the operator, by name."""
         self.results = list(results.items())
         return self
 
     def function(self, opset: int = OPSET) -> onnx.FunctionProto:
-        """The body as ONNX holds it, without nodes that nothing uses: helpers may compute more than a variant needs."""
+        """The body as a FunctionProto, without unused nodes: helpers may compute more than a variant needs."""
         from onnx import helper
 
         used = {value.name for _, value in self.results}
@@ -133,7 +134,7 @@ class Body:
                 del self.nodes[index]
             else:
                 used.update(self.nodes[index].input)
-        for name, value in self.results:  # an Identity for each would stay in the inlined twin
+        for name, value in self.results:  # avoids Identity nodes, which would remain in the inlined model
             for each in self.nodes:
                 each.input[:] = [name if old == value.name else old for old in each.input]
                 each.output[:] = [name if old == value.name else old for old in each.output]
@@ -148,7 +149,7 @@ class Body:
         )
 
     def _value(self, given: Any) -> Value:
-        """A number as a constant, None as an input left out."""
+        """Convert numbers to constants, and None to an omitted input."""
         if isinstance(given, Value):
             return given
         if given is None:
@@ -161,7 +162,7 @@ class Body:
         return self._constants[key]
 
     def _scalar(self, given: Value | int) -> Value:
-        """A count as Range wants it."""
+        """Convert a count to the scalar that Range takes."""
         if isinstance(given, Value):
             return self.Squeeze(given)
         key = f"scalar {given}"
@@ -169,7 +170,7 @@ class Body:
             self._constants[key] = self.Constant(value_int=given)
         return self._constants[key]
 
-    # What every body needs.
+    # Common helpers.
 
     def attribute(self, name: str) -> Value:
         """An attribute as a tensor: int64 [1], or a float32 scalar."""
@@ -182,7 +183,7 @@ class Body:
         return self._constants[key]
 
     def range(self, start: Value | int, stop: Value | int, step: int = 1) -> Value:
-        """int64 [n], of static bounds."""
+        """int64 [n] from static bounds."""
         return self.Range(*(self._scalar(each) for each in (start, stop, step)))
 
     def slice(self, x: Value, axis: int, start: Value | int, stop: Value | int, step: int = 1) -> Value:
@@ -190,21 +191,21 @@ class Body:
         return self.Slice(x, start, stop, axis, step)
 
     def float(self, x: Value) -> Value:
-        """float32."""
+        """Cast to float32."""
         return self.Cast(x, to=1)
 
     def rows(self, x: Value, index: Value) -> Value:
-        """x [B, N, D] at index [B, K] -> [B, K, D]: one axis of the batch, whole rows."""
+        """Gather rows of x [B, N, D] at index [B, K] per image: [B, K, D]."""
         return self.GatherND(x, self.Unsqueeze(index, -1), batch_dims=1)
 
     def take(self, values: Value, index: Value) -> Value:
-        """values [B, N] at index [B, K] -> [B, K]."""
+        """Gather values [B, N] at index [B, K]: [B, K]."""
         return self.GatherElements(values, index, axis=1)
 
     def top(self, values: Value, k: Value) -> tuple[Value, Value]:
-        """The k highest of the last axis and where they are, in descending order; ties to the lowest index.
+        """The k highest values of the last axis and their indices, in descending order; ties to the lowest index.
 
-        NaN becomes infinity first: ONNX leaves its rank open, and engines sort by comparisons that it makes void.
+        NaN is replaced by infinity: ONNX does not define its rank, and comparisons with NaN break the engines' sorts.
         """
         values = self.Where(self.IsNaN(values), float("inf"), values)
         found = self.nodes_of("TopK", (values, k), 2, {"axis": -1, "largest": 1, "sorted": 1})
@@ -215,12 +216,12 @@ class Body:
         return self.nodes_of("TopK", (index, k), 2, {"axis": -1, "largest": 0, "sorted": 1})[0]
 
     def sum(self, x: Value, axis: int, keep: bool = False) -> Value:
-        """Sum along an axis, counted from the front: ONNX Runtime sums an empty axis -1 to something empty."""
+        """Sum along a non-negative axis (ONNX Runtime returns an empty tensor for an empty axis -1)."""
         return self.ReduceSum(x, axis, keepdims=int(keep))
 
 
 class Ref:
-    """An attribute of a node inside a body that takes its value from the operator's own attribute."""
+    """Attribute of a node inside a body that refers to an attribute of the operator."""
 
     def __init__(self, attribute: str) -> None:
         self.attribute = attribute

@@ -1,4 +1,4 @@
-"""Launching a Triton kernel the same way from eager torch, torch.compile, AOTInductor and the interpreter."""
+"""Launch a Triton kernel in the same way from eager torch, torch.compile, AOTInductor and the interpreter."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The one limit that all operators share: token counts of ViTs up to 448 x 448 at patch 14.
+# Limit of all operators: covers ViTs up to 448 x 448 at patch 14.
 MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Config:
-    """The compile-time half of a launch: what just-in-time and ahead-of-time builds must agree on.
+    """Compile-time part of a launch, shared by just-in-time and ahead-of-time builds.
 
     Attributes:
-        kernel: the @triton.jit function.
-        constants: its constexpr arguments.
-        num_warps, num_stages: of the compiler.
+        kernel: The @triton.jit function.
+        constants: Its constexpr arguments.
+        num_warps, num_stages: Compiler options.
     """
 
     kernel: Any
@@ -35,13 +35,13 @@ class Variant:
 
     Attributes:
         operator: "attention", ...
-        name: of the variant, unique in its operator: letters, digits and underscores.
-        config: as the launcher would choose it.
-        signature: type of every argument that is no constexpr, in order: "*bf16", "*i64", "i32", "fp32", ...
-        grid: three expressions in the names of `shapes`, e.g. ("B", "cdiv(N, 64)", "1").
-        shapes: what the variant takes: a symbol and its allowed values, (low, high) or one number.
-        dtype: "fp32", "fp16" or "bf16", of the tokens.
-        aligned: arguments (pointers and integers) that the compiler may take to be divisible by 16.
+        name: Name of the variant, unique in its operator: letters, digits and underscores.
+        config: Same as the launcher would choose.
+        signature: Type of each non-constexpr argument, in order: "*bf16", "*i64", "i32", "fp32", ...
+        grid: Three expressions in the names of `shapes`, e.g. ("B", "cdiv(N, 64)", "1").
+        shapes: Supported sizes: symbol to (low, high) or to one number.
+        dtype: Of the tokens, "fp32", "fp16" or "bf16".
+        aligned: Arguments (pointers and integers) that the compiler may assume divisible by 16.
     """
 
     operator: str
@@ -58,11 +58,11 @@ def launch(config: Config, grid: tuple[Any, ...], *arguments: Any) -> None:
     """Run a kernel.
 
     Args:
-        grid: of the launch; entries may be symbolic.
-        arguments: of the kernel in order, its constexprs left out.
+        grid: Grid of the launch; entries may be symbolic.
+        arguments: Of the kernel in order, without constexprs.
     """
     kernel = config.kernel
-    if _is_jit(kernel):  # the interpreter's stand-in is none, and needs no wrapping
+    if _is_jit(kernel):  # false for the interpreter's function, which needs no wrapping
         from torch.library import wrap_triton
 
         kernel = wrap_triton(kernel)
@@ -70,22 +70,22 @@ def launch(config: Config, grid: tuple[Any, ...], *arguments: Any) -> None:
 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What a kernel is given for an optional tensor that is not there: one element that it never reads.
+    """Placeholder for an optional tensor: one element that the kernel never reads.
 
-    Not simply one of the other arguments: Inductor computes a tensor that a kernel is given twice two times.
+    A tensor of its own rather than another argument: Inductor would compute a tensor passed twice two times.
     """
     return like.new_empty(1, dtype=dtype)
 
 
 def runs_kernel(x: Tensor) -> bool:
-    """Whether an operator on this tensor launches its kernel; elsewhere it runs the torch form."""
+    """Whether an operator launches its kernel for this tensor; otherwise it runs the torch implementation."""
     return x.is_cuda
 
 
 def binary_parts(n: int, parts: int, smallest: int = 16) -> list[int]:
-    """Split n into at most `parts` descending powers of two that cover it, each `smallest` or more.
+    """Split n into at most `parts` descending powers of two, each at least `smallest`, that cover it.
 
-    Triton's tiles are powers of two: 197 keys in one tile are 256 wide, in parts of 128 + 64 + 16 they are 208.
+    Triton's tiles are powers of two: 197 keys take 256 as one tile, but 208 as 128 + 64 + 16.
     """
     left = -(-n // smallest) * smallest
     found: list[int] = []
@@ -100,12 +100,12 @@ def binary_parts(n: int, parts: int, smallest: int = 16) -> list[int]:
 
 
 def next_power_of_two(n: int, smallest: int = 1) -> int:
-    """The least power of two that is at least n and `smallest`."""
+    """Smallest power of two that is at least n and `smallest`."""
     return max(smallest, 1 << max(0, n - 1).bit_length())
 
 
 def triton_type(dtype: Any) -> str:
-    """ "fp32", "fp16" or "bf16" of a torch dtype."""
+    """ "fp32", "fp16" or "bf16" for a torch dtype."""
     return {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}[str(dtype)]
 
 
@@ -121,5 +121,5 @@ def _is_jit(kernel: Any) -> bool:
 
 
 def each_dtype() -> Iterator[str]:
-    """The dtypes of every operator's tokens."""
+    """Dtypes that every operator supports for its tokens."""
     yield from ("fp32", "fp16", "bf16")

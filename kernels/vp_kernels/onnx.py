@@ -1,16 +1,16 @@
-"""The operators in ONNX: a node of the domain `vp` each, with a function body in standard operators beside it.
+"""The operators in ONNX: nodes of domain `vp`, each with a function body in standard operators.
 
-Three steps, so that one exported file serves every engine:
+One exported file serves every engine, in three steps:
 
-1. While torch.onnx.export traces, an operator leaves one node (`function_body.node`, called by each room's `..._node`).
-2. `add_functions` gives the finished model the body of every operator that it uses: now it is valid ONNX, and an engine
-   that knows functions (ONNX Runtime, TensorRT) runs it, or puts its own kernel in the node's place.
-3. `inline` makes the twin in standard operators, for engines that know no functions (OpenVINO).
+1. While torch.onnx.export traces, each operator emits one node (`function_body.node`, called by its `..._node`).
+2. `add_functions` adds the body of every operator used, which makes the model valid ONNX. An engine that supports
+   functions (ONNX Runtime, TensorRT) runs it, or replaces the node by its own kernel.
+3. `inline` returns a copy in standard operators, for engines that do not support functions (OpenVINO).
 
-Every variant that differs in inputs, outputs or structure is an operator type of its own ("MatchMerge",
-"MatchMergeSize"): ONNX has overloads of functions for that, but TensorRT looks functions up by their name alone.
+Variants that differ in inputs, outputs or structure have operator types of their own ("MatchMerge", "MatchMergeSize").
+ONNX offers function overloads for this, but TensorRT looks functions up by name alone.
 
-Importing this imports neither onnx nor torch.
+Importing this module imports neither onnx nor torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vp_kernels.function_body import DOMAIN, OPSET, VERSION, Body
 if TYPE_CHECKING:
     import onnx
 
-PLUGIN_VERSION = "1"  # kVersion of kernels/plugins/src/plugin.hpp; the namespace there is the domain
-OLDEST_OPSET = 18  # of a model that gets bodies: the first with axes as inputs of every reduction
+PLUGIN_VERSION = "1"  # kVersion in kernels/plugins/src/plugin.hpp; the plugin namespace is the domain
+OLDEST_OPSET = 18  # the first opset in which every reduction takes its axes as an input
 _ROOMS: tuple[ModuleType, ...] = tuple(
     import_module(f"vp_kernels.{file.parent.name}.function")
     for file in sorted(Path(__file__).parent.glob("*/function.py"))
@@ -38,21 +38,20 @@ _ROOMS: tuple[ModuleType, ...] = tuple(
 
 
 def function_names() -> list[str]:
-    """The operator types that have a body, e.g. "MatchMergeSize"."""
+    """Operator types that have a function body, e.g. "MatchMergeSize"."""
     return list(_rooms())
 
 
 def add_functions(model: onnx.ModelProto) -> list[str]:
-    """Give a model the body of every `vp` operator type that it uses, in place. A second call changes nothing.
+    """Add the body of every `vp` operator type that a model uses, in place. Idempotent.
 
-    The bodies are in the model's own opset; below 23, attention is written out in them.
+    Bodies use the model's own opset; below 23 they spell out attention.
 
     Returns:
         The operator types, sorted.
 
     Raises:
-        KernelError: a node of the domain has a type that is none of ours, or the model's opset is older than 18; the
-            model is then as it was.
+        KernelError: if a node of the domain has an unknown type, or the opset is below 18; the model is then unchanged.
     """
     used = sorted({each.op_type for each in model.graph.node if each.domain == DOMAIN})
     opset = _opset(model)
@@ -65,7 +64,7 @@ def add_functions(model: onnx.ModelProto) -> list[str]:
 
 
 def name_plugins(model: onnx.ModelProto) -> None:
-    """Say on every `vp` node which TensorRT plugin it is, in place: its parser never looks at a node's domain."""
+    """Name the TensorRT plugin on every `vp` node, in place: TensorRT's parser ignores a node's domain."""
     from onnx import helper
 
     for each in model.graph.node:
@@ -75,9 +74,9 @@ def name_plugins(model: onnx.ModelProto) -> None:
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The twin of a model with every `vp` node replaced by its body; the model itself stays as it is.
+    """Copy a model with every `vp` node replaced by its body.
 
-    What becomes of a node X is called "X/TopK.0", nodes and values alike: profilers and viewers show whose it is.
+    Nodes and values that replace node X are called "X/TopK.0", so that profilers and viewers show where they belong.
 
     Raises:
         KernelError: as for `add_functions`.
@@ -87,7 +86,7 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
 
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
-    # The inliner works on the serialised model: without the weights it is fast, and stays below protobuf's 2 GiB.
+    # The inliner serialises the model: without weights this is fast, and stays below protobuf's 2 GiB.
     for weight in twin.graph.initializer:
         weight.CopyFrom(onnx.TensorProto(name=weight.name, data_type=weight.data_type, dims=[0]))
     others = [function for function in model.functions if function.domain != DOMAIN]
@@ -100,13 +99,13 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         scope = each.name or f"{each.op_type}.{index}"
         scopes[scope] += 1
-        # One function a node: so what it holds can bear the node's name.
+        # One function per node, so that names inside can carry the node's name.
         function = _function(each.op_type, opset)
         function.name = each.op_type = f"{each.op_type}_{index}"
         _rename(function, scope if scopes[scope] == 1 else f"{scope}.{scopes[scope] - 1}")
         twin.functions.append(function)
     twin = inliner.inline_local_functions(twin)
-    for each in twin.graph.node:  # the inliner numbers what it brings in; the scope has made it unique already
+    for each in twin.graph.node:  # drop the inliner's numbers; the scope already makes names unique
         if each.name:
             each.name = _unnumbered(each.name, scopes)
         for names in (each.input, each.output):
@@ -122,12 +121,12 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _rooms() -> dict[str, ModuleType]:
-    """Every operator type and the module that writes its body (its `TYPES` and `body`)."""
+    """Operator type to the module that defines its body (in `TYPES` and `body`)."""
     return {op_type: room for room in _ROOMS for op_type in room.TYPES}
 
 
 def _function(op_type: str, opset: int) -> onnx.FunctionProto:
-    """The body of a type in an opset. A room whose body needs operators of opset 23 has an `explicit_body` as well."""
+    """Body of an operator type in an opset. Modules whose body needs opset 23 also have an `explicit_body`."""
     rooms = _rooms()
     if op_type not in rooms:
         raise KernelError(f"{DOMAIN}::{op_type}", "the operator type", repr(op_type), f"one of {', '.join(rooms)}")
@@ -140,7 +139,7 @@ def _function(op_type: str, opset: int) -> onnx.FunctionProto:
 
 
 def _opset(model: onnx.ModelProto) -> int:
-    """Of the standard domain."""
+    """Opset of the standard domain."""
     return max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=OPSET)
 
 
@@ -153,7 +152,7 @@ def _import(model: onnx.ModelProto, domain: str, version: int) -> None:
 
 
 def _rename(function: onnx.FunctionProto, scope: str) -> None:
-    """Put "scope/" in front of every name in a body; the inliner takes those of inputs and outputs from the node."""
+    """Prefix every name in a body with "scope/"; the inliner takes names of inputs and outputs from the node."""
     outer = {*function.input, *function.output, ""}
     for each in function.node:
         each.name = f"{scope}/{each.name}"

@@ -1,4 +1,4 @@
-// vp::Attention: as `launch_attention` in kernels/vp_kernels/attention/kernel.py.
+// vp::Attention, mirrors `launch_attention` in kernels/vp_kernels/attention/kernel.py.
 #include "operator.hpp"
 
 namespace vp {
@@ -20,7 +20,7 @@ Plan attention(int sm, Fields const& fields, std::vector<Tensor> const& given, b
       find(sm, {"attention", "", qkv.dtype, {{"HAS_BIAS", bias}, {"CLASS", ofClass}, {"MEAN", mean}}}, sizes);
 
   Plan plan;
-  // Every head leaves a row of what keys received; for the mean, every tile of queries does.
+  // Partial sums of the importance: one row per head, for the mean one per head and query tile.
   auto const rows = H * (mean ? cdiv(N, constantOf(entry, "BLOCK_M")) : 1);
   auto const partial = ofClass || mean ? plan.scratch(static_cast<std::size_t>(B * rows * N), Dtype::kFp32) : absent();
   plan.calls.push_back({&entry,

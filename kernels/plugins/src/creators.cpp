@@ -1,5 +1,4 @@
-// What TensorRT asks a plugin library for: `getCreators` and `setLoggerFinder` (its two C entry points), and the
-// creators.
+// Entry points of a plugin library for TensorRT, `getCreators` and `setLoggerFinder`, and the plugin creators.
 #include "plugin.hpp"
 
 #include <algorithm>
@@ -15,7 +14,7 @@ using Severity = nvinfer1::ILogger::Severity;
 
 nvinfer1::ILoggerFinder* finder = nullptr;
 
-// One number of a field, whatever type the parser gave it.
+// Value of a field, which must hold one number of any type.
 double valueOf(nvinfer1::PluginField const& field) {
   std::string const name = field.name;
   require(field.data != nullptr && field.length == 1,
@@ -39,20 +38,20 @@ double valueOf(nvinfer1::PluginField const& field) {
   }
 }
 
-// Every field of the operator, and no other, each within its limits.
+// Checks that all fields of the operator are given, no others, and each within its limits.
 Fields read(Operator const& op, nvinfer1::PluginFieldCollection const* given) {
   Fields found;
   for (std::int32_t index = 0; given != nullptr && index < given->nbFields; ++index) {
     auto const& each = given->fields[index];
     require(each.name != nullptr, "a field without a name", "a name");
     std::string const name = each.name;
-    // ONNX parsers hand on the attributes that chose the plugin.
+    // ONNX parsers pass on the attributes that selected the plugin.
     if (name == "plugin_namespace" || name == "plugin_version") continue;
     auto const known = std::find_if(op.fields.begin(), op.fields.end(), [&](Field const& f) { return f.name == name; });
     require(known != op.fields.end(), "a field " + name, "only those of " + op.type);
     auto const value = valueOf(each);
     require(known->real || value == std::floor(value), name + " = " + std::to_string(value), "a whole number");
-    // NaN is within no limits.
+    // Also false for NaN.
     require(value >= known->low && value <= known->high, name + " = " + std::to_string(value),
             std::to_string(known->low) + " to " + std::to_string(known->high));
     found[name] = value;
@@ -111,7 +110,7 @@ void say(Severity severity, std::string const& line) noexcept {
 
 extern "C" {
 
-// TensorRT's registry calls these when it loads the library (IPluginRegistry::loadLibrary, trtexec --dynamicPlugins).
+// Called by TensorRT's registry when it loads the library (IPluginRegistry::loadLibrary, trtexec --dynamicPlugins).
 VP_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
   static std::vector<std::unique_ptr<vp::Creator>> const owned = [] {
     std::vector<std::unique_ptr<vp::Creator>> made;

@@ -1,10 +1,10 @@
-// vp::DensityMerge: as `launch_density_merge` in kernels/vp_kernels/density_merge/kernel.py.
+// vp::DensityMerge, mirrors `launch_density_merge` in kernels/vp_kernels/density_merge/kernel.py.
 #include "operator.hpp"
 
 namespace vp {
 namespace {
 
-constexpr std::int64_t kLists = 14;  // LISTS of kernels/vp_kernels/density_merge/kernel.py
+constexpr std::int64_t kLists = 14;  // LISTS in kernels/vp_kernels/density_merge/kernel.py
 
 std::int64_t up(std::int64_t n) { return cdiv(n, 16) * 16; }
 

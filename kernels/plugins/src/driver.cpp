@@ -11,7 +11,7 @@
 namespace vp {
 namespace {
 
-// The driver's own types and numbers (cuda.h); its ABI is stable, so no CUDA toolkit is needed to build.
+// The driver's types and constants (cuda.h). Its ABI is stable, so no CUDA toolkit is needed to build.
 using Result = int;
 using Device = int;
 using Handle = void*;
@@ -24,7 +24,7 @@ struct Driver {
   Result (*errorName)(Result, char const**);
   Result (*contextDevice)(Device*);
   Result (*deviceAttribute)(int*, int, Device);
-  // Libraries (CUDA 12) need no context of ours: a kernel's handle is good in each.
+  // Libraries (CUDA 12) are independent of contexts: a kernel handle is valid in each.
   Result (*libraryLoad)(Handle*, void const*, void*, void**, unsigned, void*, void**, unsigned);
   Result (*libraryKernel)(Handle*, Handle, char const*);
   Result (*kernelSet)(int, int, Handle, Device);
@@ -78,7 +78,7 @@ int attribute(int which, Device device) {
   return value;
 }
 
-// Kernels that are loaded, by device. They stay until the process ends, as a static library's would.
+// Loaded kernels, by device. Never unloaded.
 class Loaded {
  public:
   Handle of(Entry const& entry) {
@@ -89,7 +89,7 @@ class Loaded {
       if (found != kernels_.end()) return found->second;
     }
     std::unique_lock<std::shared_mutex> writing(mutex_);
-    auto const found = kernels_.find(key);  // another thread may have been first
+    auto const found = kernels_.find(key);  // another thread may have loaded it
     return found != kernels_.end() ? found->second : kernels_.emplace(key, read(entry, key.second)).first->second;
   }
 

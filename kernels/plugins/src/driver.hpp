@@ -1,4 +1,4 @@
-// The CUDA driver, found when the first kernel runs: a machine without one can load the library and list its plugins.
+// The CUDA driver, loaded when the first kernel runs, so that plugins can be listed on a machine without one.
 #pragma once
 
 #include "entry.hpp"
@@ -7,13 +7,13 @@
 
 namespace vp {
 
-// Compute capability of the current device, 90 for 9.0; throws Refused where there is no driver or no device.
+// Compute capability of the current device, 90 for 9.0. Throws Refused without a driver or device.
 int currentCapability();
 
-// Loads a kernel into the current device, once; later launches of it take no lock but a shared one.
+// Loads a kernel into the current device, once; later launches only take a shared lock.
 void load(Entry const& entry);
 
-// Puts one launch on a stream. `arguments` are pointers to the values of the kernel's parameters, hidden ones included.
+// Enqueues a launch on a stream. `arguments` point to the values of the kernel's parameters, hidden ones included.
 void launch(Entry const& entry, unsigned const (&grid)[3], void* stream, void** arguments);
 
 }  // namespace vp

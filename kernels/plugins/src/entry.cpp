@@ -15,7 +15,7 @@ bool isOf(Entry const& entry, Query const& query) {
   });
 }
 
-// The first size that the entry does not take, or nullptr.
+// Name of the first size outside the entry's limits, or nullptr.
 Range const* refused(Entry const& entry, Symbols const& sizes) {
   auto const* found = std::find_if(entry.shapes.begin(), entry.shapes.end(), [&](Range const& range) {
     return sizes.*range.symbol < range.low || sizes.*range.symbol > range.high;

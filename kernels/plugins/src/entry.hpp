@@ -1,4 +1,4 @@
-// One compiled kernel, as the index of `python -m vp_kernels.aot` describes it (docs/aot.md), and how one is chosen.
+// Compiled kernels, as described by the index of `python -m vp_kernels.aot` (docs/aot.md), and their selection.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace vp {
 
 enum class Dtype { kFp32, kFp16, kBf16, kInt64, kInt32 };
 
-// Bytes of one value.
+// Size of one value in bytes.
 constexpr std::size_t bytesOf(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFp16:
@@ -25,18 +25,18 @@ constexpr std::size_t bytesOf(Dtype dtype) {
   }
 }
 
-// The sizes that grids and limits are written in: the names are those of the index's `shapes`.
+// Sizes used in grids and limits, named as in the index's `shapes`.
 struct Symbols {
   std::int64_t B{}, N{}, H{}, d{}, K{}, E{}, D{}, n{}, k{}, R{}, rows{};
 };
 
-// A compile-time argument of the kernel that tells variants apart. Flags are 0 and 1.
+// Compile-time argument of a kernel that distinguishes variants. Flags are 0 and 1.
 struct Constant {
   std::string_view name;
   std::int64_t value;
 };
 
-// What the variant takes of one size, both ends included.
+// Supported range of one size, inclusive.
 struct Range {
   std::int64_t Symbols::*symbol;
   std::string_view name;
@@ -48,7 +48,7 @@ enum class ParameterKind { kPointer, kInt32, kFloat, kHidden };
 struct Parameter {
   std::string_view name;
   ParameterKind kind;
-  int divisibleBy;  // a promise that the compiled code relies on
+  int divisibleBy;  // guaranteed to the compiled code
 };
 
 template <typename T>
@@ -68,30 +68,30 @@ struct Entry {
   Span<Parameter> parameters;
   std::int64_t (*grid[3])(Symbols const&);
   unsigned threads, shared;
-  bool raiseLimit;  // `shared` is above what a launch gets unasked
+  bool raiseLimit;  // `shared` exceeds the default limit of a launch
   unsigned char const* cubin;
   std::size_t cubinSize;
 };
 
-// All kernels of this library, generated from the index by embed.py.
+// All kernels in this library, generated from the index by embed.py.
 Span<Entry> entries();
 
-// What a kernel is asked for; an empty name of the kernel: any that has these constants.
+// Requested kernel and constants. An empty kernel name matches any kernel with these constants.
 struct Query {
   std::string_view op, kernel;
   Dtype dtype;
   std::vector<Constant> constants;
 };
 
-// Says what was found and what was expected, for a log.
+// Describes what was found and what was expected, for a log.
 struct Refused : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The kernel for a compute capability; throws Refused, which says what there is instead.
+// The kernel for a compute capability. Throws Refused, listing what is available.
 Entry const& find(int sm, Query const& query, Symbols const& sizes);
 
-// A compile-time argument of a kernel, which has it.
+// Compile-time argument of a kernel; must exist.
 std::int64_t constantOf(Entry const& entry, std::string_view name);
 
 char const* nameOf(Dtype dtype);

@@ -1,4 +1,4 @@
-// vp::GatherNorm: as `launch_gather_norm` in kernels/vp_kernels/gather_norm/kernel.py.
+// vp::GatherNorm, mirrors `launch_gather_norm` in kernels/vp_kernels/gather_norm/kernel.py.
 #include "operator.hpp"
 
 namespace vp {

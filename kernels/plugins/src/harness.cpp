@@ -1,7 +1,7 @@
-// TensorRT's side of a plugin, without TensorRT: finds creators, makes plugins and drives them as an engine would.
+// Drives a plugin without TensorRT: finds creators, creates plugins and runs them as an engine would.
 //
-// The tests and benchmarks/gpu call it through ctypes. Every function returns 0, or fails with a reason in
-// `harnessError`. A "node" is one plugin.
+// Called through ctypes by the tests and benchmarks/gpu. Functions return 0 on success; otherwise `harnessError` holds
+// the reason. A "node" is one plugin instance.
 #include <NvInfer.h>
 
 #include <dlfcn.h>
@@ -26,7 +26,7 @@ struct Finder final : ILoggerFinder {
   ILogger* findLogger() override { return &log_; }
 } finder;
 
-// Sizes as plain numbers: what IExprBuilder makes of constants.
+// Constant sizes as IExprBuilder represents them.
 struct Number final : IDimensionExpr, apiv::VDimensionExpr {
   explicit Number(std::int64_t given) : value(given) { mImpl = this; }
   bool isConstant() const override { return true; }
@@ -80,7 +80,7 @@ int failed(std::string const& why) {
 
 }  // namespace
 
-// A tensor: dtype as nvinfer1::DataType, its sizes, its memory.
+// A tensor: dtype as nvinfer1::DataType, sizes, data pointer.
 struct HarnessTensor {
   std::int32_t type, rank;
   std::int64_t sizes[8];
@@ -115,7 +115,7 @@ extern "C" {
 
 char const* harnessError() { return error.c_str(); }
 
-// What the plugins logged since the last call.
+// Messages logged by the plugins since the last call.
 char const* harnessLog() {
   static std::string said;
   said.swap(logged);
@@ -145,7 +145,7 @@ char const* harnessField(std::int32_t index, std::int32_t at) {
   return creatorAt(index)->getFieldNames()->fields[at].name;
 }
 
-// A plugin of a type, or null. `values` are 8 bytes each, read as their PluginFieldType says.
+// Creates a plugin, or returns null. `values` are 8 bytes each, interpreted by their PluginFieldType.
 void* harnessCreate(char const* type, std::int32_t count, char const* const* names, std::int32_t const* types,
                     std::int64_t const* values, std::int32_t length) {
   for (std::int32_t index = 0; index < library.count; ++index) {
@@ -165,7 +165,7 @@ void harnessDestroy(void* plugin) { delete static_cast<IPluginV3*>(plugin); }
 
 void* harnessClone(void* plugin) { return static_cast<IPluginV3*>(plugin)->clone(); }
 
-// As an engine is saved and loaded: the fields of one become another, made for the run.
+// Saves and reloads a plugin: its serialised fields create another one for the runtime phase.
 void* harnessSerialised(void* plugin) {
   auto* made = static_cast<IPluginV3*>(plugin);
   auto const* fields = part<IPluginV3OneRuntime>(made, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
@@ -178,7 +178,7 @@ void* harnessSerialised(void* plugin) {
   return nullptr;
 }
 
-// The outputs' types and sizes, as the plugin says.
+// Types and sizes of the plugin's outputs.
 int harnessOutputs(void* plugin, std::int32_t inputs, HarnessTensor const* given, std::int32_t* outputs,
                    HarnessTensor* found) {
   auto* build = part<IPluginV3OneBuild>(static_cast<IPluginV3*>(plugin), PluginCapabilityType::kBUILD);
@@ -207,7 +207,7 @@ int harnessOutputs(void* plugin, std::int32_t inputs, HarnessTensor const* given
   return 0;
 }
 
-// Whether the plugin takes these types, all of them linear; `format` is that of the tensor at `position`.
+// Whether the plugin supports these types, all linear; `format` is that of the tensor at `position`.
 int harnessSupports(void* plugin, std::int32_t position, std::int32_t inputs, std::int32_t outputs,
                     std::int32_t const* types, std::int32_t format) {
   auto* build = part<IPluginV3OneBuild>(static_cast<IPluginV3*>(plugin), PluginCapabilityType::kBUILD);
@@ -220,7 +220,7 @@ int harnessSupports(void* plugin, std::int32_t position, std::int32_t inputs, st
   return build->supportsFormatCombination(position, tensors.data(), inputs, outputs) ? 1 : 0;
 }
 
-// Bytes of scratch memory at these shapes; fails where the plugin cannot run on them.
+// Workspace size in bytes for these shapes; fails if the plugin does not support them.
 int harnessConfigure(void* plugin, std::int32_t inputs, HarnessTensor const* given, std::int32_t outputs,
                      HarnessTensor const* found, std::int64_t* workspace) {
   auto* build = part<IPluginV3OneBuild>(static_cast<IPluginV3*>(plugin), PluginCapabilityType::kBUILD);
@@ -230,7 +230,7 @@ int harnessConfigure(void* plugin, std::int32_t inputs, HarnessTensor const* giv
   return 0;
 }
 
-// One run, as an execution context does it: attached, told the shapes, enqueued.
+// Runs once, as an execution context does: attach, set shapes, enqueue.
 int harnessRun(void* plugin, std::int32_t inputs, HarnessTensor const* given, std::int32_t outputs,
                HarnessTensor const* found, void* workspace, void* stream) {
   auto* runtime = part<IPluginV3OneRuntime>(static_cast<IPluginV3*>(plugin), PluginCapabilityType::kRUNTIME);

@@ -1,4 +1,4 @@
-// vp::MatchMerge: as `launch_match_merge` in kernels/vp_kernels/match_merge/kernel.py, the matching and then the merge.
+// vp::MatchMerge, mirrors `launch_match_merge` in kernels/vp_kernels/match_merge/kernel.py: matching, then merge.
 #include "operator.hpp"
 
 namespace vp {
@@ -28,7 +28,7 @@ Plan matchMerge(int sm, Fields const& fields, std::vector<Tensor> const& given, 
   auto const into = scratch(r, Dtype::kInt64);
   auto const weight = hasSize || hasScores ? scratch(r, Dtype::kFp32) : absent();
   auto const keepWeight = hasSize ? scratch(N - r, Dtype::kFp32) : absent();
-  // Where all of A is one tile, the rows of unit length stay in registers.
+  // If A is a single tile, the unit rows stay in registers.
   auto const unit = constantOf(entry, "ONE_TILE") ? absent() : scratch(N * constantOf(entry, "BLOCK_K"), Dtype::kFp32);
   plan.calls.push_back({&entry,
                         sizes,

@@ -1,4 +1,4 @@
-// vp::MergeRows: as `launch_merge_rows` in kernels/vp_kernels/merge_rows/kernel.py.
+// vp::MergeRows, mirrors `launch_merge_rows` in kernels/vp_kernels/merge_rows/kernel.py.
 #include "operator.hpp"
 
 namespace vp {

@@ -1,4 +1,4 @@
-// The operators without TensorRT: what each takes and gives, and which kernels it launches for given shapes.
+// The operators, independent of TensorRT: inputs, outputs, and the kernels launched for given shapes.
 #pragma once
 
 #include "entry.hpp"
@@ -19,13 +19,13 @@ struct Tensor {
   Shape shape;
 };
 
-// A node's attributes, all of them present once a node has been made.
+// Attributes of a node, complete once the node is created.
 using Fields = std::map<std::string, double, std::less<>>;
 
-// What a kernel is given for one parameter.
+// Value passed for one kernel parameter.
 struct Argument {
   enum class From { kInput, kOutput, kWorkspace, kNumber } from;
-  std::size_t which{};  // input, output, or byte in the workspace
+  std::size_t which{};  // index of an input or output, or byte offset in the workspace
   double number{};
 };
 
@@ -35,22 +35,22 @@ template <typename T>
 Argument number(T value) {
   return {Argument::From::kNumber, 0, static_cast<double>(value)};
 }
-// For an optional tensor that is not there: the kernel never reads it, but its parameter is a pointer.
+// Stands in for an optional tensor: the kernel never reads it, but its parameter is a pointer.
 inline Argument absent() { return input(0); }
 
-// One launch. The names are the kernel's own parameters, as the index has them.
+// One launch. Names are those of the kernel's parameters in the index.
 struct Call {
   Entry const* entry{};
   Symbols sizes;
   std::map<std::string_view, Argument> arguments;
 };
 
-// What a node does at given shapes: launches in order, and the scratch memory that passes between them.
+// Work of a node at given shapes: launches in order, and the scratch memory they share.
 struct Plan {
   std::vector<Call> calls;
   std::size_t workspace{};  // bytes
 
-  // Scratch memory: aligned as device memory is, so that every promise of `divisibleBy` holds.
+  // Reserves scratch memory, aligned like device memory, so that every `divisibleBy` holds.
   Argument scratch(std::size_t values, Dtype dtype) {
     auto const at = workspace;
     workspace = (workspace + values * bytesOf(dtype) + 255) / 256 * 256;
@@ -58,8 +58,8 @@ struct Plan {
   }
 };
 
-// Dtype of an input or output: fixed, or that of the tokens (x, qkv), or of match_merge's metric, fp32, fp16 or bf16
-// both.
+// Dtype of an input or output: fixed, that of the tokens (x, qkv), or that of match_merge's metric. The latter two are
+// fp32, fp16 or bf16.
 enum class Type { kTokens, kMetric, kFp32, kInt64 };
 
 struct Port {
@@ -67,7 +67,7 @@ struct Port {
   int rank;
 };
 
-// One size of an output: the product of sizes of inputs (input, axis), and more.
+// One size of an output: a product of input sizes (input, axis), plus constants and further sizes.
 struct Size {
   std::vector<std::pair<int, int>> times;
   std::int64_t plus{};
@@ -81,25 +81,25 @@ struct Result {
 
 struct Field {
   std::string name;
-  bool real;  // float32, else an integer
+  bool real;  // float32, else integer
   double low, high;
 };
 
-// An operator type of the `vp` domain, e.g. "MatchMergeSize".
+// An operator type of domain `vp`, e.g. "MatchMergeSize".
 struct Operator {
   std::string type;
   std::vector<Field> fields;
   std::vector<Port> inputs;
-  // The outputs, whose sizes may depend on the attributes.
+  // Outputs; their sizes may depend on the attributes.
   std::function<std::vector<Result>(Fields const&)> outputs;
-  // Launches at given shapes on a compute capability; throws Refused for what no kernel takes.
+  // Launches at given shapes on a compute capability. Throws Refused if no kernel supports them.
   std::function<Plan(int sm, Fields const&, std::vector<Tensor> const&)> plan;
 };
 
-// Every operator type, in a fixed order.
+// All operator types, in a fixed order.
 std::vector<Operator> const& operators();
 
-// One room each, in its own file.
+// One file per operator.
 void addAttention(std::vector<Operator>& to);
 void addGatherNorm(std::vector<Operator>& to);
 void addSelect(std::vector<Operator>& to);
@@ -107,11 +107,11 @@ void addMergeRows(std::vector<Operator>& to);
 void addMatchMerge(std::vector<Operator>& to);
 void addDensityMerge(std::vector<Operator>& to);
 
-// The launch of vp_kernels.merge_rows, also the second half of match_merge. The arguments lack the sizes.
+// Launch of merge_rows, also the second half of match_merge. `arguments` without the sizes.
 Call mergeRows(int sm, Tensor const& x, std::int64_t rows, std::int64_t sources, bool hasSourceWeight,
                bool hasKeepWeight, std::map<std::string_view, Argument> arguments);
 
-// Sizes of outputs.
+// Helpers for output sizes.
 inline Size same(int tensor, int axis) { return {{{tensor, axis}}, 0, {}}; }
 inline Size fixed(double value) { return {{}, std::llround(value), {}}; }
 
@@ -125,10 +125,10 @@ inline std::int64_t at(Fields const& fields, char const* name) { return std::llr
 
 inline std::int64_t cdiv(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// A shape as "[8, 197, 384]".
+// Formats a shape as "[8, 197, 384]".
 std::string text(Shape const& shape);
 
-// A shape that the operator cannot run on.
+// Throws Refused for an unsupported shape.
 inline void require(bool holds, std::string const& found, std::string const& expected) {
   if (!holds) throw Refused(found + "; expected " + expected);
 }

@@ -31,7 +31,7 @@ std::optional<Dtype> dtypeOf(DataType type) {
 
 bool isFloat(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16; }
 
-// The first input of a kind; outputs of that kind share its dtype.
+// First input of a kind; outputs of that kind share its dtype.
 std::size_t firstOf(Operator const& op, Type type) {
   auto const found = std::find_if(op.inputs.begin(), op.inputs.end(), [&](Port const& p) { return p.type == type; });
   return static_cast<std::size_t>(found - op.inputs.begin());
@@ -44,7 +44,7 @@ Tensor tensorOf(nvinfer1::Dims const& dims, DataType type) {
   return made;
 }
 
-// The inputs at one end of the profile.
+// Inputs at one end of the optimization profile.
 std::vector<Tensor> tensorsOf(nvinfer1::DynamicPluginTensorDesc const* in, std::int32_t inputs,
                               nvinfer1::Dims nvinfer1::DynamicPluginTensorDesc::*end) {
   std::vector<Tensor> given;
@@ -52,7 +52,7 @@ std::vector<Tensor> tensorsOf(nvinfer1::DynamicPluginTensorDesc const* in, std::
   return given;
 }
 
-// What TensorRT calls must never throw: a reason becomes a line in its log and an error code.
+// TensorRT callbacks must not throw: turn exceptions into a log line and an error code.
 template <typename Work>
 auto guarded(std::string const& who, Work work, decltype(work()) failed) noexcept {
   try {
@@ -70,7 +70,7 @@ auto guarded(std::string const& who, Work work, decltype(work()) failed) noexcep
 Plugin::Plugin(Operator const& op, Fields fields)
     : op_(op), fields_(std::move(fields)), results_(op.outputs(fields_)) {}
 
-// A clone shares nothing: the pointers of `collection_` are made anew by whoever asks.
+// Pointers in `collection_` are not copied; they are set again on request.
 Plugin::Plugin(Plugin const& other) : Plugin(other.op_, other.fields_) { plan_ = other.plan_; }
 
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
@@ -162,7 +162,7 @@ std::int32_t Plugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in
   return guarded(
       op_.type,
       [&] {
-        // Both ends of the profile: what no kernel takes is known before an engine is built on it.
+        // Check both ends of the profile, so that unsupported shapes fail before the engine is built.
         auto const sm = currentCapability();
         op_.plan(sm, fields_, tensorsOf(in, inputs, &nvinfer1::DynamicPluginTensorDesc::min));
         op_.plan(sm, fields_, tensorsOf(in, inputs, &nvinfer1::DynamicPluginTensorDesc::max));

@@ -1,4 +1,4 @@
-// The operators as TensorRT plugins (IPluginV3): one class serves every operator type.
+// The operators as TensorRT plugins (IPluginV3); one class implements every operator type.
 #pragma once
 
 #include "operator.hpp"
@@ -13,7 +13,7 @@ namespace vp {
 constexpr char const* kVersion = "1";
 constexpr char const* kNamespace = "vp";
 
-// One line to TensorRT's log, or to stderr where it has none.
+// Writes a line to TensorRT's log, or to stderr if there is none.
 void say(nvinfer1::ILogger::Severity severity, std::string const& line) noexcept;
 
 class Plugin final : public nvinfer1::IPluginV3,
@@ -21,7 +21,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneBuild,
                      public nvinfer1::IPluginV3OneRuntime {
  public:
-  // `fields` has every field of the operator, checked.
+  // `fields` must be complete and checked.
   Plugin(Operator const& op, Fields fields);
   Plugin(Plugin const& other);
   Plugin& operator=(Plugin const&) = delete;
@@ -65,7 +65,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   Fields fields_;
   std::vector<Result> results_;
   Plan plan_;  // for the shapes of the last onShapeChange
-  // What getFieldsToSerialize points to.
+  // Storage returned by getFieldsToSerialize.
   std::vector<std::int64_t> integers_;
   std::vector<float> reals_;
   std::vector<nvinfer1::PluginField> serialised_;

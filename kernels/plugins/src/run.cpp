@@ -20,7 +20,7 @@ union Value {
   throw Refused("kernel " + std::string(entry.variant) + ": " + std::string(parameter.name) + " " + what);
 }
 
-// The argument of a parameter, checked against what the compiled code relies on.
+// Argument of a parameter, checked against the guarantees that the compiled code relies on.
 Value valueOf(Entry const& entry, Parameter const& parameter, Argument const& argument, void const* const* inputs,
               void* const* outputs, void* workspace) {
   Value value{};
@@ -75,7 +75,7 @@ void run(Plan const& plan, void const* const* inputs, void* const* outputs, void
     if (entry.parameters.count > kMostParameters) throw Refused("kernel with too many parameters");
     std::size_t index = 0;
     for (Parameter const& parameter : entry.parameters) {
-      if (parameter.kind != ParameterKind::kHidden) {  // Triton's own stay null
+      if (parameter.kind != ParameterKind::kHidden) {  // Triton's own parameters stay null
         auto const found = call.arguments.find(parameter.name);
         if (found == call.arguments.end()) broken(entry, parameter, "is unknown to this library");
         values[index] = valueOf(entry, parameter, found->second, inputs, outputs, workspace);

@@ -1,4 +1,4 @@
-// vp::Select, SelectByScore and SelectFuse: as the launchers in kernels/vp_kernels/select/kernel.py.
+// vp::Select, SelectByScore and SelectFuse, mirror the launchers in kernels/vp_kernels/select/kernel.py.
 #include "operator.hpp"
 
 namespace vp {

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time: `python -m vp_kernels.aot` writes a folder, `check_index` holds it to its index."""
+"""Ahead-of-time compilation: `python -m vp_kernels.aot` builds a folder of kernels, `check_index` verifies it."""
 
 from vp_kernels.aot.check import check_index
 

@@ -1,4 +1,4 @@
-"""Compile many variants, in several processes if asked, and put them in place as one folder with an index."""
+"""Compile kernel variants, optionally in several processes, into one folder with an index."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def build(
     """Compile the tasks and write the folder.
 
     Args:
-        out: made in one step, when everything is compiled and has been read back.
-        jobs: processes; 1 compiles in this one.
-        force: replace what is there, if it is such a folder.
-        progress: told each result and how many there are now.
+        out: Folder to write. It appears in one step, once everything is compiled and verified.
+        jobs: Number of processes; 1 compiles in this one.
+        force: Replace `out` if it holds an earlier build.
+        progress: Called with the number of finished tasks and the latest result.
 
     Returns:
         The index.
 
     Raises:
-        AotError: see its kinds in `aot_index`; `out` is then what it was.
+        AotError: or a subclass, see `vp_kernels.aot.index`; `out` is then left unchanged.
     """
     if not tasks:
         raise AotError("no variant is chosen; expected at least one")
@@ -67,14 +67,14 @@ def build(
         index = {"format": FORMAT, "version": VERSION, "triton": triton.__version__, "ptxas": tools}
         index |= {"sources": sources, "entries": entries}
         _write(folder / INDEX, canonical(index))
-        check_index(folder)  # what we hand out passes its own check
+        check_index(folder)  # never hand out a folder that fails its own check
         may_write(out, force)
         _put_in_place(folder, out)
     return index
 
 
 def may_write(out: Path, force: bool) -> None:
-    """Raise an AotError if `out` is not ours to write."""
+    """Raise an AotError if `out` exists and may not be replaced."""
     if not os.path.lexists(out):
         return
     if not force:
@@ -84,12 +84,12 @@ def may_write(out: Path, force: bool) -> None:
 
 
 def _compiled(tasks: Sequence[Task], jobs: int) -> Iterator[Built]:
-    """The results, as they come. The first failure ends it."""
+    """Yield results as they finish; the first failure stops the build."""
     if jobs <= 1 or len(tasks) == 1:
         yield from map(compile_task, tasks)
         return
-    # Spawned, not forked: torch and LLVM have threads. No more tasks are handed over than run, so that a process that
-    # dies (LLVM aborts on an internal error) leaves a short list of suspects.
+    # Spawn, not fork: torch and LLVM hold threads. At most `jobs` tasks are submitted at a time, so if a process dies
+    # (LLVM aborts on an internal error) there are few suspects.
     waiting = list(tasks)[::-1]
     running: dict[Future[Built], Task] = {}
     with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -112,7 +112,7 @@ def _compiled(tasks: Sequence[Task], jobs: int) -> Iterator[Built]:
 
 @contextmanager
 def _cache() -> Iterator[None]:
-    """Triton's cache for this build alone, unless the caller names one: nothing stale gets into the folder."""
+    """Use a fresh Triton cache for this build, unless the caller has set one, so that no stale kernel is picked up."""
     if os.environ.get("TRITON_CACHE_DIR"):
         yield
         return
@@ -126,7 +126,10 @@ def _cache() -> Iterator[None]:
 
 @contextmanager
 def _sibling(out: Path) -> Iterator[Path]:
-    """A new hidden folder beside `out`, gone at the end. A killed build leaves it: .NAME.tmp-XXXX may be deleted."""
+    """Create a hidden folder beside `out` and remove it afterwards.
+
+    A killed build leaves .NAME.tmp-XXXX behind; it is safe to delete.
+    """
     folder = out.absolute().with_name(f".{out.absolute().name}.tmp-{secrets.token_hex(8)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +152,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _put_in_place(folder: Path, out: Path) -> None:
-    """Rename the finished folder; an old one steps aside first, and comes back if the rename fails."""
+    """Rename the finished folder into place; an existing one is moved aside first and restored if the rename fails."""
     for below, _, _ in os.walk(folder):
         _sync_folder(Path(below))
     out = out.absolute()

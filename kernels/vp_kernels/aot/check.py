@@ -1,4 +1,4 @@
-"""Hold a folder of ahead-of-time builds to its index: every byte, every name, and what each PTX itself declares."""
+"""Verify a folder of ahead-of-time builds against its index: file contents, names, and what each PTX declares."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _PARAMETER: dict[str, Any] = {
 
 
 def check_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a folder back, whole.
+    """Verify a folder of compiled kernels and return its index.
 
     Args:
-        folder: as `python -m vp_kernels.aot --out` wrote it.
+        folder: Folder written by `python -m vp_kernels.aot --out`.
 
     Returns:
-        Its index.
+        The index.
 
     Raises:
-        AotError: the folder is not exactly what its index says; the first difference, in one line.
+        AotError: if the folder differs from its index; names the first difference, in one line.
     """
     root = Path(folder)
     index = _read_index(root)
@@ -106,7 +106,7 @@ def _read_index(root: Path) -> dict[str, Any]:
 
 
 def _fields(found: Any, wanted: dict[str, Any], where: str) -> None:
-    """An object has exactly these keys, of these types."""
+    """Check that an object has exactly these keys, with values of these types."""
     if not isinstance(found, dict) or set(found) != set(wanted):
         odd = sorted(set(found) ^ set(wanted)) if isinstance(found, dict) else []
         raise AotError(f"{where}: fields differ{' in ' + ', '.join(odd) if odd else ''}; expected {', '.join(wanted)}")
@@ -118,7 +118,7 @@ def _fields(found: Any, wanted: dict[str, Any], where: str) -> None:
 
 
 def _check_entry(entry: dict[str, Any], index: dict[str, Any]) -> None:
-    """What an entry says, held to itself."""
+    """Check that an entry is consistent in itself."""
     for key, name in (("operator", _NAME), ("variant", VARIANT_NAME), ("entry", _NAME)):
         if not name.fullmatch(entry[key]):
             raise AotError(f"{key} is {entry[key]!r:.80}; expected letters, digits and underscores")
@@ -169,7 +169,7 @@ def _check_parameters(parameters: list[Any]) -> None:
 
 
 def _closed_world(root: Path, expected: set[str]) -> None:
-    """Exactly the expected files and their folders."""
+    """Check that the folder holds exactly the expected files and subfolders."""
     found: set[str] = set()
     folders = {path.rsplit("/", 1)[0] for path in expected if "/" in path}
     for below, names, files in os.walk(root):
@@ -195,7 +195,7 @@ def _content(root: Path, listed: dict[str, Any]) -> bytes:
 
 
 def _read(path: Path, name: str, most: int) -> bytes:
-    """A plain file's bytes; no link is followed."""
+    """Read a regular file, without following links."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
@@ -211,7 +211,7 @@ def _read(path: Path, name: str, most: int) -> bytes:
 
 
 def _hold(entry: dict[str, Any], ptx: Ptx) -> None:
-    """What a PTX text declares is what its entry says."""
+    """Check that a PTX declares what its entry states."""
     shared = entry["shared"]
     pairs: list[tuple[str, Any, Any]] = [
         ("its kernel", ptx.entry, entry["entry"]),

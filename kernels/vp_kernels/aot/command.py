@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["check_index", "main"]
 
 DEFAULT_DTYPES = ("fp16", "bf16")
-# Of a variant that is for one head dimension (d) or one width (D) alone: those of ViT-Ti, S and B.
+# Head dims (d) and widths (D) of the default set: ViT-Ti, S and B. Applies to variants built for one d or D.
 DEFAULT_SIZES = {"d": (64,), "D": (192, 384, 768)}
 DTYPES = ("fp32", "fp16", "bf16")
 EPILOG = f"""\
@@ -46,11 +46,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, *, rooms: Mapping[str, str] | None = None) -> int:
-    """The command.
+    """Entry point of `python -m vp_kernels.aot`.
 
     Args:
-        argv: its arguments; None: the process's.
-        rooms: operators and the modules that have their `variants()`; None: those of this package.
+        argv: Command-line arguments; defaults to those of the process.
+        rooms: Operator name to the module that defines its `variants()`; defaults to those of this package.
 
     Returns:
         The exit code.
@@ -139,7 +139,7 @@ def _capabilities(asked: Sequence[str]) -> list[int]:
 
 
 def _choose(arguments: argparse.Namespace, known: Mapping[str, str]) -> list[tuple[str, Variant]]:
-    """The variants that the arguments name, each with its module; says on stderr how many of how many."""
+    """Select the variants that the arguments name, each with its module; reports the count on stderr."""
     from vp_kernels.aot.compile import variants_of
 
     for each in arguments.operator:
@@ -172,7 +172,7 @@ def _wanted(variant: Variant, arguments: argparse.Namespace, ours: Container[str
 
 
 def default_set(variants: Collection[Variant]) -> set[str]:
-    """Names of those of one operator's variants that are compiled where nothing else is asked for (EPILOG)."""
+    """Names of the variants of one operator that are compiled by default (see EPILOG)."""
     half = {id(each.config.kernel) for each in variants if each.dtype in DEFAULT_DTYPES}
     chosen: set[str] = set()
     for each in variants:

@@ -1,7 +1,7 @@
-"""Compile one kernel for a compute capability that this machine need not have, and say all that a launcher must know.
+"""Compile one kernel for a given compute capability and record what a launcher needs to know.
 
-Runs where there is no GPU: Triton compiles for a named target, and its own ptxas assembles. Everything that imports
-triton is inside functions.
+No GPU is needed: Triton compiles for a named target and assembles with its own ptxas. Triton is only imported inside
+functions.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from vp_kernels.launch import Variant
 
 PACKAGE = Path(__file__).parents[1]
-# What triton >= 3.6 and its ptxas emit code for.
+# Supported by triton >= 3.6 and its ptxas.
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
-# Variables that change what Triton compiles; set, two machines would write two different folders under one name.
+# These variables change the code that Triton generates, so builds under one name would differ between machines.
 STEERING = (
     "TRITON_INTERPRET", "TRITON_OVERRIDE_ARCH", "TRITON_KERNEL_OVERRIDE", "TRITON_DEFAULT_FP_FUSION", "TRITON_DEBUG",
     "TRITON_F32_DEFAULT", "TRITON_MOCK_PTX_VERSION", "TRITON_LIBDEVICE_PATH", "TRITON_INSTRUMENTATION_MODE",
@@ -50,11 +50,11 @@ _OFF = ("", "0", "false", "off", "no", "n")
 
 @dataclass(frozen=True)
 class Task:
-    """One compilation, in words that cross to another process.
+    """One compilation, picklable.
 
     Attributes:
-        module: that has `variants()`.
-        sm: compute capability, 90 for 9.0.
+        module: Module that defines `variants()`.
+        sm: Compute capability, 90 for 9.0.
     """
 
     module: str
@@ -68,7 +68,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Built:
-    """What one compilation gave: its entry in the index, less the files' digests."""
+    """Result of one compilation: its index entry, without the digests of the files."""
 
     task: Task
     entry: dict[str, Any]
@@ -80,22 +80,22 @@ class Built:
 
 
 def rooms(package: Path = PACKAGE) -> dict[str, str]:
-    """Operators and their kernel modules, by what lies in this package."""
+    """Operator name to kernel module, found by listing this package."""
     return {each.parent.name: f"vp_kernels.{each.parent.name}.kernel" for each in sorted(package.glob("*/kernel.py"))}
 
 
 def prepare_environment() -> None:
-    """Make sure that what is compiled here is what is compiled anywhere.
+    """Set up the environment for reproducible builds.
 
     Raises:
-        AotError: a variable is set that changes the code.
-        UnavailableError: no triton here.
+        AotError: if a variable is set that changes the generated code.
+        UnavailableError: if triton is missing.
     """
     for name in STEERING:
         value = os.environ.get(name, "").lower()
         if value not in (_OFF if name != ON_BY_DEFAULT else ("",)):
             raise AotError(f"{name} is set, and changes what is compiled; expected it unset: env -u {name} python ...")
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # it would write this checkout's path into every file
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info would put the path of this checkout into every file
     try:
         version = str(importlib.import_module("triton").__version__)
     except ImportError as error:
@@ -106,12 +106,12 @@ def prepare_environment() -> None:
 
 @functools.cache
 def variants_of(module: str, operator: str) -> dict[str, Variant]:
-    """The ahead-of-time variants of one operator by name, in its own order; empty where it offers none.
+    """Ahead-of-time variants of one operator by name, in the order that it lists them; empty if it has none.
 
     Raises:
-        AotError: a name is there twice, or is no name, or belongs to another operator.
-        CompileError: the module fails where it is imported or asked.
-        UnavailableError: it needs a package that is not here.
+        AotError: if a name is invalid, duplicated, or belongs to another operator.
+        CompileError: if the module fails on import or in `variants()`.
+        UnavailableError: if the module needs a package that is not installed.
     """
     try:
         offered = list(getattr(importlib.import_module(module), "variants", tuple)())
@@ -128,15 +128,15 @@ def variants_of(module: str, operator: str) -> dict[str, Variant]:
         if each.name in found:
             raise AotError(f"{module}: two variants are called {each.name!r}")
         found[each.name] = each
-        _sources(each.config.kernel)  # now: when it is compiled, the file may be younger than what was imported
+        _sources(each.config.kernel)  # hash now: by the time it is compiled, the file may have changed since the import
     return found
 
 
 def compile_task(task: Task) -> Built:
-    """Compile one variant for one capability.
+    """Compile one variant for one compute capability.
 
     Raises:
-        CompileError: it does not compile, or is not something that can be launched outside of Triton.
+        CompileError: if it does not compile, or cannot be launched outside Triton.
     """
     from triton import knobs
 
@@ -158,13 +158,13 @@ def compile_task(task: Task) -> Built:
 
 
 def _one_line(error: Exception) -> str:
-    """Where it is and what it is: Triton's messages have source text between the two, ptxas' a command behind."""
+    """Shorten an error to location and message, without Triton's source excerpt and ptxas' repro command."""
     lines = [each.strip() for each in str(error).splitlines() if each.strip() and not each.startswith("Repro command")]
     return " ... ".join(dict.fromkeys([lines[0], lines[-1]]))[:600] if lines else "no message"
 
 
 def _source(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Kernel, type of every argument, constants, attributes: what Triton wants, from what a variant says."""
+    """Kernel, argument types, constants and attributes of a variant, in the form that Triton's compiler takes."""
     from triton.runtime.jit import JITFunction
 
     kernel = variant.config.kernel
@@ -193,13 +193,13 @@ def _source(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict
 def _compile(
     kernel: Any, full: dict[str, str], constants: dict[str, Any], attributes: Any, variant: Variant, sm: int
 ) -> tuple[str, bytes, Any]:
-    """PTX, cubin and Triton's metadata."""
+    """Compile to PTX and cubin; also returns Triton's metadata."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
-    with contextlib.redirect_stdout(open(os.devnull, "w")):  # a failing ptxas prints the whole text
+    with contextlib.redirect_stdout(open(os.devnull, "w")):  # ptxas prints the whole PTX when it fails
         done = triton.compile(
             ASTSource(kernel, full, constants, attributes), target=GPUTarget("cuda", sm, 32), options=options
         )
@@ -214,7 +214,7 @@ def _compile(
 
 
 def _entry(variant: Variant, task: Task, ptx: Ptx, metadata: Any, constants: dict[str, Any]) -> dict[str, Any]:
-    """What the index says of one build, from the variant and from what its PTX declares."""
+    """Index entry of one build, from its variant and its PTX."""
     parameters: list[dict[str, Any]] = []
     for name, dtype in variant.signature.items():
         kind, size = parameter_type(dtype)
@@ -259,7 +259,7 @@ def _entry(variant: Variant, task: Task, ptx: Ptx, metadata: Any, constants: dic
 
 
 def _resources(cubin: bytes, tool: str) -> dict[str, int]:
-    """Registers of a thread, and its bytes of local memory: Triton keeps no arrays there, so they are spills."""
+    """Registers and local memory in bytes per thread. Triton puts no arrays in local memory, so any use is a spill."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -275,12 +275,12 @@ def _resources(cubin: bytes, tool: str) -> dict[str, int]:
 
 @functools.cache
 def _sources(kernel: Any) -> dict[str, str]:
-    """Digests of the files that a kernel's code comes from, its helpers' files included."""
+    """Digests of the files that define a kernel and its helpers."""
     from triton.runtime.jit import JITFunction
 
     seen: set[int] = set()
     found: dict[str, str] = {}
-    waiting: list[Any] = [kernel] if isinstance(kernel, JITFunction) else []  # else `_source` refuses it
+    waiting: list[Any] = [kernel] if isinstance(kernel, JITFunction) else []  # others are refused by `_source`
     while waiting:
         function = waiting.pop()
         if id(function) in seen:
@@ -288,7 +288,7 @@ def _sources(kernel: Any) -> dict[str, str]:
         seen.add(id(function))
         path = Path(function.fn.__code__.co_filename).resolve()
         if str(function.fn.__module__).startswith("triton."):
-            continue  # its version says which
+            continue  # identified by its version
         name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
         found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         names, held = function.fn.__code__.co_names, function.fn.__globals__

@@ -1,6 +1,6 @@
-"""What the ahead-of-time builder, its checker and their readers share: format, errors, JSON, grid expressions.
+"""Shared by the builder, the checker and readers of a build: index format, errors, grid expressions.
 
-Standard library only, as `aot_ptx` and `aot_check`: a machine that launches the files has neither torch nor triton.
+Standard library only, like `ptx` and `check`: a machine that launches the kernels may have neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from typing import Any
 
 FORMAT, VERSION = "vp-kernels-aot", 1
 INDEX = "index.json"
-# Of a variant; with its capability it is a file's name.
+# Part of a file's name, with the compute capability.
 VARIANT_NAME = re.compile(r"[A-Za-z0-9_]{1,200}")
-# Dynamic and static shared memory that a block may take without cuFuncSetAttribute, on every capability.
+# Shared memory per block, static and dynamic, that needs no cuFuncSetAttribute on any compute capability.
 FREE_SHARED_BYTES = 48 * 1024
-# The two trailing parameters that Triton >= 3.4 gives every entry: its global and its profiler's scratch memory.
+# Trailing parameters that Triton >= 3.4 adds to every kernel: global and profiler scratch memory.
 HIDDEN = 2
-# PTX type and size of each argument type; pointers are "*...".
+# PTX type and size in bytes of scalar arguments; pointers are "*...".
 SCALARS = {"i32": (".u32", 4), "i64": (".u64", 8), "fp32": (".f32", 4)}
 POINTER = (".u64", 8)
 
 
 class AotError(ValueError):
-    """Input that the builder or the checker cannot take; one line that says what was found and what was expected."""
+    """Invalid input to the builder or the checker. The message is one line: what was found, what was expected."""
 
     exit_code = 2
 
 
 class CompileError(AotError):
-    """A variant that does not compile, by its name."""
+    """A variant does not compile."""
 
     exit_code = 1
 
 
 class UnavailableError(AotError):
-    """This machine cannot compile: no triton, or not the one that we need."""
+    """Compilation is not possible here: triton is missing or has an unsupported version."""
 
     exit_code = 3
 
 
 def canonical(index: Any) -> bytes:
-    """The one way to write an index: the same content is the same bytes."""
+    """Serialise an index; equal content gives equal bytes."""
     return (json.dumps(index, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
 def parameter_type(argument: str) -> tuple[str, int]:
-    """PTX type and bytes of an argument of a signature ("*bf16", "i32", ...).
+    """PTX type and size in bytes of an argument type ("*bf16", "i32", ...).
 
     Raises:
-        AotError: a type that no launcher outside of Triton should have to know.
+        AotError: if the type is not supported by launchers outside Triton.
     """
     if argument.startswith("*"):
         return POINTER
@@ -61,13 +61,13 @@ def parameter_type(argument: str) -> tuple[str, int]:
 
 
 def grid_size(expression: str, sizes: Mapping[str, int]) -> int:
-    """The value of a grid expression: whole numbers, names, + - * //, cdiv, min and max.
+    """Evaluate a grid expression of integers, names, + - * //, cdiv, min and max.
 
     Args:
-        sizes: a number for every name in the expression.
+        sizes: Value of every name in the expression.
 
     Raises:
-        AotError: anything else in it, or a name that has no size.
+        AotError: if the expression holds anything else, or a name without a value.
     """
     try:
         return _value(ast.parse(expression, mode="eval").body, sizes)

@@ -1,4 +1,4 @@
-"""What a PTX text says of its one kernel: the part that a launcher has to agree with."""
+"""Parse the parts of a PTX text that a launcher depends on."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from vp_kernels.aot.index import AotError
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+([A-Za-z_$%][\w$]*)\s*\(([^)]*)\)([^{;]*)\{")
 _PARAMETER = re.compile(
-    r"\.param\s+(?:\.align\s+\d+\s+)?(\.[a-z]+\d+)"  # its type
-    r"(?:\s+\.ptr(?:\s+\.(?:global|const|shared|local))?(?:\s+\.align\s+\d+)?)?"  # what a pointer points to
+    r"\.param\s+(?:\.align\s+\d+\s+)?(\.[a-z]+\d+)"  # type
+    r"(?:\s+\.ptr(?:\s+\.(?:global|const|shared|local))?(?:\s+\.align\s+\d+)?)?"  # pointee
     r"\s+([A-Za-z_$%][\w$]*)"
 )
 _SHARED = re.compile(r"(\.extern\s+)?\.shared\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+)\s+[\w$%]+\s*(?:\[(\d*)\])?\s*;")
-# Of these the launcher would have to know, and no kernel of ours has them.
+# Directives that a launcher would have to honour; none of our kernels uses them.
 _FOREIGN = (".explicitcluster", ".reqnctapercluster", ".maxclusterrank", ".blocksareclusters")
 
 
 @dataclass(frozen=True)
 class Ptx:
-    """One module with one kernel.
+    """A PTX module with one kernel.
 
     Attributes:
-        isa: PTX version, "8.7": a driver that knows less refuses the text.
+        isa: PTX version, "8.7"; older drivers reject the text.
         target: "sm_80", "sm_90a", ...
-        entry: name of the kernel.
+        entry: Name of the kernel.
         parameters: PTX type of each parameter, in order.
-        read: whether the body names it.
-        threads: of a block, as .reqntid (else .maxntid) has it; 0 where the text has neither.
-        static_shared: bytes of shared memory that the text itself allocates.
-        dynamic_shared: whether it also takes what the launcher gives.
+        read: For each parameter, whether the body uses it.
+        threads: Threads per block from .reqntid, else .maxntid; 0 if neither is given.
+        static_shared: Shared memory that the text allocates, in bytes.
+        dynamic_shared: Whether the kernel also uses dynamic shared memory.
     """
 
     isa: str
@@ -45,10 +45,10 @@ class Ptx:
 
 
 def parse(text: str) -> Ptx:
-    """Read the head of a PTX text.
+    """Parse the header of a PTX text.
 
     Raises:
-        AotError: not exactly one kernel, or one that asks for something a plain launch does not give.
+        AotError: if there is not exactly one kernel, or it needs more than a plain launch.
     """
     text = _COMMENT.sub(" ", text)
     version = re.search(r"^\s*\.version\s+(\d+\.\d+)", text)
@@ -93,7 +93,7 @@ def _threads(directives: str) -> int:
 
 
 def _shared(text: str) -> tuple[int, bool]:
-    """Bytes of the shared variables (padding left out), and whether one has the launcher's size."""
+    """Size in bytes of the static shared variables (without padding), and whether there is dynamic shared memory."""
     static, dynamic = 0, False
     for extern, bits, count in _SHARED.findall(text):
         if extern:
@@ -104,7 +104,7 @@ def _shared(text: str) -> tuple[int, bool]:
 
 
 def cubin_has(data: bytes, entry: str) -> bool:
-    """Whether a file is an ELF for NVIDIA's machine that holds code for this kernel."""
+    """Whether the data is a CUDA ELF file that contains this kernel."""
     cuda_machine = 190
     is_elf = len(data) > 64 and data[:5] == b"\x7fELF\x02" and int.from_bytes(data[18:20], "little") == cuda_machine
     return is_elf and b"\0.text." + entry.encode() + b"\0" in data

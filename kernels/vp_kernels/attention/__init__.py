@@ -1,1 +1,1 @@
-"""vp::attention: fused attention that also says how much attention every key received."""
+"""vp::attention: fused attention that also returns how much attention each key receives."""

@@ -1,4 +1,4 @@
-"""vp::Attention in ONNX: the node, and its body in standard operators."""
+"""ONNX form of vp::Attention: the node and its function body in standard operators."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from vp_kernels.function_body import Body, Ref, Value, node
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Bias: a logit for each key. Class, Mean: what each key received, from token 0 or from all tokens.
-# Never "Attention" alone: TensorRT's parser takes that for the standard operator, whatever the domain.
+# Bias: adds a logit per key. Class, Mean: also returns the attention that each key receives, from token 0 or all
+# tokens. Plain has a suffix because TensorRT's parser takes a bare "Attention" for the standard operator, whatever its
+# domain.
 TYPES = [f"Attention{parts}" for parts in ("Plain", "Class", "Mean", "Bias", "BiasClass", "BiasMean")]
 
 
 def attention_node(
     qkv: Tensor, key_bias: Tensor | None = None, importance: str = "none"
 ) -> tuple[Tensor, Tensor | None]:
-    """`attention` while torch.onnx.export traces: see there for the arguments.
+    """Emit the node of `attention` while torch.onnx.export traces. Arguments as for `attention`.
 
     Returns:
         out: [B, N, H * d], dtype of qkv.
@@ -38,24 +39,24 @@ def attention_node(
 
 
 def body(op_type: str) -> Body:
-    """The function body of one type."""
+    """Function body of one operator type."""
     if "Mean" in op_type:
         return explicit_body(op_type)
     f, qkv, bias, scale = _start(op_type)
     tokens, heads, width = f.attribute("tokens"), f.attribute("heads"), f.attribute("head_dim")
-    # Heads stay side by side, as the projection wrote them: no transposes, 3 to 6% faster on ONNX Runtime.
+    # Heads stay packed as the projection wrote them: no transposes, 3 to 6% faster on ONNX Runtime.
     packed = f.Reshape(qkv, [0, 0, -1])
     q, k, v = f.nodes_of("Split", (packed,), 3, {"axis": 2, "num_outputs": 3})
     mask = None
     if bias is not None:
-        # ONNX Runtime does not broadcast a mask over queries: the row is repeated for each of them.
+        # ONNX Runtime does not broadcast a mask over queries, so the row is repeated.
         row = f.CastLike(f.Unsqueeze(bias, [1, 2]), qkv)
         mask = f.Expand(row, f.Concat([1, 1], tokens, 1, axis=0))
     out = f.Attention(q, k, v, mask, q_num_heads=Ref("heads"), kv_num_heads=Ref("heads"))
     if "Class" not in op_type:
         return f.outputs(out=out)
-    # The query of token 0 is spread over H rows, row h holding head h alone, so that one product with all of k gives
-    # every head's logits: no transpose of k by heads, no N x N.
+    # Block-diagonal query of token 0, H rows with head h in row h: one product with k gives the logits of all heads,
+    # without splitting k by head and without an N x N map.
     head_of = f.range(0, heads * width) / width  # [H * d]
     own = f.float(f.Equal(f.Unsqueeze(f.range(0, heads), 1), head_of)) * scale  # [H, H * d]
     spread = f.float(f.slice(q, 1, 0, 1)) * own  # [B, H, H * d]
@@ -66,8 +67,10 @@ def body(op_type: str) -> Body:
 
 
 def explicit_body(op_type: str) -> Body:
-    """The same without the operator Attention: for opsets that lack it, and for the mean, which needs every row of the
-    map. Built once, in fp32, the map serves the output too.
+    """Function body without the Attention operator.
+
+    Used for opsets that lack it, and for the mean, which needs the full map. The map is computed once, in fp32, and
+    also used for the output.
     """
     f, qkv, bias, scale = _start(op_type)
     heads_first = f.Transpose(f.float(qkv), perm=[2, 0, 3, 1, 4])  # [3, B, H, N, d]
@@ -87,7 +90,7 @@ def explicit_body(op_type: str) -> Body:
 
 
 def _start(op_type: str) -> tuple[Body, Value, Value | None, Value]:
-    """An empty body, qkv, the key bias (None: it has none) and 1 / sqrt(d)."""
+    """Start a body; returns it with qkv, the key bias (None without one) and 1 / sqrt(d)."""
     biased = "Bias" in op_type
     attributes = dict.fromkeys(("tokens", "heads", "head_dim"), int)
     f = Body(op_type, ["qkv", "key_bias"] if biased else ["qkv"], attributes)

@@ -1,18 +1,18 @@
-"""vp::attention in Triton: two kernels that attend, and a small one that sums what each key received.
+"""Triton kernels of vp::attention: two attention kernels, and one that sums the attention received by each key.
 
-Up to 256 keys (`attention_whole`) a program holds all keys and values of one (image, head) in shared memory, and with
-them the whole softmax of 64 queries in registers: no online rescaling, and the rows' probabilities are at hand for the
-importance. Such short attention is bound by memory (about N / 2 FLOP per byte), so K and V are read once per (image,
-head), by one program that walks over the query tiles; it is split over more programs only where a batch is too small to
-fill the GPU. Keys are padded to a sum of powers of two (197 = 128 + 64 + 16 instead of 256), each part a tile of its
-own. One warpgroup and 64 queries are the least that Hopper's wgmma takes; two or more programs share a multiprocessor,
-and one's loads and exponentials hide behind the other's products.
+`attention_whole`, up to 256 keys: one program holds all keys and values of one (image, head) in shared memory, and the
+whole softmax of 64 queries in registers, so there is no online rescaling and the probabilities are available for the
+importance. Attention this short is memory-bound (about N / 2 FLOP per byte), so one program per (image, head) loads K
+and V once and loops over the query tiles; it is split over more programs only if the batch is too small to fill the
+GPU. Keys are padded to a sum of powers of two (197 = 128 + 64 + 16 instead of 256), one tile each. One warpgroup and 64
+queries are the minimum for Hopper's wgmma; with two or more programs per multiprocessor, loads and exponentials of one
+overlap with matrix products of another.
 
-More keys, and fp32 (`attention_looped`): tiles of keys with the online softmax, one program per query tile; for the
-importance a second walk over the keys, when the rows' maxima and sums are known.
+`attention_looped`, for more keys and for fp32: tiles of keys with the online softmax, one program per query tile. The
+importance takes a second pass over the keys, once the maxima and sums of the rows are known.
 
-Importance: every query tile stores its own column sums, [B, H, T, N], which `sum_partials` adds in a fixed order: no
-atomics, and an image's numbers do not depend on the batch.
+Importance: each query tile stores its column sums, [B, H, T, N], and `sum_partials` adds them in a fixed order. There
+are no atomics, and the result for an image does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _rows(base, start, limit, stride, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr):
-    """Rows start .. start + ROWS - 1 of q, k or v, zeros from `limit` on: [ROWS, D0] and [ROWS, D1]."""
+    """Load rows start .. start + ROWS - 1 of q, k or v, zero from `limit` on: [ROWS, D0] and [ROWS, D1]."""
     rows = (start + tl.arange(0, ROWS))[:, None]
     pointers = base + rows * stride
     if MASK:
         first = tl.load(pointers + tl.arange(0, D0)[None, :], mask=rows < limit, other=0.0)
     else:
         first = tl.load(pointers + tl.arange(0, D0)[None, :])
-    second = first  # unused where the head dim is one power of two
+    second = first  # unused if the head dim is a power of two
     if D1 > 0:
         if MASK:
             second = tl.load(pointers + (D0 + tl.arange(0, D1))[None, :], mask=rows < limit, other=0.0)
@@ -55,7 +55,7 @@ def _logits(
     q, q_, k, k_, bias, start, N, KEYS: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """q k^T of keys start .. start + KEYS - 1, [queries, KEYS], -inf beyond N. With a bias: scaled, to base 2."""
+    """Logits of keys start .. start + KEYS - 1, [queries, KEYS], -inf beyond N. With a bias: scaled, in base 2."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if D1 > 0:
         s = tl.dot(q_, tl.trans(k_), s, input_precision="ieee")
@@ -69,15 +69,15 @@ def _logits(
 
 @triton.jit
 def _store_columns(partial, p, kept, start, N, KEYS: tl.constexpr):
-    """Sum the kept rows of p, [queries, KEYS], into partial[start ..]."""
+    """Add up the kept rows of p, [queries, KEYS], into partial[start ..]."""
     keys = start + tl.arange(0, KEYS)
-    # A selection and not a product with 0: a row that is left out may hold NaN.
+    # where() rather than a product with 0: an excluded row may hold NaN.
     tl.store(partial + keys, tl.sum(tl.where(kept[:, None], p, 0.0), axis=0), mask=keys < N)
 
 
 @triton.jit
 def _store_rows(out, o, o_, rows, N, stride, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows of the output, [queries, D0] and [queries, D1], those below N."""
+    """Store the rows of the output below N, [queries, D0] and [queries, D1]."""
     pointers = out + rows[:, None] * stride
     inside = rows[:, None] < N
     tl.store(pointers + tl.arange(0, D0)[None, :], o.to(out.dtype.element_ty), mask=inside)
@@ -91,14 +91,14 @@ def attention_whole(
     D0: tl.constexpr, D1: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, BLOCK_M: tl.constexpr,
     SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, CLASS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """All keys at once. Grid: (B * H, s), query tile t by program t mod s.
+    """Attend to all keys at once. Grid: (B * H, s), query tile t by program t mod s.
 
     Args:
         qkv: [B, N, 3, H, D0 + D1].
-        key_bias: float32, rows bias_stride apart.
+        key_bias: float32, with row stride bias_stride.
         out: [B, N, H * (D0 + D1)].
-        partial: float32 [B, H, T, N]: T = 1 with CLASS, the query tiles with MEAN.
-        P0, P1, P2: sizes of the parts of the keys, 0 where there is none; only the last may reach beyond N.
+        partial: float32 [B, H, T, N]; T = 1 with CLASS, the number of query tiles with MEAN.
+        P0, P1, P2: Sizes of the key tiles, 0 if unused; only the last may extend beyond N.
         SCALE: log2(e) / sqrt(d).
     """
     pair = tl.program_id(0)
@@ -136,7 +136,7 @@ def attention_whole(
             top = tl.maximum(top, tl.max(s2, axis=1))
         top *= factor
 
-        # A row of -inf alone: -inf - -inf is NaN, as it should be.
+        # A row of only -inf gives -inf - -inf = NaN, as intended.
         p0 = tl.exp2(s0 * factor - top[:, None])
         total = tl.sum(p0, axis=1)
         if P1 > 0:
@@ -179,7 +179,7 @@ def attention_looped(
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, CLASS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Keys by tiles. Grid: (B * H * query tiles,), the tiles of one (image, head) side by side. Args: as above."""
+    """Attend to keys tile by tile. Grid: (B * H * query tiles,), tiles of one (image, head) adjacent. Args as above."""
     tiles = tl.cdiv(N, BLOCK_M)
     tile = tl.program_id(0) % tiles
     pair = tl.program_id(0) // tiles
@@ -204,7 +204,7 @@ def attention_looped(
         v, v_ = _rows(v_base, start, N, 3 * width, BLOCK_N, D0, D1, True)
         s = _logits(q, q_, k, k_, bias, start, N, BLOCK_N, D1, SCALE, HAS_BIAS, True)
         higher = tl.maximum(top, tl.max(s, axis=1) * factor)
-        # While every key so far is removed the maximum is -inf, and -inf - -inf would be NaN.
+        # The maximum is -inf while all keys so far are masked, and -inf - -inf would be NaN.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s * factor - shift[:, None])
         fade = tl.exp2(top - shift)
@@ -213,7 +213,7 @@ def attention_looped(
         if D1 > 0:
             o_ = tl.dot(p.to(v.dtype), v_, o_ * fade[:, None], input_precision="ieee")
         top = higher
-    inverse = 1.0 / total  # of 0, where all keys are removed: inf, and 0 * inf is NaN
+    inverse = 1.0 / total  # inf if all keys are masked; 0 * inf is then NaN
     _store_rows(o_base, o * inverse[:, None], o_ * inverse[:, None], rows, N, width, D0, D1)
 
     if CLASS or MEAN:  # noqa: SIM102 (the compiler decides the one, the run the other)
@@ -245,24 +245,24 @@ def sum_partials(partial, importance, rows, N, count, ROWS: tl.constexpr, COLUMN
     tl.store(importance + batch * N + columns, tl.sum(total, axis=0) / count, mask=columns < N)
 
 
-# Rows of a query tile where all keys are held at once: the least that wgmma takes.
+# Rows of a query tile when all keys are held at once: the minimum for wgmma.
 BLOCK_M = 64
-# Shared memory of one program on the smallest GPUs meant: 99 KB (compute capability 8.6, 8.9 and 12.0).
+# Shared memory available to one program on the smallest supported GPUs: 99 KB (compute capability 8.6, 8.9 and 12.0).
 SHARED = 101376
-# Four programs on each of an H200's 132 multiprocessors: below, the query tiles of one (image, head) are shared out.
+# Four programs on each of an H200's 132 multiprocessors; with fewer, query tiles of one (image, head) are split up.
 PROGRAMS = 528
 
 
 def config(N: int, d: int, dtype: torch.dtype, *, bias: bool = False, importance: str = "none") -> Config:
-    """Kernel, tiles and warps.
+    """Kernel, tile sizes and number of warps.
 
-    Chosen on what the compiler reports for sm_90, bf16, d = 64, not yet on timings: without importance and bias two
-    programs on a multiprocessor at 197 tokens (187 registers), three at 138, four at 98, five at 69; nothing spilled,
-    but 32 bytes at 197 tokens with a bias and "class".
+    Chosen by the compiler's report for sm_90, bf16, d = 64, not yet by timing. Without importance and bias, programs
+    per multiprocessor are: two at 197 tokens (187 registers), three at 138, four at 98, five at 69. Nothing spills,
+    except 32 bytes at 197 tokens with a bias and "class".
 
     Args:
-        N: keys and queries.
-        d: head dim.
+        N: Number of keys and queries.
+        d: Head dim.
     """
     first = 1 << (d.bit_length() - 1)  # 80 = 64 + 16, 96 = 64 + 32
     constants: dict[str, Any] = {
@@ -273,35 +273,39 @@ def config(N: int, d: int, dtype: torch.dtype, *, bias: bool = False, importance
         "CLASS": importance == "class",
         "MEAN": importance == "mean",
     }
-    if dtype == torch.float32:  # its products run on the scalar units: operands in registers, hence small tiles
+    if dtype == torch.float32:  # products run on the scalar units with operands in registers, hence small tiles
         return Config(attention_looped, {**constants, "BLOCK_M": 32, "BLOCK_N": 32}, 4 if d <= 64 else 8, 1)
     parts = binary_parts(N, 3)
-    # The next query tile is fetched during this one, unless that costs a program's place or makes registers spill.
+    # Prefetch the next query tile, unless that lowers the occupancy or makes registers spill.
     stages = 1 if bias or d > 64 else 2
     if N <= 256 and (2 * sum(parts) + stages * BLOCK_M) * d * 2 + BLOCK_M * 64 * 2 <= SHARED:
         sizes = dict(zip(("P0", "P1", "P2"), [*parts, 0, 0], strict=False))
         return Config(attention_whole, {**constants, **sizes, "BLOCK_M": BLOCK_M}, 4, stages)
-    # 128 queries halve the reads of K and V, where the registers allow two such programs side by side.
+    # 128 queries halve the reads of K and V, if the registers still fit two programs.
     wide = d <= 64 and not bias
     tiles = {"BLOCK_M": 128 if wide else 64, "BLOCK_N": 64}
     return Config(attention_looped, {**constants, **tiles}, 8 if wide else 4, 2)
 
 
 def sum_config(importance: str) -> Config:
-    """Of `sum_partials`: rows are the heads, with "mean" times the query tiles."""
+    """Config of `sum_partials`: rows are the heads, times the query tiles with "mean"."""
     return Config(sum_partials, {"ROWS": 16 if importance == "class" else 32, "COLUMNS": 64})
 
 
 def programs_a_head(tiles: int, heads: int | torch.SymInt) -> Any:
-    """How many programs share the query tiles of one image's head, `heads` of which there are in the batch.
+    """Number of programs that share the query tiles of one (image, head).
 
-    Of a traced batch too: a comparison would fix its size, torch's minimum and maximum do not.
+    Works on a symbolic batch: a comparison would specialise its size, torch's minimum and maximum do not.
+
+    Args:
+        tiles: Number of query tiles.
+        heads: B * H.
     """
     return torch.sym_min(tiles, torch.sym_max(1, PROGRAMS // torch.sym_max(1, heads)))
 
 
 def launch_attention(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "none") -> tuple[Tensor, Tensor]:
-    """Run the kernels on checked arguments.
+    """Run the kernels. Arguments must have passed `check`.
 
     Args:
         qkv: [B, N, 3, H, d], contiguous.
@@ -335,9 +339,9 @@ def launch_attention(qkv: Tensor, key_bias: Tensor | None = None, importance: st
 
 
 def variants() -> Iterator[Variant]:
-    """Every build: by dtype, head dim, bias, importance, and the token counts that share one config.
+    """Ahead-of-time builds: by dtype, head dim, bias, importance, and range of token counts that share a config.
 
-    Names: attention_bf16_d64_n193_208, then _bias and _class or _mean where they apply; sum_class and sum_mean.
+    Names: attention_bf16_d64_n193_208, plus _bias and _class or _mean where they apply; sum_class and sum_mean.
     """
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     for name, d, bias, importance in itertools.product(

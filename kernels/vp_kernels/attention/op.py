@@ -1,4 +1,4 @@
-"""vp::attention as an operator of torch: checks, the form that runs on a CPU, autograd."""
+"""torch operator vp::attention: argument checks, CPU implementation, autograd."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ IMPORTANCE = ("none", "class", "mean")
 
 
 def attention(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "none") -> tuple[Tensor, Tensor | None]:
-    """Attention as the qkv projection wrote it, and what each key received, in one pass.
+    """Attention on a packed qkv projection, which can also return the attention that each key receives.
 
     Args:
         qkv: [B, N, 3, H, d], contiguous, fp32, fp16 or bf16; N up to 1024; d in 32, 64, 80, 96, 128.
-        key_bias: float32 [1 or B, N], added to every query's logit of that key (log of the token's size, say); -inf
-            removes the key; None is zero.
-        importance: "none"; "class": the attention of token 0, mean over heads; "mean": what each key receives, mean
-            over heads and queries.
+        key_bias: float32 [1 or B, N], added to the logits of each key for every query (e.g. the log of the token's
+            size); -inf masks the key. None is zero.
+        importance: "none"; "class": attention of token 0, mean over heads; "mean": attention that each key receives,
+            mean over heads and queries.
 
     Returns:
-        out: [B, N, H * d], dtype of qkv: softmax(q k^T / sqrt(d) + key_bias) v. A query all of whose keys are removed
-            is NaN.
-        importance: float32 [B, N], of the softmax before any rounding; None for "none".
+        out: [B, N, H * d], dtype of qkv: softmax(q k^T / sqrt(d) + key_bias) v. NaN if all keys are masked.
+        importance: float32 [B, N], from the unrounded softmax; None for "none".
 
     Raises:
-        KernelError: an argument's device, dtype, shape, stride or word.
+        KernelError: if an argument has an unsupported device, dtype, shape, stride or value.
     """
     out, received = _attention(qkv, key_bias, importance)
     return out, (None if importance == "none" else received)
 
 
 def check(qkv: Tensor, key_bias: Tensor | None, importance: str) -> None:
-    """Raise a KernelError unless the arguments are what the kernel can run on."""
+    """Raise a KernelError if the kernel cannot run on the arguments."""
     checks = Check(OPERATOR, qkv)
     checks.tensor("qkv", qkv, ("B", "N", 3, "H", HEAD_DIMS))
     checks.within("the number of tokens N of qkv", qkv.shape[1], 1, MAX_TOKENS)
@@ -61,7 +60,7 @@ def _attention(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "n
 
 
 def attention_torch(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "none") -> tuple[Tensor, Tensor]:
-    """The operator in torch's fused attention, as a CPU runs it; never a [B, H, N, N].
+    """CPU implementation on torch's fused attention; never builds a [B, H, N, N].
 
     Args, Returns: as for `attention`; importance is an empty [0] for "none".
     """
@@ -69,7 +68,7 @@ def attention_torch(qkv: Tensor, key_bias: Tensor | None = None, importance: str
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
     mask = None
     if key_bias is not None:
-        # Torch's fused attention answers zeros where every key is removed: NaN goes through it as NaN.
+        # torch's fused attention returns zeros if all keys are masked; a NaN mask makes the result NaN.
         removed = (key_bias == -torch.inf).all(dim=1, keepdim=True)
         mask = key_bias.masked_fill(removed, torch.nan)[:, None, None, :]  # [1 or B, 1, 1, N]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -84,7 +83,7 @@ def attention_torch(qkv: Tensor, key_bias: Tensor | None = None, importance: str
 
 
 def _softmax(q: Tensor, k: Tensor, key_bias: Tensor | None) -> Tensor:
-    """[B, H, n, d] and [B, H, N, d] -> the softmax in fp32, [B, H, n, N]."""
+    """Softmax in fp32 of q [B, H, n, d] and k [B, H, N, d]: [B, H, n, N]."""
     logits = (q.float() * q.shape[3] ** -0.5) @ k.float().transpose(2, 3)
     return torch.softmax(logits if key_bias is None else logits + key_bias[:, None, None, :], dim=3)
 
@@ -99,7 +98,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, None]:
     qkv, key_bias = ctx.saved_tensors
     grad_qkv, grad_bias = attention_gradients(qkv, key_bias, ctx.importance, grad_out, grad_importance)
-    # Arguments left at their defaults are not in needs_input_grad; what is None for those is ignored.
+    # needs_input_grad has no entries for arguments left at their defaults; torch ignores the Nones here.
     return (grad_qkv if ctx.needs_input_grad[0] else None), grad_bias, None
 
 

@@ -1,4 +1,4 @@
-"""vp::attention in plain torch: the whole softmax spelled out, in fp32. The oracle of the kernel."""
+"""Reference implementation of vp::attention in plain torch, with an explicit softmax in fp32."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def attention_reference(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "none") -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d) + key_bias) v, and what each key received.
+    """softmax(q k^T / sqrt(d) + key_bias) v, and the attention that each key receives.
 
     Args:
-        qkv: [B, N, 3, H, d]; fp64 is computed in fp64 and is then the truth for fp32, everything else in fp32.
-        key_bias: [1 or B, N], added to every query's logit of that key; -inf removes the key; None is zero.
+        qkv: [B, N, 3, H, d]. Computed in fp64 if fp64 (ground truth for fp32), else in fp32.
+        key_bias: [1 or B, N], added to the logits of each key; -inf masks the key. None is zero.
         importance: "none", "class" (row 0 of the softmax, mean over heads) or "mean" (mean over heads and queries).
 
     Returns:
@@ -26,17 +26,17 @@ def attention_reference(qkv: Tensor, key_bias: Tensor | None = None, importance:
 def attention_gradients(
     qkv: Tensor, key_bias: Tensor | None, importance: str, grad_out: Tensor | None, grad_importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `attention_reference`, by recomputing the softmax.
+    """Gradients of `attention_reference`; recomputes the softmax.
 
-    Written out instead of asked from autograd, so that it can be traced (torch.compile) and differentiated again.
+    Written out rather than left to autograd, so that it can be traced (torch.compile) and differentiated again.
 
     Args:
         qkv, key_bias, importance: as for `attention_reference`.
         grad_out: [B, N, H * d]; None is zero.
-        grad_importance: [B, N]; None is zero, and it is not looked at for importance="none".
+        grad_importance: [B, N]; None is zero. Ignored for importance="none".
 
     Returns:
-        The gradients of qkv, [B, N, 3, H, d] in its dtype, and of key_bias in its shape and dtype (None for None).
+        Gradients of qkv, [B, N, 3, H, d] in its dtype, and of key_bias in its shape and dtype (None for None).
     """
     q, k, v, p = _probabilities(qkv, key_bias)
     heads, tokens, width = v.shape[1:]
@@ -63,7 +63,7 @@ def attention_gradients(
 
 
 def _probabilities(qkv: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, each [B, H, N, d], and the softmax, [B, H, N, N], at least in fp32."""
+    """q, k, v, each [B, H, N, d], and the softmax, [B, H, N, N], in fp32 or fp64."""
     wide = qkv if qkv.dtype == torch.float64 else qkv.float()
     q, k, v = wide.permute(2, 0, 3, 1, 4).unbind(0)
     logits = (q @ k.transpose(2, 3)) * qkv.shape[4] ** -0.5
@@ -73,7 +73,7 @@ def _probabilities(qkv: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _received(p: Tensor, importance: str) -> Tensor:
-    """The softmax [B, H, N, N] -> [B, N], or [0]."""
+    """Attention that each key receives, from the softmax [B, H, N, N]: [B, N], or [0]."""
     if importance == "class":
         return p[:, :, 0].mean(dim=1)
     if importance == "mean":

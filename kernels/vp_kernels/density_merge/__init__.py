@@ -1,1 +1,1 @@
-"""vp::density_merge: BAT's step, decouple attentive tokens from others, pair the ones, cluster the others."""
+"""vp::density_merge, the step of BAT: merge similar attentive tokens and cluster the inattentive ones."""

@@ -1,4 +1,4 @@
-"""vp::DensityMerge in ONNX: the node, and its body in standard operators."""
+"""ONNX form of vp::DensityMerge: the node and its function body in standard operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vp_kernels.select.function import split
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Clusters, Pairs: there are any. Size: tokens have sizes. BySize: means are weighted by these (or by 1), not by scores.
+# Clusters, Pairs: the count is not 0. Size: tokens have sizes. BySize: means are weighted by size (or 1), not by score.
 ATTRIBUTES = ("tokens", "width", "tokens_out", "clusters", "pairs", "prefix")
 TYPES = variants("DensityMerge", "Clusters", "Pairs", "Size", "BySize")
 
@@ -27,7 +27,7 @@ def density_merge_node(
     prefix: int,
     weights: str = "attention",
 ) -> tuple[Tensor, Tensor]:
-    """`density_merge` while torch.onnx.export traces: see there for the arguments.
+    """Emit the node of `density_merge` while torch.onnx.export traces. Arguments as for `density_merge`.
 
     Returns:
         x': [B, tokens_out, D], dtype of x.
@@ -46,7 +46,7 @@ def density_merge_node(
 
 
 def body(op_type: str) -> Body:
-    """The function body of one type."""
+    """Function body of one operator type."""
     by_size = op_type.endswith("BySize")
     has_size = "Size" in op_type.removesuffix("BySize")
     names = ["x", "scores"] + ["size"] * has_size
@@ -78,24 +78,24 @@ def body(op_type: str) -> Body:
 def _pairs(
     f: Body, x: Value, rows: Value, count: Value, weight: Value | None, size: Value | None
 ) -> tuple[Value, Value]:
-    """Merge the most similar pairs of the attentive tokens.
+    """Merge the most similar pairs of attentive tokens.
 
     Args:
-        rows: int64 [B, n_a], of x, ascending.
+        rows: int64 [B, n_a], indices into x, ascending.
         count: n_a.
 
     Returns:
-        float32 [B, P + n_a - pairs, D]: prefix, single tokens of even places, all of odd places.
+        float32 [B, P + n_a - pairs, D]: prefix, unmerged tokens at even positions, all tokens at odd positions.
         float32 [B, P + n_a - pairs], their sizes.
     """
     prefix, pairs = f.attribute("prefix"), f.attribute("pairs")
     a, b = f.slice(rows, 1, 0, count, 2), f.slice(rows, 1, 1, count, 2)
     count_a = (count + 1) / 2
     score, partner = nearest(f, unit(f, f.float(f.rows(x, a))), unit(f, f.float(f.rows(x, b))))
-    # Of those that share a partner the best one is its pair.
+    # Among tokens with the same partner, the most similar one is paired.
     rivals = f.Equal(f.Unsqueeze(partner, 2), f.Unsqueeze(partner, 1))
     beaten = f.ReduceMax(f.float(f.And(rivals, _above(f, score, count_a))), 2, keepdims=0)
-    order = f.top(score - beaten * 4.0, count_a)[1]  # cosines differ by 2 at most: every pair before any third
+    order = f.top(score - beaten * 4.0, count_a)[1]  # cosines differ by at most 2: beaten tokens rank last
     source, single = f.slice(order, 1, 0, pairs), split(f, order, count_a, pairs)[1]
     keep = frame(f, f.Concat(f.take(a, single), b, axis=1), prefix, 0, count - pairs)
     into = f.take(partner, source) + (prefix + count_a - pairs)
@@ -108,38 +108,38 @@ def _pairs(
 
 
 def _clusters(f: Body, x: Value, rows: Value, count: Value, weight: Value | None) -> tuple[Value, Value]:
-    """Density peaks among the inattentive tokens.
+    """Cluster the inattentive tokens by density peaks.
 
     Args:
-        rows: int64 [B, n_i], of x, ascending.
+        rows: int64 [B, n_i], indices into x, ascending.
         count: n_i.
 
     Returns:
-        float32 [B, K, D], the clusters' weighted means, and float32 [B, K, n_i], 1 for their members.
+        float32 [B, K, D], the weighted means of the clusters, and float32 [B, K, n_i], 1 for members.
     """
     clusters = f.attribute("clusters")
     t = f.float(f.rows(x, rows))
     squared = _squared_distances(f, t, count)
     distance = f.Sqrt(squared)
-    # By logarithms: the density itself underflows where tokens lie far apart.
+    # In logarithms: the density itself underflows for distant tokens.
     density = f.sum(squared, 2) / f.Neg(f.float(count * f.attribute("width")))
     least = f.ReduceMin(f.Where(_above(f, density, count), distance, 1e30), 2, keepdims=0)
-    # The densest token has nobody above it: its distance is the largest of its row, not the infinite one.
+    # No token is denser than the densest: its distance is its row's maximum rather than infinity.
     delta = f.Where(f.Less(least, 1e29), least, f.ReduceMax(distance, 2, keepdims=0))
     centres = f.ascending(f.top(density + f.Log(delta), clusters)[1], clusters)  # [B, K]
-    to_centre = f.Transpose(f.rows(squared, centres), perm=[0, 2, 1])  # [B, n_i, K]: distances are symmetric
+    to_centre = f.Transpose(f.rows(squared, centres), perm=[0, 2, 1])  # [B, K, n_i]: distances are symmetric
     belongs = one_hot(f, f.ArgMin(to_centre, axis=2, keepdims=0), clusters)  # [B, K, n_i]
     is_centre = one_hot(f, centres, count)  # [B, n_i, K]
-    # A centre belongs to itself, also where another one is at distance 0.
+    # A centre belongs to its own cluster, even at distance 0 from another centre.
     members = belongs * (1.0 - f.Unsqueeze(f.sum(is_centre, 2), 1)) + f.Transpose(is_centre, perm=[0, 2, 1])
     weighted = members if weight is None else members * f.Unsqueeze(f.take(weight, rows), 1)
     return f.MatMul(weighted / f.sum(weighted, 2, keep=True), t), members
 
 
 def _squared_distances(f: Body, t: Value, count: Value) -> Value:
-    """|t_i - t_j|^2 of rows: float32 [B, n, D] -> [B, n, n], exactly 0 on the diagonal, symmetric.
+    """|t_i - t_j|^2 between rows: float32 [B, n, D] -> [B, n, n], symmetric, exactly 0 on the diagonal.
 
-    Centred first: |t_i|^2 + |t_j|^2 - 2 t_i t_j cancels badly where tokens share a large mean, as they do in ViTs.
+    Centred first: |t_i|^2 + |t_j|^2 - 2 t_i t_j cancels badly if tokens share a large mean, as in ViTs.
     """
     t = t - f.ReduceMean(t, 1, keepdims=1)
     length = f.sum(t * t, 2)
@@ -150,7 +150,7 @@ def _squared_distances(f: Body, t: Value, count: Value) -> Value:
 
 
 def _above(f: Body, score: Value, count: Value) -> Value:
-    """Whether j ranks before i, ties by the lowest index: float32 [B, n] -> bool [B, n (i), n (j)]."""
+    """Whether j ranks before i, ties to the lowest index: float32 [B, n] -> bool [B, n (i), n (j)]."""
     place = f.range(0, count)
     mine, theirs = f.Unsqueeze(score, 2), f.Unsqueeze(score, 1)
     tie = f.And(f.Equal(theirs, mine), f.Less(place, f.Unsqueeze(place, 1)))
@@ -158,7 +158,7 @@ def _above(f: Body, score: Value, count: Value) -> Value:
 
 
 def _sizes(f: Body, member: Value, size: Value | None, source: Value) -> Value:
-    """What the tokens at `source` [B, R] add to each row's size: member [B, K, R] -> [B, K]."""
+    """Sum the sizes of the tokens at `source` [B, R] over each row's members: member [B, K, R] -> [B, K]."""
     if size is None:
         return f.sum(member, 2)
     return f.Squeeze(f.MatMul(member, f.Unsqueeze(f.take(size, source), 2)), 2)

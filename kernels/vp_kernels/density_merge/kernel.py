@@ -1,17 +1,17 @@
-"""BAT's step in one launch, one program an image.
+"""Triton kernel of vp::density_merge: BAT's step in one launch, one program per image.
 
-The chain of stages is short of work and long of latency, so programs overlap: 4 warps of up to 255 registers and 42 kB
-of shared memory let two share an SM whatever the compiler spends, and all 256 images of a batch run at once on 132 SMs
-(8 warps take 176 registers each: one program an SM, and a second wave). One launch, not two: moving rows in programs of
-their own would save batch 1 some 5 us and cost it a launch.
+The stages have little work and long latency, so programs should overlap: 4 warps of up to 255 registers and 42 kB of
+shared memory always fit two programs on an SM, and a batch of 256 images runs at once on 132 SMs (8 warps take 176
+registers each: one program per SM, and a second wave). A second launch, to move rows in parallel, would save about 5 us
+at batch 1 and cost as much.
 
-Estimates for an H200 (none was at hand), bf16, N 197, D 384, 127 attentive and 69 inattentive tokens, 21 clusters, 10
-pairs: split 3 us, cosines 3, middle row 3, products 5, density, peaks and assignment 4, ranks 3, rows that stay 3,
+Estimates for an H200 (not measured), bf16, N 197, D 384, 127 attentive and 69 inattentive tokens, 21 clusters, 10
+pairs: split 3 us, cosines 3, middle row 3, products 5, density, peaks and assignment 4, ranks 3, copied rows 3,
 merges 3, clusters 4: 30 us at batch 1. Batch 256 reads 39 MB and writes 27 MB, 15 us at 4.5 TB/s; the products are 3
-tiles of 64 x 64 x 384, the cosines one: 3 GFLOP in all; two programs share an SM's issue slots: 35 to 50 us, against
-350 us of a dense DeiT-S block. Products of raw 16-bit rows less an exact `middle_row` are off by 2e-6 of a distance at
-worst where channels are 50 to 200 times larger than the rest (without it 1e-5 to 1e-4; simulated, truncating
-accumulation).
+tiles of 64 x 64 x 384, the cosines one, 3 GFLOP in all; two programs share an SM's issue slots: 35 to 50 us, against
+350 us for a dense DeiT-S block. Products of raw 16-bit rows less an exact `middle_row` have a relative error in the
+distances of at most 2e-6 if channels are 50 to 200 times larger than the rest (1e-5 to 1e-4 without it; simulated,
+truncating accumulation).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vp_kernels.density_merge.kernel_parts import (
 )
 from vp_kernels.launch import MAX_TOKENS, Config, Variant, absent, each_dtype, launch, triton_type
 
-# Lists of one value a token at the head of a program's scratch: see `density_merge_kernel`.
+# Lists of one value per token at the start of a program's scratch, see `density_merge_kernel`.
 LISTS = tl.constexpr(14)
 
 
@@ -66,21 +66,21 @@ def density_merge_kernel(
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
-    """One image. Grid: (B,).
+    """Process one image. Grid: (B,).
 
     Args:
         x_ptr: [B, tokens, width].
         scores_ptr: float32 [B, tokens].
-        size_ptr: float32 [B, tokens] with HAS_SIZE; else not read.
+        size_ptr: float32 [B, tokens]; not read without HAS_SIZE.
         merged_ptr: x' [B, tokens_out, width].
         merged_size_ptr: float32 [B, tokens_out].
-        scratch_ptr: float32 [B, scratch_stride], not initialised: `scratch_values` of them.
-        HAS_SIZE: tokens have sizes.
-        BY_SIZE: means are weighted by these, not by scores.
-        TILE, BLOCK_D, STAGES: tokens, channels and pipeline of products.
-        ROWS, COLUMNS: of what compares all with all.
-        MOVE_ROWS, MOVE_D: rows and channels that are copied or mixed at a time.
-        GROUP, MEMBERS: means at a time, and tokens in them.
+        scratch_ptr: float32 [B, scratch_stride], uninitialised; see `scratch_values`.
+        HAS_SIZE: Tokens have sizes.
+        BY_SIZE: Weight means by size, not by score.
+        TILE, BLOCK_D, STAGES: Tokens, channels and pipeline stages of matrix products.
+        ROWS, COLUMNS: Tile of all-pairs comparisons.
+        MOVE_ROWS, MOVE_D: Rows and channels copied or mixed at a time.
+        GROUP, MEMBERS: Means computed at a time, and tokens of each at a time.
     """
     image = tl.program_id(0).to(tl.int64)
     x = x_ptr + image * tokens * width
@@ -91,20 +91,20 @@ def density_merge_kernel(
     scratch = scratch_ptr + image * scratch_stride
 
     length = (tokens + 15) // 16 * 16
-    attentive, rest = scratch, scratch + length  # rows of x
-    score, partner, value = scratch + 2 * length, scratch + 3 * length, scratch + 4 * length  # by even place
-    source, single = scratch + 5 * length, scratch + 6 * length  # even places
-    norm, density, farthest = scratch + 7 * length, scratch + 8 * length, scratch + 9 * length  # by inattentive place
+    attentive, rest = scratch, scratch + length  # indices into x
+    score, partner, value = scratch + 2 * length, scratch + 3 * length, scratch + 4 * length  # by even position
+    source, single = scratch + 5 * length, scratch + 6 * length  # even positions
+    norm, density, farthest = scratch + 7 * length, scratch + 8 * length, scratch + 9 * length  # by inattentive pos.
     peak, label = scratch + 10 * length, scratch + 11 * length
-    centres, others = scratch + 12 * length, scratch + 13 * length  # inattentive places
+    centres, others = scratch + 12 * length, scratch + 13 * length  # inattentive positions
     pivot = scratch + LISTS * length
     square = pivot + (width + 15) // 16 * 16
 
     n = tokens - prefix
     n_attentive = tokens_out - prefix - clusters + pairs
     n_rest = n - n_attentive
-    stride = (n_rest + 15) // 16 * 16  # of a row of `square`
-    paired = tl.minimum(pairs, 1)  # without pairs every attentive token is a single one, and none is odd
+    stride = (n_rest + 15) // 16 * 16  # row stride of `square`
+    paired = tl.minimum(pairs, 1)  # without pairs every attentive token is unmerged and none counts as odd
     n_odd = n_attentive // 2 * paired
     n_even = n_attentive - n_odd
 
@@ -145,12 +145,12 @@ def density_merge_kernel(
 
 
 def config(dtype: str, *, has_size: bool, by_size: bool) -> Config:
-    """Tiles and warps.
+    """Tile sizes and number of warps.
 
     Args:
-        dtype: of the tokens, "fp32", "fp16" or "bf16".
-        has_size: tokens have sizes.
-        by_size: means are weighted by these, not by scores.
+        dtype: Of the tokens, "fp32", "fp16" or "bf16".
+        has_size: Tokens have sizes.
+        by_size: Weight means by size, not by score.
     """
     wide = dtype == "fp32"
     constants = {
@@ -170,7 +170,7 @@ def config(dtype: str, *, has_size: bool, by_size: bool) -> Config:
 
 
 def scratch_values(tokens: int, width: int, tokens_out: int, clusters: int, pairs: int, prefix: int) -> int:
-    """float32 values of scratch that one image takes."""
+    """Number of float32 scratch values per image."""
     rest = tokens - (tokens_out - clusters + pairs)
     return int(LISTS.value) * _up(tokens) + _up(width) + rest * _up(rest)
 
@@ -189,7 +189,7 @@ def launch_density_merge(
     prefix: int,
     weights: str = "attention",
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel; arguments as of `op.density_merge`, checked there.
+    """Run the kernel. Arguments as for `op.density_merge`, already checked.
 
     Returns:
         x' [B, tokens_out, D], dtype of x; size' float32 [B, tokens_out].
@@ -210,7 +210,7 @@ def launch_density_merge(
 
 
 def variants() -> Iterator[Variant]:
-    """The ahead-of-time builds: any N up to MAX_TOKENS in one, for it is all loops; D a multiple of 16."""
+    """Ahead-of-time builds. One covers any N up to MAX_TOKENS, since the kernel loops; D must be a multiple of 16."""
     for dtype in each_dtype():
         for has_size in (False, True):
             for by_size in (False, True):

@@ -1,6 +1,6 @@
-"""The rows that leave BAT's step, once it is known which: device functions of `kernel.py`."""
+"""Device functions of `kernel.py` that write the output rows."""
 
-# Triton compiles these functions: their arguments are pointers and tiles, which have no Python type.
+# Triton compiles these functions; their arguments are pointers and tiles, which have no Python type.
 # mypy: allow-untyped-defs, no-check-untyped-defs
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SMALLEST_WEIGHT = tl.constexpr(1e-12)
 
 @triton.jit
 def size_of(size, row, inside, HAS_SIZE: tl.constexpr):
-    """float32 sizes of rows; 0 outside."""
+    """float32 sizes of the rows; 0 where not `inside`."""
     if HAS_SIZE:
         own = tl.load(size + row, mask=inside, other=0.0)
     else:
@@ -25,7 +25,7 @@ def size_of(size, row, inside, HAS_SIZE: tl.constexpr):
 
 @triton.jit
 def weight_of(scores, size, row, inside, HAS_SIZE: tl.constexpr, BY_SIZE: tl.constexpr):
-    """float32 weights of rows in means; 0 outside."""
+    """float32 weights of the rows in means; 0 where not `inside`."""
     if BY_SIZE:
         own = size_of(size, row, inside, HAS_SIZE)
     else:
@@ -35,7 +35,7 @@ def weight_of(scores, size, row, inside, HAS_SIZE: tl.constexpr, BY_SIZE: tl.con
 
 @triton.jit
 def mix(share, rows, total):
-    """total + share @ rows, as if all were float32: 16-bit rows take the shares in two parts of their type."""
+    """total + share @ rows at float32 accuracy: for 16-bit rows, the shares are split into two 16-bit parts."""
     if rows.dtype == tl.float32:
         total = tl.dot(share, rows, total, input_precision="ieee")
     else:
@@ -63,7 +63,7 @@ def copy_rows(
     ROWS: tl.constexpr,
     MOVE_D: tl.constexpr,
 ):
-    """The prefix, single tokens of the even places, and all of the odd ones, as they are."""
+    """Copy the prefix, the unmerged tokens at even positions, and all tokens at odd positions."""
     column = tl.arange(0, MOVE_D)
     for start in tl.range(0, kept, ROWS):
         out = start + tl.arange(0, ROWS)
@@ -101,9 +101,9 @@ def merge_pairs(
     PAIRS: tl.constexpr,
     MOVE_D: tl.constexpr,
 ):
-    """Rows that something merges into, over what `copy_rows` wrote: for each merge its whole target.
+    """Overwrite the rows that `copy_rows` wrote for merge targets; each merge computes its whole target.
 
-    Merges into one target compute the same bits and write them twice.
+    Merges with the same target compute and write identical bits.
     """
     lane = tl.arange(0, PAIRS)
     column = tl.arange(0, MOVE_D)
@@ -162,7 +162,7 @@ def pool_clusters(
     MEMBERS: tl.constexpr,
     MOVE_D: tl.constexpr,
 ):
-    """The weighted mean of each cluster, rows 0 .. clusters - 1 of `merged`."""
+    """Write the weighted mean of each cluster to rows 0 .. clusters - 1 of `merged`."""
     column = tl.arange(0, MOVE_D)
     for start in tl.range(0, clusters, CLUSTERS):
         c = start + tl.arange(0, CLUSTERS)

@@ -1,14 +1,14 @@
-"""The stages of BAT's step on one image: device functions of `kernel.py`.
+"""Device functions of `kernel.py`: the stages of BAT's step on one image.
 
-A program hands values from one stage to the next through its own float32 scratch in global memory (it stays in L2):
-lists of one value a token, whole numbers among them exact below 2^24, and the products of all pairs of inattentive
-tokens. Between a stage that writes and one that reads lies a barrier of the program. No loop reads what it writes.
+Stages pass values through the program's own float32 scratch in global memory (it stays in L2): lists of one value per
+token (integers are exact below 2^24), and the products of all pairs of inattentive tokens. A barrier separates each
+stage that writes from the one that reads. No loop reads what it writes.
 
-Decisions compare `order_key`s, integers, with ties to the lowest place: a total order whatever the values, NaN
-included, so that every list is a permutation and every row that is read or written exists.
+Comparisons use `order_key`, an integer, with ties to the lowest position. This is a total order for any values, NaN
+included, so every list is a permutation and all reads and writes are in bounds.
 """
 
-# Triton compiles these functions: their arguments are pointers and tiles, which have no Python type.
+# Triton compiles these functions; their arguments are pointers and tiles, which have no Python type.
 # mypy: allow-untyped-defs, no-check-untyped-defs
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ NAN_KEY = tl.constexpr(0x7FFFFFFE)
 
 @triton.jit
 def order_key(value):
-    """int32 in the order of float32: -0 as +0, NaN above all."""
+    """Map float32 to int32 of the same order: -0 equals +0, NaN is highest."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     return tl.where(value != value, NAN_KEY, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
 def load_index(values, place, inside):
-    """int32 of a list of whole numbers; 0 outside."""
+    """Load int32 from a list of whole numbers; 0 where not `inside`."""
     return tl.load(values + place, mask=inside, other=0.0).to(tl.int32)
 
 
 @triton.jit
 def partition(values, n, k, chosen, others, shift, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Places of the k highest of values [n], and of the others, each ascending and plus `shift`.
+    """Positions of the k highest of values [n] and of the others, each ascending, plus `shift`.
 
-    Rank by counting; a place in its list is the number of its kind in front of it.
+    Ranks by counting; an element's place in its list is the number of earlier elements on the same side.
     """
     before = 0
     for start in tl.range(0, n, ROWS):
@@ -63,7 +63,7 @@ def partition(values, n, k, chosen, others, shift, ROWS: tl.constexpr, COLUMNS: 
 def best_partners(
     x, attentive, score, partner, n_even, n_odd, width, TILE: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr
 ):
-    """Of each even attentive token the odd one of highest cosine (ties: lowest), and that cosine."""
+    """For each even attentive token, the odd one of highest cosine (ties to the lowest index), and that cosine."""
     lane = tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_D)
     for start in tl.range(0, n_even, TILE):
@@ -93,7 +93,7 @@ def best_partners(
             key = tl.where((b < n_odd)[None, :], order_key(cosine), LOWEST)
             top_key = tl.max(key, axis=1)
             top_b = tl.min(tl.where(key == top_key[:, None], b[None, :], HIGHEST), axis=1)
-            # The cosine itself again: of the one column that won.
+            # Recover the cosine of the winning column.
             top = tl.sum(tl.where(b[None, :] == top_b[:, None], cosine, 0.0), axis=1)
             better = top_key > best_key
             best_key = tl.where(better, top_key, best_key)
@@ -105,7 +105,7 @@ def best_partners(
 
 @triton.jit
 def rank_pairs(score, partner, value, n_even, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What decides which even tokens merge: score - 4 where a better one has the same partner (cosines are -1 .. 1)."""
+    """Sort key for merging: the score, less 4 if a better token has the same partner (cosines are in -1 .. 1)."""
     for start in tl.range(0, n_even, ROWS):
         i = start + tl.arange(0, ROWS)
         own = tl.load(score + i, mask=i < n_even, other=0.0)
@@ -123,11 +123,11 @@ def rank_pairs(score, partner, value, n_even, ROWS: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def middle_row(x, rows, pivot, n, width, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A row to measure all of x at `rows` [n] from, float32 [D]: their mean, so that no shared mean swamps distances.
+    """float32 [D] to subtract from the rows of x at `rows` [n], so that a large common mean does not swamp distances.
 
-    Of 16-bit tokens it is their rounded mean where every token is between half and twice of it, else 0: the difference
-    is then exact in 16 bits (Sterbenz), and tensor cores take it as it is. Where it is 0 the mean is not much larger
-    than what tokens differ by. The mean is taken of differences to the first row: exact where all are equal.
+    For 16-bit tokens it is the rounded mean where every token lies between half and twice of it, else 0: the difference
+    is then exact in 16 bits (Sterbenz), so tensor cores can use it directly. Where it is 0, the mean is not much larger
+    than the differences between tokens. The mean is computed from differences to the first row: exact if all are equal.
     """
     column = tl.arange(0, BLOCK_D)
     lane = tl.arange(0, TILE)
@@ -173,8 +173,8 @@ def products(
 ):
     """square[i, j] = t_i t_j for all pairs of t = x at `rows` [n] less `pivot`, norm[i] = t_i t_i.
 
-    Both come out of the same products, so |t_i|^2 + |t_j|^2 - 2 t_i t_j of equal tokens is exactly 0, and what the
-    accumulation loses by truncation cancels. A tile and its mirror image are one product.
+    Both come from the same products, so |t_i|^2 + |t_j|^2 - 2 t_i t_j is exactly 0 for equal tokens, and truncation
+    errors of the accumulation cancel. Mirrored tiles are computed once.
     """
     lane = tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_D)
@@ -206,7 +206,7 @@ def products(
 
 @triton.jit
 def squared_distance(square, norm_i, norm_j, i, j, inside, stride):
-    """|t_i - t_j|^2 at two broadcast places; 0 or more, exactly 0 where i = j."""
+    """|t_i - t_j|^2 at two broadcast positions; never negative, exactly 0 for i = j."""
     product = tl.load(square + i * stride + j, mask=inside, other=0.0)
     apart = norm_i + norm_j - 2.0 * product
     return tl.where((apart < 0.0) | (i == j), 0.0, apart)
@@ -234,7 +234,7 @@ def densities(square, norm, density, farthest, n, stride, width, ROWS: tl.conste
 
 @triton.jit
 def peaks(square, norm, density, farthest, peak, n, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """peak[i] = log(density * delta), delta the distance to the nearest denser token (of the densest: the farthest)."""
+    """peak[i] = log(density * delta); delta is the distance to the nearest denser token (the densest: the farthest)."""
     for start in tl.range(0, n, ROWS):
         i = start + tl.arange(0, ROWS)
         norm_i = tl.load(norm + i, mask=i < n, other=0.0)[:, None]
@@ -256,7 +256,7 @@ def peaks(square, norm, density, farthest, peak, n, stride, ROWS: tl.constexpr, 
 
 @triton.jit
 def assign(square, norm, centres, label, n, clusters, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """label[i] = the nearest centre (ties: lowest); a centre's is its own."""
+    """label[i] = the nearest centre (ties to the lowest); a centre is labelled with itself."""
     for start in tl.range(0, n, ROWS):
         i = start + tl.arange(0, ROWS)
         norm_i = tl.load(norm + i, mask=i < n, other=0.0)[:, None]
@@ -267,7 +267,7 @@ def assign(square, norm, centres, label, n, clusters, stride, ROWS: tl.constexpr
             centre = load_index(centres, c, c < clusters)
             norm_c = tl.load(norm + centre)[None, :]
             inside = (i < n)[:, None] & (c < clusters)[None, :]
-            # By the centre's row: neighbouring tokens are neighbours in memory.
+            # Read the centre's row: neighbouring tokens are adjacent in memory.
             apart = squared_distance(square, norm_c, norm_i, centre[None, :], i[:, None], inside, stride)
             key = tl.where(centre[None, :] == i[:, None], HIGHEST, order_key(-apart))
             key = tl.where((c < clusters)[None, :], key, LOWEST)

@@ -1,4 +1,4 @@
-"""vp::density_merge, BAT's step between attention and MLP: checks, registration, and the function that callers use."""
+"""torch operator vp::density_merge (BAT's step between attention and MLP): argument checks and registration."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def density_merge(
     prefix: int,
     weights: str = "attention",
 ) -> tuple[Tensor, Tensor]:
-    """Leave `tokens_out` tokens of each image: attentive ones after `pairs` merges, and `clusters` of the inattentive.
+    """Reduce each image to `tokens_out` tokens: merge pairs of attentive tokens, and cluster the inattentive ones.
 
-    Source: Long et al., CVPR 2023, as docs/reducers.md (bat) has it.
+    Source: Long et al., CVPR 2023, as described in docs/reducers.md (bat).
 
     Args:
         x: [B, N, D], contiguous, float32, float16 or bfloat16; N up to 1024.
-        scores: float32 [B, N], contiguous: the class token's attention, prefix columns included (and ignored).
-        size: float32 [B, N], contiguous, patches that each token stands for; None for 1 each.
-        tokens_out: tokens that leave, prefix included: prefix + 1 .. N - pairs.
-        clusters: K, tokens that stand for the inattentive; 0 only where no token is inattentive.
-        pairs: merges among the n_a = tokens_out - prefix - clusters + pairs attentive tokens, up to n_a // 2.
-        prefix: tokens in front that take no part.
-        weights: means weighted by "attention" (the scores, 1e-12 at least) or by "size".
+        scores: float32 [B, N], contiguous: attention of the class token; prefix columns are included but ignored.
+        size: float32 [B, N], contiguous, number of patches in each token; None for 1 each.
+        tokens_out: Number of output tokens, prefix included: prefix + 1 .. N - pairs.
+        clusters: K, number of tokens that replace the inattentive ones; 0 only if there are none.
+        pairs: Merges among the n_a = tokens_out - prefix - clusters + pairs attentive tokens, up to n_a // 2.
+        prefix: Number of leading tokens that are left alone.
+        weights: Weight means by "attention" (the scores, at least 1e-12) or by "size".
 
     Returns:
-        x' [B, tokens_out, D], dtype of x: the prefix; single attentive tokens of the even places ascending, then all of
-        the odd places (without pairs: the attentive ascending); clusters by the place of their centre.
-        size' float32 [B, tokens_out], sums.
+        x' [B, tokens_out, D], dtype of x: the prefix; the unmerged attentive tokens at even positions, ascending, then
+        all at odd positions (without pairs: all attentive tokens, ascending); the clusters, by position of their
+        centre. size' float32 [B, tokens_out], summed sizes.
 
     Raises:
-        KernelError: an argument's device, dtype, shape, stride or count.
+        KernelError: if an argument has an unsupported device, dtype, shape, stride or count.
     """
     found: tuple[Tensor, Tensor] = torch.ops.vp.density_merge(
         x, scores, size, tokens_out, clusters, pairs, prefix, weights
@@ -80,10 +80,10 @@ def check(
     prefix: int,
     weights: str = "attention",
 ) -> None:
-    """Refuse what the operator cannot run on: shapes only, no tensor's content.
+    """Check the arguments by their shapes, without reading data.
 
     Raises:
-        KernelError: naming the argument, what it is and what is allowed.
+        KernelError: naming the argument, its value and what is allowed.
     """
     test = Check(OPERATOR, x)
     test.tensor("x", x, ("B", "N", "D"))

@@ -1,4 +1,4 @@
-"""BAT's step in plain torch, one image and one token at a time: section bat of docs/reducers.md, line by line."""
+"""Reference implementation of BAT's step, image by image and token by token, following docs/reducers.md (bat)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def density_merge(
     prefix: int,
     weights: str = "attention",
 ) -> tuple[Tensor, Tensor]:
-    """The oracle of `vp::density_merge`, computed in fp32, or in fp64 where x is fp64.
+    """Reference for `vp::density_merge`, computed in fp32, or in fp64 if x is fp64.
 
     Args:
         x: [B, N, D].
-        scores: [B, N], the class token's attention, prefix columns included.
+        scores: [B, N], attention of the class token, prefix columns included.
         size: [B, N], or None for 1 everywhere.
-        tokens_out: tokens that leave, prefix included.
-        clusters: tokens that stand for the inattentive.
-        pairs: merges among the attentive.
-        prefix: tokens in front that take no part.
-        weights: of the means, "attention" or "size".
+        tokens_out: Number of output tokens, prefix included.
+        clusters: Number of tokens that replace the inattentive ones.
+        pairs: Merges among attentive tokens.
+        prefix: Number of leading tokens that are left alone.
+        weights: Weight means by "attention" or "size".
 
     Returns:
-        x' [B, tokens_out, D], dtype of x; size' [B, tokens_out], float32 (fp64 where x is fp64).
+        x' [B, tokens_out, D], dtype of x; size' [B, tokens_out], float32 (fp64 if x is fp64).
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     images = []
@@ -48,7 +48,7 @@ def density_merge(
 
 
 def groups(x: Tensor, c: Tensor, tokens_out: int, clusters: int, pairs: int, prefix: int) -> list[list[int]]:
-    """The rows of x [N, D] that make each output row, in output order; c [N] are the scores."""
+    """Indices into x [N, D] that form each output row, in output order, given scores c [N]."""
     patches = list(range(prefix, x.shape[0]))
     n_attentive = tokens_out - prefix - clusters + pairs
     order = descending(c[prefix:])
@@ -58,18 +58,18 @@ def groups(x: Tensor, c: Tensor, tokens_out: int, clusters: int, pairs: int, pre
 
 
 def _mean(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows [M, D], weight [M] -> [D]. A row alone stays what it is, whatever its weight."""
+    """Weighted mean of rows [M, D] with weight [M]: [D]. A single row is returned unchanged."""
     return rows[0] if len(rows) == 1 else (rows * weight[:, None]).sum(dim=0) / weight.sum()
 
 
 def descending(values: Tensor) -> list[int]:
-    """Places of values [n], the highest first; ties by the lowest place; NaN above everything."""
+    """Positions of values [n] in descending order; ties to the lowest position, NaN first."""
     order: list[int] = torch.sort(values, descending=True, stable=True).indices.tolist()
     return order
 
 
 def pair(x: Tensor, attentive: list[int], pairs: int) -> list[list[int]]:
-    """Merge the most similar pairs of the attentive rows of x [N, D]: the rows of each output token."""
+    """Merge the most similar pairs of attentive rows of x [N, D]; returns the rows of each output token."""
     if pairs == 0:
         return [[row] for row in attentive]
     even, odd = attentive[::2], attentive[1::2]
@@ -84,7 +84,7 @@ def pair(x: Tensor, attentive: list[int], pairs: int) -> list[list[int]]:
     taken: set[int] = set()
     firsts: list[int] = []
     thirds: list[int] = []
-    for a in ranked:  # the first of those that share a partner is its pair
+    for a in ranked:  # the first token to claim a partner is paired with it
         (thirds if partner[a] in taken else firsts).append(a)
         taken.add(partner[a])
     merged = (firsts + thirds)[:pairs]
@@ -95,7 +95,7 @@ def pair(x: Tensor, attentive: list[int], pairs: int) -> list[list[int]]:
 
 
 def cluster(x: Tensor, inattentive: list[int], clusters: int) -> list[list[int]]:
-    """Density peaks among the inattentive rows of x [N, D]: the rows of each cluster, centres ascending."""
+    """Cluster the inattentive rows of x [N, D] by density peaks; the rows of each cluster, centres ascending."""
     if not inattentive:
         return []
     t = x[inattentive]  # [n_i, D]

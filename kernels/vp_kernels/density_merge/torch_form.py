@@ -1,4 +1,4 @@
-"""BAT's step in whole-batch torch operations: what runs on a CPU, where neither a GPU nor triton is at hand."""
+"""BAT's step in batched torch operations, used on a CPU or without triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def density_merge(
     prefix: int,
     weights: str = "attention",
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.density_merge`: x [B, N, D] -> x' [B, tokens_out, D], dtype of x; size' float32 [B, tokens_out]."""
+    """Batched `reference.density_merge`; returns x' [B, tokens_out, D], dtype of x; size' float32 [B, tokens_out]."""
     batch, tokens, _ = x.shape
     features = x.float()
     own = scores.new_ones(batch, tokens) if size is None else size
@@ -35,12 +35,12 @@ def density_merge(
     else:
         source = into = attentive[:, :0]
         keep = torch.cat([front, attentive], dim=1)
-    # 1 where entering row `source[r]` is part of output row k, and its share of the mean: [B, K, R]
+    # Whether row `source[r]` merges into output row k, and its share of the mean: [B, K, R]
     member = torch.arange(keep.shape[1], device=x.device)[None, :, None] == into[:, None, :]
     source_weight = member * _take(weight, source)[:, None, :]
     mass = _take(weight, keep) + source_weight.sum(dim=2)  # [B, K]
     kept = _take_rows(x, keep)
-    # Everything else of a row is exact: only rows that something merges into are computed.
+    # Unmerged rows are copied exactly; only merge targets are computed.
     mixed = (
         kept.float() * (_take(weight, keep) / mass)[:, :, None]
         + (source_weight / mass[:, :, None]) @ _take_rows(x, source).float()
@@ -60,44 +60,44 @@ def density_merge(
 
 
 def _ranking(values: Tensor) -> Tensor:
-    """int64 [B, n]: places by descending value, ties by the lowest."""
+    """int64 [B, n]: positions in descending order of value, ties to the lowest."""
     return torch.sort(values, dim=1, descending=True, stable=True).indices
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, N] at index int64 [B, K] -> [B, K]."""
+    """Gather values [B, N] at index int64 [B, K]: [B, K]."""
     return torch.gather(values, 1, index)
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D] at index int64 [B, K] -> [B, K, D]."""
+    """Gather rows of x [B, N, D] at index int64 [B, K]: [B, K, D]."""
     return torch.gather(x, 1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def _ahead(values: Tensor) -> Tensor:
-    """bool [B, n, n]: at [i, j], whether j comes before i in descending order, ties to the lowest place."""
+    """bool [B, n, n]: whether j comes before i in descending order, ties to the lowest position."""
     place = torch.arange(values.shape[1], device=values.device)
     higher = values[:, None, :] > values[:, :, None]
     return higher | ((values[:, None, :] == values[:, :, None]) & (place[None, :] < place[:, None]))
 
 
 def _pair(features: Tensor, attentive: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the attentive rows [B, n_a] those that merge [B, R], stay single, are odd; the odd places that are joined."""
+    """Pair attentive rows [B, n_a]: positions that merge [B, R], stay single, are odd; odd positions merged into."""
     even, odd = attentive[:, ::2], attentive[:, 1::2]
     unit = torch.nn.functional.normalize(features, dim=2)
     cosines = _take_rows(unit, even) @ _take_rows(unit, odd).transpose(1, 2)
-    score, partner = cosines.amax(dim=2), cosines.argmax(dim=2)  # argmax, unlike max, names the lowest of equals
+    score, partner = cosines.amax(dim=2), cosines.argmax(dim=2)  # argmax, unlike max, returns the lowest index on ties
     beaten = (_ahead(score) & (partner[:, :, None] == partner[:, None, :])).any(dim=2)
-    order = _ranking(score - 4.0 * beaten.float())  # cosines differ by 2 at most: every pair before any third
+    order = _ranking(score - 4.0 * beaten.float())  # cosines differ by at most 2: beaten tokens rank last
     merged = order[:, :pairs].sort(dim=1).values
     single = order[:, pairs:].sort(dim=1).values
     return _take(even, merged), _take(even, single), odd, _take(partner, merged)
 
 
 def _cluster(t: Tensor, clusters: int) -> Tensor:
-    """Density peaks: t float32 [B, n_i, D] -> the cluster of each, int64 [B, n_i]; clusters by ascending centre."""
+    """Density-peak clustering of t, float32 [B, n_i, D]: labels, int64 [B, n_i]; clusters by ascending centre."""
     n, width = t.shape[1], t.shape[2]
-    # By differences and not as a matrix product: equal tokens are then exactly 0 apart.
+    # By differences rather than a matrix product, so that equal tokens are exactly 0 apart.
     squared = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").square()  # [B, n_i, n_i]
     log_density = squared.sum(dim=2) / -(n * width)
     infinite = squared.new_full((), float("inf"))

@@ -1,1 +1,1 @@
-"""vp::gather_norm: the kept rows, and their LayerNorm, in one pass."""
+"""vp::gather_norm: gathers the kept rows and applies LayerNorm in one pass."""

@@ -1,4 +1,4 @@
-"""vp::GatherNorm in ONNX: the node, and its body in standard operators."""
+"""ONNX form of vp::GatherNorm: the node and its function body in standard operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vp_kernels.function_body import Body, Ref, Value, node, variants
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Image: the index is [B, K], one list an image. Residual: rows of a second tensor are added. Extra: rows behind.
+# Image: index is [B, K], per image. Residual: rows of a second tensor are added. Extra: rows are appended.
 TYPES = variants("GatherNorm", "Image", "Residual", "Extra")
 
 
@@ -22,7 +22,7 @@ def gather_norm_node(
     residual: Tensor | None = None,
     extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gather_norm` while torch.onnx.export traces: see there for the arguments.
+    """Emit the node of `gather_norm` while torch.onnx.export traces. Arguments as for `gather_norm`.
 
     Returns:
         kept, normed: [B, K + E, D], dtype of x.
@@ -43,7 +43,7 @@ def gather_norm_node(
 
 
 def body(op_type: str) -> Body:
-    """The function body of one type."""
+    """Function body of one operator type."""
     names = ["x", "index", "weight", "bias"]
     names += [name for name, suffix in (("residual", "Residual"), ("extra", "Extra")) if suffix in op_type]
     f = Body(op_type, names, {"eps": float})
@@ -65,6 +65,6 @@ def body(op_type: str) -> Body:
         if "Extra" in op_type:
             kept = f.Concat(kept, given["extra"], axis=1)
         total = f.float(kept)
-    # In fp32 from end to end: the statistics of the unrounded sum, and one rounding of the result.
+    # In fp32 throughout: statistics of the unrounded sum, one rounding of the result.
     normed = f.LayerNormalization(total, f.float(given["weight"]), f.float(given["bias"]), axis=-1, epsilon=Ref("eps"))
     return f.outputs(kept=kept, normed=f.CastLike(normed, x))

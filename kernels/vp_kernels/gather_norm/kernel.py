@@ -1,11 +1,11 @@
-"""The Triton kernel of vp::gather_norm: every output row is read once, kept in registers, and written twice.
+"""Triton kernel of vp::gather_norm: each output row is read once, kept in registers, and written twice.
 
-Bandwidth. An H200 moves 4.8 TB/s at some 800 ns of latency, so by Little's law 132 SMs must each keep about
-4.8e12 * 800e-9 / 132 = 29 kB on its way. Of the traffic one third is reads (one row in, two rows out; a half with a
-residual) and writes do not wait: about 10 to 15 kB of reads must be in flight per SM. A program is one warp and holds
-`rows x D` <= 1536 values (3 kB in bf16), so 5 programs per SM would do and registers allow three times as many. One
-warp a program makes both reductions shuffles, with no barrier and no shared memory, and lets the programs of an SM be
-at different stages: some read while others write.
+Bandwidth: an H200 moves 4.8 TB/s at about 800 ns of latency, so by Little's law each of 132 SMs needs about
+4.8e12 * 800e-9 / 132 = 29 kB in flight. One third of the traffic is reads (one row in, two rows out; half with a
+residual) and writes do not stall, so 10 to 15 kB of reads must be in flight per SM. A program is one warp and holds
+`rows x D` <= 1536 values (3 kB in bf16): 5 programs per SM are enough, and registers allow three times as many. With
+one warp per program both reductions are shuffles, without barriers or shared memory, and the programs of an SM can be
+at different stages, some reading while others write.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from vp_kernels.launch import Config, Variant, absent, binary_parts, cdiv, each_dtype, launch, triton_type
 
-VALUES = 1536  # of a program: 48 fp32 registers a lane hold the rows
-ONE_WARP = 2048  # the widest row that one warp holds: 64 registers a lane
-WIDTHS = (192, 384, 512, 768, 1024, 1280)  # of the ahead-of-time variants
+VALUES = 1536  # per program: the rows take 48 fp32 registers per lane
+ONE_WARP = 2048  # widest row held by one warp: 64 registers per lane
+WIDTHS = (192, 384, 512, 768, 1024, 1280)  # of the ahead-of-time builds
 
 
 @triton.jit
@@ -40,14 +40,14 @@ def _load(
     HAS_RESIDUAL: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
 ):
-    """Columns START .. START + PART of the program's rows, summed: fp32 [ROWS, PART], zero beyond D.
+    """Load and sum columns START .. START + PART of the program's rows: fp32 [ROWS, PART], zero beyond D.
 
     Args:
         x_row, extra_row: int64 [ROWS], rows of [B * N, D] and of [B * E, D].
-        inside: whether the row is one of x's. appended: one of extra's. outside: its index is none, so it is NaN.
+        inside: The row comes from x. appended: it comes from extra. outside: its index is invalid, giving NaN.
     """
     columns = START + tl.arange(0, PART)
-    real = (columns < D)[None, :]  # folded to true where the part is full, as are its uses
+    real = (columns < D)[None, :]  # constant true for a full part, so its uses fold away
     at = (x_row * D)[:, None] + columns[None, :]
     values = tl.load(x_ptr + at, mask=inside[:, None] & real, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -61,7 +61,7 @@ def _load(
 
 @triton.jit
 def _centre(values, mean, START: tl.constexpr, PART: tl.constexpr, D: tl.constexpr):
-    """values - mean, zero beyond D: such columns must not count in the variance."""
+    """values - mean, zero beyond D so that padding does not count in the variance."""
     centred = values - mean[:, None]
     if START + PART > D:
         columns = START + tl.arange(0, PART)
@@ -84,7 +84,7 @@ def _store(
     PART: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Write both outputs of the same columns."""
+    """Write both outputs for these columns."""
     columns = START + tl.arange(0, PART)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
@@ -119,17 +119,17 @@ def gather_norm_kernel(
     HAS_EXTRA: tl.constexpr,
     INDEX_PER_IMAGE: tl.constexpr,
 ):
-    """ROWS rows of the output, flattened to [B * (K + E), D].
+    """Compute ROWS rows of the output, flattened to [B * (K + E), D].
 
     Args:
         rows: B * (K + E).
         tokens, kept, extras: N, K, E.
-        PART_0, PART_1, PART_2: powers of two that cover D side by side; 0 for a part that is not needed.
+        PART_0, PART_1, PART_2: Powers of two that together cover D; 0 for an unused part.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     outputs = kept + extras
-    image = row // outputs  # in 32 bits: a division of 64 is slow
+    image = row // outputs  # in 32 bits: 64-bit division is slow
     place = row - image * outputs
     row, image = row.to(tl.int64), image.to(tl.int64)
 
@@ -163,7 +163,7 @@ def gather_norm_kernel(
         total += tl.sum(values_2, axis=1)
     mean = total / D
 
-    # The rows are in registers, so the variance is that of the centred values: no cancellation.
+    # The rows are in registers, so compute the variance from centred values: no cancellation.
     centred_0 = _centre(values_0, mean, 0, PART_0, D)
     squares = tl.sum(centred_0 * centred_0, axis=1)
     if PART_1 > 0:
@@ -187,16 +187,16 @@ def gather_norm_kernel(
 def config(
     width: int, dtype: str, *, residual: bool = False, extra: bool = False, index_per_image: bool = False
 ) -> Config:
-    """Tiles of a launch.
+    """Tile sizes of a launch.
 
     Args:
         width: D.
-        dtype: of x, "fp32", "fp16" or "bf16".
-        residual, extra: whether these are given.
+        dtype: Of x, "fp32", "fp16" or "bf16".
+        residual, extra: Whether these are given.
         index_per_image: index is [B, K].
     """
-    # No part is narrower than a warp's 32 loads of 16 bytes. Every part then lies alike over the lanes, whereas 256 and
-    # 128 columns would be two layouts, with statistics passed from one to the other. What is masked moves no bytes.
+    # No part is narrower than 32 loads of 16 bytes, one per lane. All parts then have the same layout; 256 and 128
+    # columns would differ, and statistics would have to be converted between layouts. Masked lanes move no bytes.
     parts = [*binary_parts(width, 3, smallest=128 if dtype == "fp32" else 256), 0, 0][:3]
     rows = 1
     while 2 * rows * sum(parts) <= VALUES:
@@ -229,7 +229,7 @@ def launch_gather_norm(
         x: [B, N, D], contiguous.
         index: int64 [K] or [B, K], contiguous.
         weight, bias: [D].
-        eps: of the LayerNorm.
+        eps: Of the LayerNorm.
         residual: [B, N, D], contiguous.
         extra: [B, E, D], contiguous.
 
@@ -274,7 +274,7 @@ def launch_gather_norm(
 
 
 def variants() -> Iterator[Variant]:
-    """The ahead-of-time builds."""
+    """Ahead-of-time builds."""
     for dtype in each_dtype():
         for width in WIDTHS:
             for flags in range(8):

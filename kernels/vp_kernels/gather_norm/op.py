@@ -1,4 +1,4 @@
-"""vp::gather_norm for torch: checks, registration, gradients, and `gather_norm`, which callers use."""
+"""torch operator vp::gather_norm: argument checks, registration, gradients."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ def gather_norm(
     residual: Tensor | None = None,
     extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of x and their LayerNorm, in one pass over memory.
+    """Gather rows of x and apply LayerNorm, in one pass over memory.
 
     Differentiable in x, weight, bias, residual and extra.
 
     Args:
         x: fp32, fp16 or bf16 [B, N, D], contiguous; N up to 1024, D up to 4096.
-        index: int64 [K], or [B, K] for each image its own: rows of x in any order, may repeat; K may be 0.
+        index: int64 [K], or [B, K] per image: rows of x in any order, may repeat; K may be 0.
         weight, bias: [D], of the LayerNorm.
-        eps: of the LayerNorm.
-        residual: [B, N, D] of x's dtype, added to x first, in fp32.
-        extra: [B, E, D] of x's dtype, rows that follow the kept ones.
+        eps: Of the LayerNorm.
+        residual: [B, N, D], dtype of x, added to x in fp32 before gathering.
+        extra: [B, E, D], dtype of x, appended after the gathered rows.
 
     Returns:
-        kept: [B, K + E, D] = cat(x[index] + residual[index], extra), of x's dtype.
-        normed: [B, K + E, D], LayerNorm of the unrounded rows, of x's dtype.
+        kept: [B, K + E, D] = cat(x[index] + residual[index], extra), dtype of x.
+        normed: [B, K + E, D], LayerNorm of the unrounded rows, dtype of x.
 
     Raises:
-        KernelError: an argument is not as above. An index outside 0 .. N - 1 is only seen outside of compiled code and
-            of CUDA graphs; there its row is NaN.
+        KernelError: if an argument is not as above. Indices are not checked while compiling or capturing a CUDA graph;
+            a row with an index outside 0 .. N - 1 is then NaN.
     """
     found: tuple[Tensor, Tensor] = _operator(x, index, weight, bias, eps, residual, extra)
     return found
 
 
-# Optional[...]: torch infers the operator's schema from these annotations.
+# Optional[...]: torch infers the operator's schema from the annotations.
 @torch.library.triton_op(NAME, mutates_args=())
 def _operator(
     x: Tensor,
@@ -96,7 +96,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_kept: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
-    """From the formula of LayerNorm's gradient, in fp32; the rows are gathered once more rather than stored."""
+    """Gradient of LayerNorm in fp32; gathers the rows again rather than saving them."""
     x, index, weight, bias, residual, extra = ctx.saved_tensors
     batch, tokens, width = x.shape
     rows = gather(x, index, residual, extra)  # [B, K + E, D]
@@ -113,7 +113,7 @@ def _backward(ctx: Any, grad_kept: Tensor, grad_normed: Tensor) -> tuple[Tensor 
     image = torch.arange(batch, device=x.device)[:, None]
     flat = (image * tokens + where.clamp(0, tokens - 1)).reshape(-1)
     grad_kept_rows = grad_rows[:, :kept].masked_fill(~inside[:, :, None], 0.0).reshape(-1, width)
-    # A row may be kept more than once: its gradients add up, in fp32.
+    # Rows may repeat; their gradients add up, in fp32.
     into = torch.zeros(batch * tokens, width, dtype=torch.float32, device=x.device)
     grad_x = into.index_add(0, flat, grad_kept_rows).reshape(x.shape).to(x.dtype)
     return (

@@ -1,4 +1,4 @@
-"""What vp::gather_norm computes, in plain torch: the oracle of the kernel, and what runs on a CPU."""
+"""Reference implementation of vp::gather_norm in plain torch; also its CPU implementation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def gather_norm_reference(
     residual: Tensor | None = None,
     extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Kept rows and their LayerNorm, in fp32 (fp64 if x is fp64).
+    """Gather rows and apply LayerNorm, in fp32 (fp64 if x is fp64).
 
     Args:
         x: [B, N, D].
         index: int64 [K] or [B, K]; outside 0 .. N - 1 the row is NaN.
         weight, bias: [D].
-        eps: added to the variance.
+        eps: Added to the variance.
         residual: [B, N, D], added to x first.
-        extra: [B, E, D], rows behind the kept ones.
+        extra: [B, E, D], appended after the gathered rows.
 
     Returns:
         kept [B, K + E, D] and normed [B, K + E, D], fp32 or fp64.
@@ -36,7 +36,7 @@ def gather_norm_reference(
 
 
 def gather(x: Tensor, index: Tensor, residual: Tensor | None, extra: Tensor | None) -> Tensor:
-    """cat(x[index] + residual[index], extra), unrounded: fp32 or fp64 [B, K + E, D]; arguments as above."""
+    """cat(x[index] + residual[index], extra), unrounded: fp32 or fp64 [B, K + E, D]. Arguments as above."""
     summed = wide(x) if residual is None else wide(x) + wide(residual)  # [B, N, D]
     batch, tokens, width = x.shape
     where = index.expand(batch, -1)  # [B, K]
@@ -47,5 +47,5 @@ def gather(x: Tensor, index: Tensor, residual: Tensor | None, extra: Tensor | No
 
 
 def wide(value: Tensor) -> Tensor:
-    """fp32, or fp64 of what is fp64."""
+    """Cast to fp32, or keep fp64."""
     return value if value.dtype == torch.float64 else value.float()

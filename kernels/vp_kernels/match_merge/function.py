@@ -1,4 +1,4 @@
-"""vp::MatchMerge in ONNX: the node, and its body in standard operators."""
+"""ONNX form of vp::MatchMerge: the node and its function body in standard operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vp_kernels.select.function import split
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Size: tokens have sizes. Scores: an image whose scores vary much prunes instead of merging.
+# Size: tokens have sizes. Scores: images whose scores vary by tau or more are pruned instead of merged.
 TYPES = variants("MatchMerge", "Size", "Scores")
 
 
@@ -24,7 +24,7 @@ def match_merge_node(
     scores: Tensor | None = None,
     tau: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`match_merge` while torch.onnx.export traces: see there for the arguments.
+    """Emit the node of `match_merge` while torch.onnx.export traces. Arguments as for `match_merge`.
 
     Returns:
         x': [B, N - r, D], dtype of x.
@@ -47,7 +47,7 @@ def match_merge_node(
 
 
 def body(op_type: str) -> Body:
-    """The function body of one type."""
+    """Function body of one operator type."""
     names = ["x", "metric"] + [name for name in ("size", "scores") if name.capitalize() in op_type]
     attributes: dict[str, type] = {"tokens": int, "r": int, "prefix": int}
     if "Scores" in op_type:
@@ -57,7 +57,7 @@ def body(op_type: str) -> Body:
     x, size = given["x"], given.get("size")
     tokens, r, prefix = f.attribute("tokens"), f.attribute("r"), f.attribute("prefix")
 
-    # Positions in the sequence: A the even ones behind the prefix, B the odd ones.
+    # Positions in the sequence: A are the even ones after the prefix, B the odd ones.
     odd = prefix % 2
     first_a, first_b = prefix + odd, prefix + 1 - odd
     count_a, rows_b = (tokens - first_a + 1) / 2, f.range(first_b, tokens, 2)
@@ -76,7 +76,7 @@ def body(op_type: str) -> Body:
         pools = f.Less(variance(f, scores, n), f.attribute("tau"))  # [B, 1]
         stay = n - r
         kept = f.top(scores, stay)[1]
-        # Both policies are lists of one shape: an image that prunes takes its own rows and merges with weight 0.
+        # Both policies have index lists of one shape: a pruned image takes its own rows and merges with weight 0.
         keep = f.Where(pools, keep, frame(f, kept, prefix, prefix, stay))
         ones = f.float(f.GreaterOrEqual(source, 0)) if weight is None else weight
         weight = f.float(pools) * ones
@@ -86,13 +86,13 @@ def body(op_type: str) -> Body:
 
 
 def unit(f: Body, x: Value) -> Value:
-    """Rows of [B, N, d] of length 1, float32; a row of zeros stays so."""
+    """Normalise the rows of [B, N, d] to length 1, in float32; zero rows stay zero."""
     # Not LpNormalization: ONNX Runtime has no kernel for its opset 22 before 1.25.
     return x / f.Sqrt(f.Max(f.sum(x * x, 2, keep=True), 1e-24))
 
 
 def nearest(f: Body, a: Value, b: Value) -> tuple[Value, Value]:
-    """For each row of a [B, I, d] the highest product with a row of b [B, J, d], and the (lowest) j: [B, I] each."""
+    """Highest product of each row of a [B, I, d] with a row of b [B, J, d], and the lowest such j: [B, I] each."""
     product = f.MatMul(a, f.Transpose(b, perm=[0, 2, 1]))
     return f.ReduceMax(product, 2, keepdims=0), f.ArgMax(product, axis=2, keepdims=0)
 
@@ -106,9 +106,9 @@ def frame(
     after: Value | None = None,
     count_after: Value | int = 0,
 ) -> Value:
-    """Rows of the sequence: 0 .. prefix - 1, then index + shift, then `after`: int64 [B, prefix + count + count_after].
+    """Row indices 0 .. prefix - 1, then index + shift, then `after`: int64 [B, prefix + count + count_after].
 
-    Zeros are padded and a constant row is added: the constants need not be expanded to the batch.
+    Pads with zeros and adds a constant row, so that the constants need not be expanded to the batch.
 
     Args:
         index: int64 [B, count].
@@ -121,7 +121,7 @@ def frame(
 
 
 def variance(f: Body, scores: Value, n: Value) -> Value:
-    """Unbiased variance of scores / sum(scores), 0 for one score: [B, n] -> [B, 1]."""
+    """Unbiased variance of scores / sum(scores), 0 for a single score: [B, n] -> [B, 1]."""
     share = scores / f.sum(scores, 1, keep=True)
     centred = share - f.ReduceMean(share, 1, keepdims=1)
     return f.sum(centred * centred, 1, keep=True) / f.float(f.Max(n - 1, 1))

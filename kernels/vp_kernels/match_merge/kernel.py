@@ -1,9 +1,9 @@
-"""vp::match_merge in Triton, two launches: the matching, one program an image; and the merge, `vp::merge_rows`' kernel.
+"""Triton kernels of vp::match_merge: the matching, one program per image, then the kernel of `vp::merge_rows`.
 
-The matching at batch 256, N 197 (98 tokens of A, 99 of B), d 64, on 132 multiprocessors: two images each, at once. Of 6
-heads in bf16 it reads 39 MB, 10 us at 4 TB/s (of a metric that is summed already 6 MB, 2 us). Three products of
-128 x 128 x 64 are 3.1 M multiplications an image, 1 us at fp16's 2048 a clock; finding the best of 128 x 128, ranking
-128 by counting, and each of the three tiles that are waited for are about 1 us each. The merge moves 75 MB, 19 us
+The matching at batch 256, N 197 (98 tokens in A, 99 in B), d 64, on 132 multiprocessors: two images on each, at once.
+With 6 heads in bf16 it reads 39 MB, 10 us at 4 TB/s (6 MB, 2 us, if the heads are already summed). Three products of
+128 x 128 x 64 are 3.1 M multiplications per image, 1 us at fp16's 2048 per clock; finding the best of 128 x 128,
+ranking 128 by counting, and waiting for each of the three tiles take about 1 us each. The merge moves 75 MB, 19 us
 (`merge_rows/kernel.py`).
 """
 
@@ -23,7 +23,7 @@ from vp_kernels.merge_rows.kernel import launch_merge_rows
 
 @triton.jit
 def _varies(scores, patches, tau, BLOCK_N: tl.constexpr):
-    """Whether the scores of an image, scaled to sum to 1, have the variance tau or more; NaN is not below it."""
+    """Whether the variance of an image's scores, scaled to sum to 1, is at least tau or NaN."""
     patch = tl.arange(0, BLOCK_N)
     score = tl.load(scores + patch, mask=patch < patches, other=0.0)
     share = tl.div_rn(score, tl.broadcast_to(tl.sum(score, axis=0), [BLOCK_N]))
@@ -37,7 +37,7 @@ def _prune(
     scores, size, keep, source, into, weight, keep_weight, best, patches, prefix, r,
     HAS_SIZE: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Keep the prefix and the patch tokens of highest score, by descending score; what would merge has weight 0."""
+    """Keep the prefix and the highest-scoring patch tokens, in descending order; merge with weight 0."""
     in_a = tl.arange(0, BLOCK_A)
     zeros = tl.zeros([BLOCK_A], tl.int32)
     start = 0
@@ -51,8 +51,8 @@ def _prune(
         _merge(source, into, weight, size, row, zeros, zeros, row < r, False, False)
         tl.store(weight + row, zeros.to(tl.float32), mask=row < r)
         start += BLOCK_A
-    # Keys go through memory as the matching's do: torch.compile, looking for what a kernel writes, takes the input of
-    # a function for written where the function's answer says where to write.
+    # Keys go through memory, as in the matching: torch.compile's analysis of what a kernel writes would otherwise treat
+    # the input of a function as written, if its result determines an address.
     start = 0
     while start < patches:
         row = start + in_a
@@ -74,7 +74,7 @@ def _match_in_tiles(
     metric, unit, best, partner, N, H, first_a, first_b, a_tokens, b_tokens, stride_n, stride_h,
     HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Each token's best partner, where A is more than one tile. Unit rows go through memory: heads are summed once."""
+    """Best partner of each token, if A takes several tiles. Unit rows are kept in memory, so heads are summed once."""
     column = tl.arange(0, BLOCK_K)
     start = 0
     while start < N:
@@ -109,13 +109,13 @@ def _match(
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, B_TILES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the map of an image that merges."""
+    """Write the index lists of an image that merges."""
     first_a = prefix + prefix % 2
     first_b = prefix + (prefix + 1) % 2
     a_tokens = (N - first_a + 1) // 2
     b_tokens = (N - first_b + 1) // 2
     start = 0
-    while start < prefix + b_tokens:  # what stays in any case
+    while start < prefix + b_tokens:  # tokens that always stay
         i = start + tl.arange(0, BLOCK_A)
         token = tl.where(i < prefix, i, first_b + 2 * (i - prefix))
         place = tl.where(i < prefix, i, i + a_tokens - r)
@@ -130,7 +130,8 @@ def _match(
         high_a, low_a = _halves(unit_a)
         key = tl.full([BLOCK_A], LOWEST, tl.int32)
         mate = tl.zeros([BLOCK_A], tl.int32)
-        for tile in tl.static_range(B_TILES):  # unrolled, A's tile goes to shared memory; in a loop, to registers
+        # unrolled: A's tile is then kept in shared memory, in a loop in registers
+        for tile in tl.static_range(B_TILES):
             in_b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
             unit_b = _unit_rows(
                 metric, first_b + 2 * in_b, in_b < b_tokens, H, stride_n, stride_h, HEAD_DIM, BLOCK_K, GROUP
@@ -228,16 +229,16 @@ def match_kernel(
 
 
 def config(patches: int, heads: int, head_dim: int, *, has_size: bool, has_scores: bool) -> Config:
-    """Tiles of the matching.
+    """Tile sizes of the matching.
 
     Args:
         patches: N - prefix.
-        heads, head_dim: of the metric.
+        heads, head_dim: Of the metric.
     """
     block_k = next_power_of_two(head_dim, 16)
-    most = (patches + 1) // 2  # n_A or n_B, whichever is larger
-    # [128, 64] of A and [64, 64] of B, as two fp16 numbers each: 48 KB, and two programs on a multiprocessor, where
-    # [128, 128] similarities would take the registers of both. Longer rows: fewer of them.
+    most = (patches + 1) // 2  # the larger of n_A and n_B
+    # [128, 64] of A and [64, 64] of B, as two fp16 numbers each: 48 KB, two programs per multiprocessor. [128, 128]
+    # similarities would take the registers of both. Fewer rows if they are longer.
     block_a = min(next_power_of_two(most, 16), 128, 8192 // block_k)
     block_b = min(block_a, 64)
     constants = {
@@ -261,11 +262,11 @@ def launch_match(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run the matching.
 
-    Args: as for `vp_kernels.match_merge.op.match_merge`, checked there.
+    Args: as for `vp_kernels.match_merge.op.match_merge`, already checked.
 
     Returns:
-        keep int64 [B, N - r]; source, into int64 [B, r]; the sources' weights float32 [B, r] (0: a pruned image) and
-        those of the rows that stay [B, N - r], None where all are 1.
+        keep int64 [B, N - r]; source, into int64 [B, r]; source weights float32 [B, r] (0 for a pruned image) and
+        weights of the rows that stay [B, N - r]; None where all are 1.
     """
     batch, tokens = metric.shape[:2]
     heads, head_dim = (metric.shape[2] if metric.ndim == 4 else 1), metric.shape[-1]
@@ -278,7 +279,7 @@ def launch_match(
     weight = new(r, dtype=torch.float32) if size is not None or scores is not None else None
     keep_weight = new(tokens - r, dtype=torch.float32) if size is not None else None
     best, partner = (new(tokens - prefix, dtype=torch.int32) for _ in range(2))
-    none = absent(metric, torch.float32)  # what a variant neither reads nor writes still needs a pointer
+    none = absent(metric, torch.float32)  # unused arguments still need a pointer
     unit = none
     if not chosen.constants["ONE_TILE"]:
         unit = new(tokens, chosen.constants["BLOCK_K"], dtype=torch.float32)
@@ -320,15 +321,15 @@ def launch_match_merge(
 ) -> tuple[Tensor, Tensor]:
     """Run both kernels.
 
-    Args, Returns: as for `vp_kernels.match_merge.op.match_merge`, checked there.
+    Args, Returns: as for `vp_kernels.match_merge.op.match_merge`, already checked.
     """
     return launch_merge_rows(x, *launch_match(metric, size, r, prefix, scores, tau))
 
 
 def variants() -> Iterator[Variant]:
-    """The ahead-of-time builds of the matching; the merge is one of `vp_kernels.merge_rows.kernel`'s.
+    """Ahead-of-time builds of the matching; the merge uses those of `vp_kernels.merge_rows.kernel`.
 
-    That one has source weights where this has sizes or scores, and weights of what stays where this has sizes.
+    Which one: with source weights if there are sizes or scores, with weights of the kept rows if there are sizes.
     """
     buckets = ((2, 32), (33, 64), (65, 128), (129, 256), (257, MAX_TOKENS))
     for dtype in each_dtype():
@@ -353,9 +354,9 @@ def _variant(dtype: str, low: int, high: int, heads: int, has_size: bool, has_sc
         | strides
         | {"stride_s": "i32"},
         grid=("B", "1", "1"),
-        # n: patch tokens, N - prefix; r at most half of them.
+        # n: patch tokens, N - prefix; r is at most half of them.
         shapes={"B": (1, 1 << 30), "n": (low, high), "H": (2, 1 << 10) if heads > 1 else 1, "d": head_dim},
         dtype=dtype,
-        # Scores are often those behind the prefix's, where no row starts at a multiple of 16 bytes.
+        # Scores are often a view past the prefix, whose rows are not aligned to 16 bytes.
         aligned=(*(name for name in pointers if name != "scores"), *strides),
     )

@@ -1,4 +1,4 @@
-"""vp::match_merge as an operator of torch: checks, the form that runs on a CPU, autograd."""
+"""torch operator vp::match_merge: argument checks, CPU implementation, autograd."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ def match_merge(
 ) -> tuple[Tensor, Tensor]:
     """Bipartite soft matching (Bolya et al., ICLR 2023, section 3) and the size-weighted merge.
 
-    With scores, PPT's choice (Wu et al., 2023): an image whose scores vary drops its r lowest tokens instead.
+    With scores, chooses per image as PPT does (Wu et al., 2023): if the scores vary, the r lowest tokens are dropped
+    instead.
 
     Args:
         x: [B, N, D], contiguous, fp32, fp16 or bf16; N up to 1024.
-        metric: [B, N, d], or [B, N, H, d] whose heads are summed, any of these dtypes, last axis of stride 1, d up to
-            256: the keys, as a view of qkv.
-        size: float32 [B, N], patches that each token stands for; None: 1.
-        r: tokens to merge, 1 .. (N - prefix) // 2.
-        prefix: tokens in front that take no part.
-        scores: float32 [B, N - prefix], >= 0, or None: always merge.
-        tau: variance of the scores, scaled to sum to 1, from which an image is pruned and not merged.
+        metric: [B, N, d], or [B, N, H, d] to be summed over heads, any of these dtypes, last axis of stride 1, d up to
+            256. Typically the keys, as a view of qkv.
+        size: float32 [B, N], number of patches in each token; None for 1 each.
+        r: Number of tokens to merge, 1 .. (N - prefix) // 2.
+        prefix: Number of leading tokens that are left alone.
+        scores: float32 [B, N - prefix], >= 0; None always merges.
+        tau: Prune rather than merge an image if the variance of its scores, scaled to sum to 1, is at least tau.
 
     Returns:
-        x': [B, N - r, D], dtype of x: the prefix, the tokens at even positions that were not merged, ascending, the
-            tokens at odd positions, ascending (pruned: the prefix and the tokens of highest score, descending).
+        x': [B, N - r, D], dtype of x: the prefix, then the unmerged tokens at even positions, then the tokens at odd
+            positions, each ascending (pruned: the prefix, then the highest-scoring tokens, descending).
         size': float32 [B, N - r].
 
     Raises:
-        KernelError: an argument's device, dtype, shape, stride or range.
+        KernelError: if an argument has an unsupported device, dtype, shape, stride or range.
     """
     return _match_merge(x, metric, size, r, prefix, scores, tau)
 
 
 def check(x: Tensor, metric: Tensor, size: Tensor | None, r: int, prefix: int, scores: Tensor | None) -> None:
-    """Raise a KernelError unless the arguments are what the kernels can run on."""
+    """Raise a KernelError if the kernels cannot run on the arguments."""
     checks = Check(OPERATOR, x)
     checks.tensor("x", x, ("B", "N", "D"))
     batch, tokens, width = x.shape
@@ -98,7 +99,7 @@ def match_merge_torch(
     scores: Tensor | None = None,
     tau: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The operator in torch, as a CPU runs it.
+    """CPU implementation in torch.
 
     Args, Returns: as for `match_merge`; fp64 stays fp64.
     """
@@ -108,11 +109,11 @@ def match_merge_torch(
 def match_torch(
     metric: Tensor, size: Tensor | None, r: int, prefix: int, scores: Tensor | None = None, tau: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The map that `match_merge` carries out, for all images at once.
+    """Index lists that `match_merge` applies, for the whole batch.
 
     Returns:
-        keep int64 [B, N - r]; source, into int64 [B, r]; the sources' weights [B, r] (0: a pruned image) and those of
-        the rows that stay [B, N - r], None where all are 1.
+        keep int64 [B, N - r]; source, into int64 [B, r]; source weights [B, r] (0 for a pruned image) and weights of
+        the rows that stay [B, N - r]; None where all are 1.
     """
     rows = metric if metric.dtype == torch.float64 else metric.float()
     if rows.ndim == 4:
@@ -146,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_x: Tensor | None, grad_size: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Through the map, which is chosen anew and is itself no function to differentiate: in x and size only."""
+    """Gradients in x and size only: the matching is recomputed and is not differentiable."""
     x, metric, size, scores = ctx.saved_tensors
     chosen = match_torch(metric, size, ctx.r, ctx.prefix, scores, ctx.tau)
     keep, source, _, weight, _ = chosen
@@ -154,8 +155,8 @@ def _backward(ctx: Any, grad_x: Tensor | None, grad_size: Tensor | None) -> tupl
     to_size = None
     if size is not None:
         assert weight is not None
-        # A row is in keep or source once, or what the second brings is 0 (a pruned image's sources, of weight 0 by
-        # choice and not by size): no scatter adds two numbers, whose order would vary on a GPU.
+        # Each row is in keep or source once, or its second contribution is 0 (sources of a pruned image have weight 0
+        # by policy, not by size). So no scatter adds two numbers, whose order would vary on a GPU.
         merges = torch.where(weight != 0, to_weight, 0.0)
         to_size = torch.zeros_like(size).scatter_add(1, keep, to_own).scatter_add(1, source, merges)
     wanted = ctx.needs_input_grad

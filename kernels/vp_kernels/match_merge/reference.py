@@ -1,4 +1,4 @@
-"""vp::match_merge in plain torch: image by image, token by token. The oracle of the kernels."""
+"""Reference implementation of vp::match_merge in plain torch, image by image and token by token."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def match_merge_reference(
     scores: Tensor | None = None,
     tau: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Merge the r tokens that have the most similar partner; with scores, drop the r lowest instead where they vary.
+    """Merge the r tokens with the most similar partner; with scores that vary, drop the r lowest instead.
 
     Args:
-        x: [B, N, D]; fp64 is computed in fp64 and is then the truth for fp32, everything else in fp32.
+        x: [B, N, D]. Computed in fp64 if fp64 (ground truth for fp32), else in fp32.
         metric: [B, N, d], or [B, N, H, d], summed over H.
-        size: [B, N]; None: 1.
-        r: tokens to merge, 1 .. (N - prefix) // 2.
-        prefix: tokens in front that take no part.
+        size: [B, N]; None for 1 each.
+        r: Number of tokens to merge, 1 .. (N - prefix) // 2.
+        prefix: Number of leading tokens that are left alone.
         scores: [B, N - prefix] or None.
-        tau: an image whose scores, scaled to sum to 1, have this variance or more is pruned.
+        tau: Prune an image if the variance of its scores, scaled to sum to 1, is at least tau.
 
     Returns:
         x': [B, N - r, D], dtype of x.
@@ -41,11 +41,11 @@ def match_merge_reference(
 def match_reference(
     metric: Tensor, size: Tensor | None, r: int, prefix: int, scores: Tensor | None = None, tau: float = 0.0
 ) -> Map:
-    """The map that `match_merge` carries out.
+    """Index lists that `match_merge` applies.
 
     Returns:
-        keep int64 [B, N - r], source and into int64 [B, r], the sources' weights [B, r] (0 where an image is pruned)
-        and those of the rows that stay [B, N - r].
+        keep int64 [B, N - r], source and into int64 [B, r], source weights [B, r] (0 for a pruned image) and weights of
+        the rows that stay [B, N - r].
     """
     wide = metric if metric.dtype == torch.float64 else metric.float()
     rows = wide.sum(dim=2) if wide.ndim == 4 else wide  # [B, N, d]
@@ -64,7 +64,7 @@ def match_reference(
 
 
 def _match_image(rows: Tensor, r: int, prefix: int) -> tuple[list[int], list[int], list[int]]:
-    """rows [N, d] -> keep, source and into of one image."""
+    """keep, source and into of one image, given rows [N, d]."""
     patches = range(prefix, rows.shape[0])
     in_a, in_b = [i for i in patches if i % 2 == 0], [i for i in patches if i % 2 == 1]
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -78,14 +78,14 @@ def _match_image(rows: Tensor, r: int, prefix: int) -> tuple[list[int], list[int
 
 
 def _varies(scores: Tensor, tau: float) -> bool:
-    """Whether the variance of the scores [n], scaled to sum to 1, is tau or more (NaN: yes)."""
+    """Whether the variance of scores [n], scaled to sum to 1, is at least tau or NaN."""
     share = scores / scores.sum()
     variance = ((share - share.mean()) ** 2).sum() / max(1, len(share) - 1)
     return not bool(variance < tau)
 
 
 def _descending(values: Tensor) -> list[int]:
-    """Indices of values [n], highest first; ties by index; NaN above everything, and two of them a tie."""
+    """Indices of values [n] in descending order; ties by index, NaNs first and tied."""
     as_list = values.tolist()
     return sorted(
         range(len(as_list)),

@@ -1,1 +1,1 @@
-"""vp::merge_rows: weighted means of tokens, by index lists."""
+"""vp::merge_rows: weighted means of tokens, given index lists."""

@@ -1,4 +1,4 @@
-"""vp::MergeRows in ONNX: the node, and its body in standard operators."""
+"""ONNX form of vp::MergeRows: the node and its function body in standard operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def merge_rows_node(
     source_weight: Tensor | None = None,
     keep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`merge_rows` while torch.onnx.export traces: see there for the arguments.
+    """Emit the node of `merge_rows` while torch.onnx.export traces. Arguments as for `merge_rows`.
 
     Returns:
         merged: [B, K, D], dtype of x.
@@ -43,7 +43,7 @@ def merge_rows_node(
 
 
 def body(op_type: str) -> Body:
-    """The function body of one type."""
+    """Function body of one operator type."""
     weights = [name for name, suffix in WEIGHTS.items() if suffix in op_type]
     f = Body(op_type, ["x", "keep", "source", "into", *weights], {"rows": int})
     x, keep, source, into, *rest = f.inputs()
@@ -66,12 +66,12 @@ def merge(
     *,
     zeros: bool = False,
 ) -> tuple[Value, Value, Value]:
-    """Rows that stay, corrected by those that merge into them, by one small matrix product and no scatter.
+    """Weighted means of the kept rows and their sources, by one small matrix product and no scatter.
 
     Args:
-        count: K, of keep, as an int64 [1].
+        count: K, the length of keep, as an int64 [1].
         source_weight: float32 [B, R].
-        zeros: weights may be 0, and such a source takes no part, whatever it holds.
+        zeros: Weights may be 0; such a source is ignored, even if it holds NaN.
 
     Returns:
         merged: float32 [B, K, D].
@@ -83,8 +83,8 @@ def merge(
     member = one_hot(f, into, count)
     weighted = member if source_weight is None else member * f.Unsqueeze(source_weight, 1)
     mass = f.sum(weighted, 2) + (1.0 if keep_weight is None else keep_weight)
-    # The share of each source in its row, [B, R], and not of each in every row: nothing / nothing, where no source
-    # joins a row of weight 0, is never computed.
+    # Share of each source in its own row, [B, R], rather than in every row: avoids 0 / 0 for a row of weight 0 without
+    # sources.
     share = f.Div(1.0 if source_weight is None else source_weight, f.take(mass, into))
     change = change * f.Unsqueeze(share, 2)
     if zeros:

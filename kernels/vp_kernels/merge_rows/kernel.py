@@ -1,9 +1,9 @@
-"""vp::merge_rows in Triton: one program a tile of output rows, which looks for its own sources.
+"""Triton kernel of vp::merge_rows: one program per tile of output rows, which searches the index lists for its sources.
 
-Bound by memory: every kept row is read once and every source once, by the program whose tile it joins; the index lists
-are so short that each program reads all of them. At batch 256, N 197, r 13, D 384 in bf16 that is 39 MB in and 36 MB
-out: 19 us at 4 TB/s, over 9216 programs of 16 rows by 128 columns (70 a multiprocessor, 9 or 10 of them at a time,
-4 KB each).
+Memory-bound: each kept row is read once, and each source once, by the program whose tile it joins; the index lists are
+short enough for every program to read them all. At batch 256, N 197, r 13, D 384 in bf16 that is 39 MB in and 36 MB
+out: 19 us at 4 TB/s, over 9216 programs of 16 rows by 128 columns (70 per multiprocessor, 9 or 10 at a time, 4 KB
+each).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from vp_kernels.launch import MAX_TOKENS, Config, Variant, absent, cdiv, each_dtype, launch, next_power_of_two
 
-# Sources that a program looks at together; more of them are taken in chunks.
+# Sources compared at a time; longer lists are processed in chunks.
 MAX_SOURCES = 128
 
 
 @triton.jit
 def _row(x, row, columns, present, N, D):
-    """Rows of an image x [N, D] at row [TILE], where present: fp32 [TILE, BLOCK_D]; a row outside x is NaN."""
+    """Load row [TILE] of an image x [N, D] where present: fp32 [TILE, BLOCK_D]; NaN if the index is outside x."""
     inside = present & (row >= 0) & (row < N)
     mask = inside[:, None] & (columns < D)[None, :]
     offset = tl.where(inside, row, 0).to(tl.int32) * D
@@ -33,7 +33,7 @@ def _row(x, row, columns, present, N, D):
 
 @triton.jit
 def _next(into, index, row, last, NONE: tl.constexpr):
-    """The first source behind `last` [TILE] that joins each row [TILE]: its number, NONE where there is none."""
+    """Index of the first source after `last` [TILE] that joins each row [TILE]; NONE if there is none."""
     joins = (into[None, :] == row[:, None]) & (index[None, :] > last[:, None])
     return tl.min(tl.where(joins, index[None, :], NONE), axis=1)
 
@@ -59,7 +59,7 @@ def merge_rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     NONE: tl.constexpr = 1 << 30
-    # Columns fastest, images slowest: neighbouring programs read neighbouring memory and one image's index lists.
+    # Columns fastest, images slowest: neighbouring programs share memory lines and an image's index lists.
     column_tiles = tl.cdiv(D, BLOCK_D)
     row_tiles = tl.cdiv(K, TILE)
     program = tl.program_id(0)
@@ -84,14 +84,14 @@ def merge_rows_kernel(
     mean = _row(x, tl.load(keep + row, mask=written, other=0), columns, written, N, D)
 
     start = 0
-    while start < R:  # no range(): see match_merge/kernel_parts.py
+    while start < R:  # not range(), see match_merge/kernel_parts.py
         index = start + tl.arange(0, BLOCK_R)
         joined = tl.load(into + index, mask=index < R, other=-1)
         joined = tl.where((joined >= 0) & (joined < K), joined, -1).to(tl.int32)
-        if HAS_SOURCE_WEIGHT:  # a source of weight 0 takes no part
+        if HAS_SOURCE_WEIGHT:  # ignore sources of weight 0
             joined = tl.where(tl.load(source_weight + index, mask=index < R, other=0.0) == 0.0, -1, joined)
-        # Each round takes the next source of every row, in ascending order. One at a time: twice as many rows in flight
-        # would be twice the registers, and half of the programs at work.
+        # Each round takes the next source of every row, in ascending order. Taking two at a time would double the
+        # registers and halve the number of programs in flight.
         found = _next(joined, index, row, tl.full([TILE], -1, tl.int32), NONE)
         while tl.min(found) < NONE:
             present = found < NONE
@@ -99,7 +99,7 @@ def merge_rows_kernel(
             weight = tl.full([TILE], 1.0, tl.float32)
             if HAS_SOURCE_WEIGHT:
                 weight = tl.load(source_weight + found, mask=present, other=0.0)
-            # A running mean needs no second accumulator, stays between its members, and of equal rows is that row.
+            # A running mean needs no second accumulator, stays within range, and is exact for equal rows.
             total = tl.where(present, total + weight, total)
             moved = mean + (incoming - mean) * tl.div_rn(weight, total)[:, None]
             mean = tl.where(present[:, None], moved, mean)
@@ -112,14 +112,14 @@ def merge_rows_kernel(
 
 
 def config(sources: int, width: int, *, has_source_weight: bool, has_keep_weight: bool) -> Config:
-    """Tiles of a launch.
+    """Tile sizes of a launch.
 
     Args:
         sources: R.
         width: D.
     """
-    # 2048 elements a program, 16 a thread: whole 128-byte lines of a row, few rows (a tile waits for the row that most
-    # sources join), and few enough registers for 8 programs and more at a time.
+    # 2048 elements per program, 16 per thread: whole 128-byte lines, few rows (a tile waits for the row with the most
+    # sources), and few enough registers for at least 8 programs at a time.
     block_d = next(block for block in (256, 128, 64, 0) if block == 0 or width % block == 0)
     block_d = block_d or next_power_of_two(min(width, 128), 16)
     constants = {
@@ -142,7 +142,7 @@ def launch_merge_rows(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel.
 
-    Args, Returns: as for `vp_kernels.merge_rows.op.merge_rows`, checked there.
+    Args, Returns: as for `vp_kernels.merge_rows.op.merge_rows`, already checked.
     """
     batch, tokens, width = x.shape
     rows, sources = keep.shape[1], source.shape[1]
@@ -175,7 +175,7 @@ def launch_merge_rows(
 
 
 def variants() -> Iterator[Variant]:
-    """The ahead-of-time builds."""
+    """Ahead-of-time builds."""
     for dtype in each_dtype():
         for width in (192, 384, 768, 1024):
             for low, high in ((0, 16), (17, 32), (33, MAX_TOKENS)):

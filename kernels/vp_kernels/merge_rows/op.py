@@ -1,4 +1,4 @@
-"""vp::merge_rows as an operator of torch: checks, the form that runs on a CPU, autograd."""
+"""torch operator vp::merge_rows: argument checks, CPU implementation, autograd."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ def merge_rows(
     source_weight: Tensor | None = None,
     keep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted means of tokens: each kept row, and the rows that join it.
+    """Weighted mean of each kept row and the rows merged into it.
 
     Args:
         x: [B, N, D], contiguous, fp32, fp16 or bf16; N up to 1024.
-        keep: int64 [B, K], rows of x that stay, in output order; K >= 1.
-        source: int64 [B, R], rows of x that merge; R may be 0.
-        into: int64 [B, R], the output row that each joins.
-        source_weight: float32 [B, R]; None: 1. A source of weight 0 takes no part, whatever it holds.
-        keep_weight: float32 [B, K]; None: 1.
+        keep: int64 [B, K], rows of x to keep, in output order; K >= 1.
+        source: int64 [B, R], rows of x to merge; R may be 0.
+        into: int64 [B, R], output row that each source joins.
+        source_weight: float32 [B, R]; None for 1 each. Sources of weight 0 are ignored, even if they hold NaN.
+        keep_weight: float32 [B, K]; None for 1 each.
 
     Returns:
         merged: [B, K, D], dtype of x: (keep_weight x_keep + sum of source_weight x_source) / mass, accumulated in fp32
-            as a running mean in ascending r. A row that nothing joins is copied bit for bit.
+            as a running mean in ascending r. A row without sources is copied bit for bit.
         mass: float32 [B, K], keep_weight + sum of source_weight.
 
     Raises:
-        KernelError: an argument's device, dtype, shape or stride; an index out of range (not looked for while tracing
-            or compiling: there a row of x out of range reads as NaN, and a source joining a row out of range is lost).
+        KernelError: if an argument has an unsupported device, dtype, shape or stride, or an index is out of range.
+            Indices are not checked while tracing or compiling: a row of x out of range then reads as NaN, and a source
+            that joins a row out of range is dropped.
     """
     return _merge_rows(x, keep, source, into, source_weight, keep_weight)
 
@@ -52,7 +53,7 @@ def check(
     source_weight: Tensor | None,
     keep_weight: Tensor | None,
 ) -> None:
-    """Raise a KernelError unless the arguments are what the kernel can run on."""
+    """Raise a KernelError if the kernel cannot run on the arguments."""
     checks = Check(OPERATOR, x)
     checks.tensor("x", x, ("B", "N", "D"))
     batch, tokens, width = x.shape
@@ -97,14 +98,14 @@ def merge_rows_torch(
     source_weight: Tensor | None = None,
     keep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator in torch, as a CPU runs it: one gather, and a correction of the rows that others join.
+    """CPU implementation in torch: one gather, and a correction of the rows that others merge into.
 
     Args, Returns: as for `merge_rows`; fp64 stays fp64.
     """
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = torch.ones(source.shape, dtype=kind, device=x.device) if source_weight is None else source_weight.to(kind)
     own = torch.ones(keep.shape, dtype=kind, device=x.device) if keep_weight is None else keep_weight.to(kind)
-    # A source of weight 0 may hold anything: where() and not a product keeps its NaN out.
+    # where() rather than a product, since a source of weight 0 may hold NaN.
     part = weight != 0
     mass = own.scatter_add(1, into, torch.where(part, weight, 0.0))  # [B, K]
     share = weight / mass.gather(1, into)  # [B, R]
@@ -116,7 +117,7 @@ def merge_rows_torch(
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D] at index [B, K] -> [B, K, D]."""
+    """Gather rows of x [B, N, D] at index [B, K]: [B, K, D]."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
@@ -129,7 +130,7 @@ def _backward(ctx: Any, grad_merged: Tensor | None, grad_mass: Tensor | None) ->
     grad_x, grad_weight, grad_own = merge_rows_gradients(
         x, keep, source, into, source_weight, keep_weight, grad_merged, grad_mass
     )
-    wanted = (*ctx.needs_input_grad, False, False)  # which torch cuts short where the last arguments are their defaults
+    wanted = (*ctx.needs_input_grad, False, False)  # torch omits trailing arguments left at their defaults
     return (
         grad_x if wanted[0] else None,
         None,

@@ -1,4 +1,4 @@
-"""vp::merge_rows in plain torch: row by row. The oracle of the kernel; and the gradients of the operator."""
+"""Reference implementation of vp::merge_rows in plain torch, row by row; and the gradients of the operator."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def merge_rows_reference(
     source_weight: Tensor | None = None,
     keep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted mean of each kept row and of the rows that join it.
+    """Weighted mean of each kept row and the rows merged into it.
 
     Args:
-        x: [B, N, D]; fp64 is computed in fp64 and is then the truth for fp32, everything else in fp32.
+        x: [B, N, D]. Computed in fp64 if fp64 (ground truth for fp32), else in fp32.
         keep: int64 [B, K], rows of x.
         source: int64 [B, R], rows of x.
-        into: int64 [B, R], the output row that each joins.
-        source_weight: [B, R]; None: 1. A source of weight 0 takes no part, whatever it holds.
-        keep_weight: [B, K]; None: 1.
+        into: int64 [B, R], output row that each source joins.
+        source_weight: [B, R]; None for 1 each. Sources of weight 0 are ignored, even if they hold NaN.
+        keep_weight: [B, K]; None for 1 each.
 
     Returns:
-        merged: [B, K, D], dtype of x. A row that nothing joins is the row of x as it is.
+        merged: [B, K, D], dtype of x. A row without sources is copied.
         mass: [B, K], fp32 (fp64 for fp64 x).
     """
     wide = x if x.dtype == torch.float64 else x.float()
@@ -58,8 +58,8 @@ def merge_rows_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `merge_rows` in x, source_weight and keep_weight.
 
-    Written out instead of asked from autograd, so that it can be traced (torch.compile); sums over rows are matrix
-    products and no scatters, whose order would vary on a GPU.
+    Written out rather than left to autograd, so that it can be traced (torch.compile). Sums over rows are matrix
+    products rather than scatters, whose order would vary on a GPU.
 
     Args:
         x, keep, source, into, source_weight, keep_weight: as for `merge_rows_reference`.
@@ -77,7 +77,7 @@ def merge_rows_gradients(
     place = torch.arange(keep.shape[1], device=x.device)
     member = (into[:, None, :] == place[None, :, None]).to(wide.dtype)  # [B, K, R]
     mass = own + (member * weight[:, None, :]).sum(dim=2)  # [B, K]
-    joined = ((member != 0) & (weight != 0)[:, None, :]).any(dim=2)  # rows that are more than a copy
+    joined = ((member != 0) & (weight != 0)[:, None, :]).any(dim=2)  # rows with at least one source
     per_mass = torch.where(joined, 1.0 / torch.where(joined, mass, torch.ones_like(mass)), torch.zeros_like(mass))
     share = member * weight[:, None, :] * per_mass[:, :, None]  # [B, K, R]: d merged_j / d x_source_r
     left = 1.0 - share.sum(dim=2)  # [B, K]: d merged_j / d x_keep_j
@@ -87,7 +87,7 @@ def merge_rows_gradients(
     move = (keep[:, :, None] == column).to(wide.dtype) * left[:, :, None]
     move = move + share @ (source[:, :, None] == column).to(wide.dtype)  # [B, K, N]
     grad_x = move.transpose(1, 2) @ grad
-    # d merged_j / d weight = (row - merged_j) / mass_j, for the row that stays and for those that join it.
+    # d merged_j / d weight = (row - merged_j) / mass_j, for the kept row and its sources.
     on_mass = torch.zeros_like(mass) if grad_mass is None else grad_mass.to(wide.dtype)
     grad_own = (grad * (kept - merged)).sum(dim=2) * per_mass + on_mass
     aimed = grad * per_mass[:, :, None]
@@ -96,5 +96,5 @@ def merge_rows_gradients(
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D] at index [B, K] -> [B, K, D]."""
+    """Gather rows of x [B, N, D] at index [B, K]: [B, K, D]."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

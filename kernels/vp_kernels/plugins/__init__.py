@@ -1,1 +1,1 @@
-"""TensorRT plugins of the operators: C++ in src/, with kernels compiled ahead of time inside (docs/plugins.md)."""
+"""Python side of the TensorRT plugins in `kernels/plugins` (docs/plugins.md)."""

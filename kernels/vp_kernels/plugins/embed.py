@@ -18,7 +18,7 @@ from typing import Any
 from vp_kernels.aot.check import check_index
 from vp_kernels.aot.index import AotError
 
-# The members of vp::Symbols (src/entry.hpp).
+# Members of vp::Symbols (src/entry.hpp).
 SYMBOLS = ("B", "N", "H", "d", "K", "E", "D", "n", "k", "R", "rows")
 DTYPES = {"fp32": "kFp32", "fp16": "kFp16", "bf16": "kBf16"}
 OPERATIONS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "/"}
@@ -41,10 +41,10 @@ template <typename T, std::size_t n> constexpr Span<T> span(T const (&items)[n])
 
 
 def embed(folder: Path) -> tuple[str, str]:
-    """The table (C++) and the cubins (assembler) of a folder.
+    """Table (C++) and cubins (assembler) of a folder of compiled kernels.
 
     Raises:
-        AotError: the folder is not as its index says, or has something that no plugin knows.
+        AotError: if the folder differs from its index, or holds something that the plugins do not support.
     """
     index = check_index(folder)
     source, rows, cubins = [HEAD], [], ['.section .rodata,"a",@progbits\n']
@@ -62,7 +62,7 @@ def embed(folder: Path) -> tuple[str, str]:
             f"{{{', '.join(f'{name}Grid{axis}' for axis in range(3))}}}, {entry['threads']}, {shared['dynamic']}, "
             f"{str(shared['raise_limit']).lower()}, {label}, {entry['cubin']['size']}}},"
         )
-    # Names of the assembler must not lie in a namespace.
+    # Assembler symbols must be declared outside namespaces.
     labels = "".join(f"extern unsigned char const vp_cubin_{number}[];\n" for number in range(len(rows)))
     text = "".join(source).replace("namespace vp {\n", f'extern "C" {{\n{labels}}}\n\nnamespace vp {{\n', 1)
     text += "Entry const all[] = {\n" + "\n".join(rows) + "\n};\n\n}  // namespace\n\n"
@@ -72,9 +72,9 @@ def embed(folder: Path) -> tuple[str, str]:
 
 
 def _tables(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
-    """What an entry points to."""
+    """Arrays that a table entry points to."""
     where = f"{entry['operator']}/{entry['variant']}"
-    # Numbers that are no whole numbers (a scale) are in the compiled code and tell no variants apart.
+    # Non-integer constants (a scale) are compiled in and do not distinguish variants.
     constants = {key: int(value) for key, value in entry["constants"].items() if isinstance(value, int)}
     yield _array("Constant", f"{name}Constants", [f'{{"{key}", {value}}}' for key, value in constants.items()])
     ranges = []
@@ -108,10 +108,10 @@ def _array(kind: str, name: str, items: Sequence[str]) -> str:
 
 
 def cpp(expression: str) -> str:
-    """A grid expression of the index (docs/aot.md) in C++, sizes as members of `s`; divisors and sizes are positive.
+    """Translate a grid expression of the index (docs/aot.md) to C++, with sizes as members of `s`, all positive.
 
     Raises:
-        AotError: anything that the index does not allow.
+        AotError: if the expression is not one that the index allows.
     """
 
     def write(node: ast.expr) -> str:
@@ -130,7 +130,7 @@ def cpp(expression: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m vp_kernels.plugins.embed", description=(__doc__ or "").split("\n")[0]
     )

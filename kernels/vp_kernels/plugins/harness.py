@@ -1,6 +1,6 @@
-"""The plugins without TensorRT: makes nodes and runs them on tensors, as an engine would.
+"""Run TensorRT plugins without TensorRT: create nodes and run them on tensors, as an engine would.
 
-The tests use it on a fake driver, benchmarks/gpu on a GPU.
+Used by the tests with a fake driver, and by benchmarks/gpu on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# nvinfer1::DataType and PluginFieldType.
+# Values of nvinfer1::DataType and PluginFieldType.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 2, torch.int32: 3, torch.bfloat16: 7, torch.int64: 8}
 DTYPES = {number: dtype for dtype, number in TYPES.items()}
 INT32, INT64, FLOAT32 = 5, 10, 1
@@ -21,7 +21,7 @@ LINEAR = 0
 
 
 class PluginError(RuntimeError):
-    """What a plugin said of input that it cannot take."""
+    """A plugin rejected its input."""
 
 
 class _Tensor(ctypes.Structure):
@@ -34,15 +34,15 @@ class _Tensor(ctypes.Structure):
 
 
 class Plugins:
-    """A library of plugins, opened as TensorRT opens one.
+    """A plugin library, loaded as TensorRT does.
 
     Args:
-        harness: libvp_plugin_harness.so.
-        library: libvp_plugins.so.
+        harness: Path of libvp_plugin_harness.so.
+        library: Path of libvp_plugins.so.
 
     Raises:
-        OSError: there is no harness, or it does not load.
-        PluginError: the library does not load.
+        OSError: if the harness is missing or does not load.
+        PluginError: if the library does not load.
     """
 
     def __init__(self, harness: Path, library: Path) -> None:
@@ -63,21 +63,21 @@ class Plugins:
         return found
 
     def log(self) -> str:
-        """What plugins logged since the last call."""
+        """Messages logged by plugins since the last call."""
         return str(self._c.harnessLog().decode())
 
     def create(
         self, op_type: str, fields: dict[str, float], *, kinds: dict[str, int] | None = None, length: int = 1
     ) -> Node:
-        """One plugin.
+        """Create a plugin.
 
         Args:
-            fields: attributes of the ONNX node; whole numbers go as int64, others as float32.
-            kinds: PluginFieldType of some of them, in place of that.
-            length: values of each field.
+            fields: Attributes of the ONNX node; integers are passed as int64, others as float32.
+            kinds: PluginFieldType of some fields, overriding that.
+            length: Number of values per field.
 
         Raises:
-            PluginError: the creator refused; with its line.
+            PluginError: if the creator rejects the fields, with its message.
         """
         values, types = (ctypes.c_int64 * max(1, len(fields)))(), (ctypes.c_int32 * max(1, len(fields)))()
         for index, (name, value) in enumerate(fields.items()):
@@ -99,11 +99,11 @@ _PARTS = ("name", "version", "namespace", "kind")
 
 
 class Node:
-    """One plugin in an engine. A context manager, for it is not garbage collected."""
+    """One plugin instance. Use as a context manager: it is not garbage collected."""
 
     def __init__(self, plugins: Plugins, pointer: int) -> None:
         self._plugins, self._c, self._pointer = plugins, plugins._c, pointer
-        self.memory: tuple[Tensor, ...] = ()  # that the last run was given
+        self.memory: tuple[Tensor, ...] = ()  # arguments of the last run
 
     def __enter__(self) -> Node:
         return self
@@ -112,11 +112,11 @@ class Node:
         self._c.harnessDestroy(ctypes.c_void_p(self._pointer))
 
     def clone(self) -> Node:
-        """Another of the same."""
+        """Clone the plugin."""
         return Node(self._plugins, self._c.harnessClone(ctypes.c_void_p(self._pointer)))
 
     def serialised(self) -> Node:
-        """What a saved engine has of this one when it is loaded."""
+        """Serialise and deserialise the plugin, as for a saved engine."""
         return Node(self._plugins, self._c.harnessSerialised(ctypes.c_void_p(self._pointer)))
 
     def supports(self, position: int, inputs: int, types: Sequence[torch.dtype], layout: int = LINEAR) -> bool:
@@ -128,10 +128,10 @@ class Node:
         return bool(made)
 
     def run(self, *inputs: Tensor, stream: int = 0) -> list[Tensor]:
-        """One run on contiguous tensors of one device.
+        """Run once, on contiguous tensors of one device.
 
         Raises:
-            PluginError: the plugin takes no such shapes, or did not run; with its line.
+            PluginError: if the plugin rejects the shapes or fails to run, with its message.
         """
         given = _tensors(inputs)
         found, count = (_Tensor * 4)(), ctypes.c_int32()

@@ -1,1 +1,1 @@
-"""vp::select and vp::select_fuse: the highest scores, and one row of the others."""
+"""vp::select and vp::select_fuse: the highest scores, and optionally one token fused from the other rows."""

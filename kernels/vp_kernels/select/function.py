@@ -1,4 +1,4 @@
-"""vp::Select and vp::SelectFuse in ONNX: the nodes, and their bodies in standard operators."""
+"""ONNX form of vp::Select and vp::SelectFuse: the nodes and their function bodies in standard operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TYPES = ["Select", "SelectByScore", "SelectFuse"]
 
 
 def select_node(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
-    """`select` while torch.onnx.export traces: see there for the arguments.
+    """Emit the node of `select` while torch.onnx.export traces. Arguments as for `select`.
 
     Returns:
         int64 [B, k].
@@ -25,7 +25,7 @@ def select_node(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
 
 
 def select_fuse_node(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`select_fuse` while torch.onnx.export traces: see there for the arguments.
+    """Emit the node of `select_fuse` while torch.onnx.export traces. Arguments as for `select_fuse`.
 
     Returns:
         index: int64 [B, k].
@@ -40,7 +40,7 @@ def select_fuse_node(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def body(op_type: str) -> Body:
-    """The function body of one type."""
+    """Function body of one operator type."""
     if op_type == "SelectFuse":
         return _select_fuse()
     f = Body(op_type, ["scores"], {"k": int})
@@ -55,16 +55,16 @@ def _select_fuse() -> Body:
     k, n = f.attribute("k"), f.attribute("scored")
     ranked, order = f.top(scores, n)
     index = f.ascending(f.slice(order, 1, 0, k), k)
-    # The others in the order of the ranking, which a sum ignores, with the scores that it has sorted.
+    # The other rows in ranked order (irrelevant for a sum), with the scores that TopK returned.
     weights = f.Unsqueeze(f.slice(ranked, 1, k, n), 1)
     others = f.rows(x, f.slice(order, 1, k, n) + (f.attribute("tokens") - n))
     return f.outputs(index=index, fused=f.CastLike(f.MatMul(weights, f.float(others)), x))
 
 
 def split(f: Body, order: Value, n: Value, k: Value) -> tuple[Value, Value]:
-    """The first k of a ranking and the rest, each ascending, by one sort, whichever of the two is empty.
+    """The first k of a ranking and the rest, each sorted ascending by a single sort, even if one is empty.
 
-    TensorRT takes no TopK of nothing: so what comes second is sorted as index + n.
+    TensorRT rejects a TopK of an empty tensor, so the rest is sorted as index + n.
 
     Args:
         order: int64 [B, n], a permutation.

@@ -1,10 +1,11 @@
-"""The Triton kernels of vp::select and vp::select_fuse. One warp a program: sums and scans are shuffles, no barrier.
+"""Triton kernels of vp::select and vp::select_fuse.
 
-The k highest are found without sorting: the k-th highest score is built bit by bit from the top, each bit with one
-count of the scores that reach it. That is at most 32 n operations an image where counting ranks is n * n (32 times as
-many at n = 1024), and it stops as soon as exactly k scores reach it: about 15 counts of some 100 cycles, 1 us, for 32
-images at a time on each SM. Ranks are counted only where they are asked for (by_score). The answer is the one by ranks,
-ties included.
+One warp per program: sums and scans are shuffles, without barriers.
+
+The k highest are found without sorting: the k-th highest score is built bit by bit from the top, counting at each bit
+the scores that reach it. That takes at most 32 n operations per image, against n * n for counting ranks (32 times as
+many at n = 1024), and stops once exactly k scores reach it: about 15 counts of about 100 cycles, 1 us, for 32 images at
+a time on each SM. Ranks are only counted for by_score. The result equals that by ranks, ties included.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from torch import Tensor
 
 from vp_kernels.launch import Config, Variant, cdiv, each_dtype, launch, next_power_of_two, triton_type
 
-BLOCKS = (64, 128, 256, 512, 1024)  # of the ahead-of-time variants: the largest n of each
-TILE_BYTES = 8192  # of rows that a program of select_fuse has on its way: 16 loads of 16 bytes a lane
+BLOCKS = (64, 128, 256, 512, 1024)  # largest n of each ahead-of-time build
+TILE_BYTES = 8192  # rows in flight per program of select_fuse: 16 loads of 16 bytes per lane
 
 
-# Scores are loaded in the kernels themselves, never in a function: torch.compile's analysis of what a kernel writes
-# follows an address back through calls, though not through loads: it would take scores for an output and copy them.
+# Scores are loaded in the kernels, never in a function: torch.compile's analysis of what a kernel writes follows
+# addresses through calls but not through loads, and would take scores for an output and copy them.
 
 
 @triton.jit
 def _keys(scores, real):
-    """uint32 in the order of the scores: NaN all ones, both zeros alike; what is not real is 0, below -inf."""
+    """uint32 keys in the order of the scores: NaN is all ones, both zeros are equal; 0 (below -inf) where not real."""
     bits = scores.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     keys = tl.where(bits == magnitude, magnitude | 0x80000000, bits ^ 0xFFFFFFFF)
@@ -39,14 +40,14 @@ def _keys(scores, real):
 
 @triton.jit
 def _cut(keys, place, k):
-    """Where the k highest end: a key, and the last place where that key is still one of them.
+    """Threshold of the k highest: a key, and the last position at which an equal key is still selected.
 
-    The key is the k-th highest one, or, where the search could stop early because k keys reach it, between that one and
+    The key is the k-th highest, or, if the search stopped early because exactly k keys reach it, lies between that and
     the next.
     """
     cut = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
-    reached = tl.full((), 0, tl.int32)  # no key: whatever k is, the search begins
+    reached = tl.full((), 0, tl.int32)  # always enter the loop, whatever k is
     while (bit > 0) & (reached != k):
         trial = cut | bit
         reached = tl.sum((keys >= trial).to(tl.int32), axis=0)
@@ -60,20 +61,20 @@ def _cut(keys, place, k):
 
 @triton.jit
 def _selected(keys, place, cut, last):
-    """Whether each place is one of the k highest."""
+    """Whether each position is among the k highest."""
     return (keys > cut) | ((keys == cut) & (place <= last))
 
 
 @triton.jit
 def _write_ascending(index_ptr, selected, place, k):
-    """The selected places, in order."""
+    """Write the selected positions in ascending order."""
     position = tl.cumsum(selected.to(tl.int32), axis=0) - 1
     tl.store(index_ptr + position, place.to(tl.int64), mask=selected & (position < k))
 
 
 @triton.jit
 def select_kernel(scores_ptr, index_ptr, stride, n, k, BLOCK: tl.constexpr):
-    """One image: scores [n] at `stride` from the next image's -> index [k], ascending."""
+    """Process one image: scores [n], images `stride` apart -> index [k], ascending."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     scores = tl.load(scores_ptr + image * stride + place, mask=place < n, other=0.0)
@@ -84,7 +85,7 @@ def select_kernel(scores_ptr, index_ptr, stride, n, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def rank_kernel(scores_ptr, index_ptr, stride, n, k, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """One image: scores [n] -> index [k], by descending score; each place is written at its rank."""
+    """Process one image: scores [n] -> index [k], by descending score; each position is written at its rank."""
     image = tl.program_id(0).to(tl.int64)
     scores_ptr += image * stride
     place = tl.arange(0, BLOCK)
@@ -96,7 +97,7 @@ def rank_kernel(scores_ptr, index_ptr, stride, n, k, BLOCK: tl.constexpr, CHUNK:
         other = start + tl.arange(0, CHUNK)
         others = _keys(tl.load(scores_ptr + other, mask=other < n, other=0.0), other < n)[:, None]
         before = (others > keys[None, :]) | ((others == keys[None, :]) & (other[:, None] < place[None, :]))
-        rank += tl.sum(before.to(tl.int32), axis=0)  # a lane owns its columns: counting stays in its registers
+        rank += tl.sum(before.to(tl.int32), axis=0)  # each lane owns its columns, so counts stay in registers
         start += CHUNK
     tl.store(index_ptr + image * k + rank, place.to(tl.int64), mask=(place < n) & (rank < k))
 
@@ -116,9 +117,9 @@ def select_fuse_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One image's fused token in COLUMNS of its columns; the program of the first columns also writes the index.
+    """Compute COLUMNS columns of one image's fused token; the program of the first columns also writes the index.
 
-    Every program finds the cut anew: that takes about as long as launching a second kernel would, and no second pass.
+    Every program repeats the search for the threshold, which takes about as long as launching a second kernel would.
 
     Args:
         tokens, width: N, D.
@@ -151,7 +152,7 @@ def select_fuse_kernel(
 
 
 def config(n: int, *, by_score: bool = False) -> Config:
-    """Of vp::select on n scores."""
+    """Config of vp::select for n scores."""
     block = next_power_of_two(n, 64)
     if not by_score:
         return Config(select_kernel, {"BLOCK": block}, num_warps=1, num_stages=1)
@@ -159,9 +160,10 @@ def config(n: int, *, by_score: bool = False) -> Config:
 
 
 def fuse_config(n: int, width: int, dtype: str) -> Config:
-    """Of vp::select_fuse on n scores and rows of `width` values of `dtype`."""
+    """Config of vp::select_fuse for n scores and rows of `width` values of `dtype`."""
     size = 4 if dtype == "fp32" else 2
-    columns = 128 if size == 2 and width > 512 else 64  # enough programs at batch 1, few that find the same cut
+    # enough programs at batch 1 without repeating the search too often
+    columns = 128 if size == 2 and width > 512 else 64
     constants = {"BLOCK": next_power_of_two(n, 64), "COLUMNS": columns, "ROWS": TILE_BYTES // (columns * size)}
     return Config(select_fuse_kernel, constants, num_warps=1, num_stages=1)
 
@@ -172,7 +174,7 @@ def launch_select(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
     Args:
         scores: float32 [B, n], last axis of stride 1.
         k: 1 .. n.
-        by_score: in order of score, not of index.
+        by_score: Order by score rather than by index.
 
     Returns:
         int64 [B, k].
@@ -205,7 +207,7 @@ def launch_select_fuse(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def variants() -> Iterator[Variant]:
-    """The ahead-of-time builds; scores are contiguous there, and N and D symbols."""
+    """Ahead-of-time builds; for contiguous scores, with N and D symbolic."""
     select = {"scores_ptr": "*fp32", "index_ptr": "*i64", "stride": "i32", "n": "i32", "k": "i32"}
     for block in BLOCKS:
         counts = (1 if block == BLOCKS[0] else block // 2 + 1, block)

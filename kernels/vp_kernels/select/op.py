@@ -1,4 +1,4 @@
-"""vp::select and vp::select_fuse for torch: checks, registration, and the functions that callers use."""
+"""torch operators vp::select and vp::select_fuse: argument checks and registration."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ SELECT_FUSE = "vp::select_fuse"
 
 
 def select(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
-    """Indices of the k highest scores of each image; ties go to the lowest index, NaN is above everything.
+    """Indices of the k highest scores of each image; ties go to the lowest index, NaN ranks highest.
 
     Args:
         scores: float32 [B, n], last axis of stride 1, n up to 1024.
-        k: how many, 1 .. n.
-        by_score: descending by score (a stable ranking) instead of ascending by index.
+        k: Number to select, 1 .. n.
+        by_score: Order by descending score (a stable ranking) instead of by ascending index.
 
     Returns:
         int64 [B, k].
 
     Raises:
-        KernelError: an argument is not as above.
+        KernelError: if an argument is not as above.
     """
     index: Tensor = _select(scores, k, by_score)
     return index
 
 
 def select_fuse(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`select`, and EViT's fused token of the rows that were not selected. No gradients.
+    """`select`, and EViT's fused token of the rows that were not selected. Not differentiable.
 
     Args:
         scores: float32 [B, n], last axis of stride 1, n up to 1024.
-        x: fp32, fp16 or bf16 [B, N, D], contiguous, N >= n: its last n rows are those that the scores are of.
-        k: how many, 1 .. n.
+        x: fp32, fp16 or bf16 [B, N, D], contiguous, N >= n; the scores belong to its last n rows.
+        k: Number to select, 1 .. n.
 
     Returns:
         index: int64 [B, k], ascending.
-        fused: [B, 1, D] of x's dtype, sum of score times row over the others, accumulated in fp32; zeros if k = n.
+        fused: [B, 1, D], dtype of x: sum of score times row over the others, accumulated in fp32; zeros if k = n.
 
     Raises:
-        KernelError: an argument is not as above.
+        KernelError: if an argument is not as above.
     """
     found: tuple[Tensor, Tensor] = _select_fuse(scores, x, k)
     return found

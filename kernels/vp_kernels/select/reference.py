@@ -1,4 +1,4 @@
-"""What vp::select and vp::select_fuse compute, in plain torch: the oracle of the kernels, and what runs on a CPU."""
+"""Reference implementations of vp::select and vp::select_fuse in plain torch; also their CPU implementations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def select_reference(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
-    """The k highest scores: ties to the lowest index, NaN above everything.
+    """The k highest scores: ties to the lowest index, NaN ranks highest.
 
     Args:
         scores: float32 [B, n].
         k: 0 .. n.
-        by_score: descending by score instead of ascending by index.
+        by_score: Order by descending score instead of by ascending index.
 
     Returns:
         int64 [B, k].
@@ -22,11 +22,11 @@ def select_reference(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
 
 
 def select_fuse_reference(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest scores, and the score-weighted sum of the rows of the others.
+    """The k highest scores, and the score-weighted sum of the other rows.
 
     Args:
         scores: float32 [B, n].
-        x: [B, N, D], whose last n rows the scores are of.
+        x: [B, N, D]; the scores belong to its last n rows.
         k: 0 .. n.
 
     Returns:

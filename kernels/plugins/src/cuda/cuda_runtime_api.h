@@ -1,4 +1,4 @@
-// All that NvInfer.h takes from CUDA: names of two opaque types. So the plugins build where there is no CUDA toolkit.
+// The two opaque CUDA types that NvInfer.h needs, so that the plugins build without a CUDA toolkit.
 #pragma once
 
 using cudaStream_t = struct CUstream_st*;
