@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .PHONY: help setup test test-fast test-exhaustive test-portable test-lowest test-newest test-wheel tritonserver plugins loader ray cpp-deps lint typecheck check demo bench bench-reducers bench-search bench-gpu \
-    bench-cpp support-table clean
+    bench-cpp support-table docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -141,6 +141,16 @@ bench-cpp: setup cpp-deps  ## the C++ loader against torch's own (needs ../share
 
 support-table: setup  ## regenerate docs/models.md
 	$(BIN)/python -m vp_exporter.model.support_table > docs/models.md
+
+# In a venv of its own: the site needs neither torch nor what the tests need.
+DOCS := build/docs
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(DOCS)/.installed  ## the documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info

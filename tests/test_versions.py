@@ -14,7 +14,7 @@ from vp_engines.backends.ort_versions import OLDEST
 ROOT = Path(__file__).resolve().parent.parent
 # Not what a user of the package runs: the suite's own tools, which `make test-lowest` takes as they come.
 TOOLS = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "torchvision"}
-TOOLS |= {"packaging", "setuptools", "vp-export"}
+TOOLS |= {"packaging", "setuptools", "vp-export", "mkdocs-material", "mkdocstrings"}
 
 
 def declared() -> dict[str, Version]:

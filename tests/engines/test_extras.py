@@ -28,7 +28,8 @@ def _modules(requirements: list[str]) -> set[str]:
 
 def test_the_extras_are_those_of_the_project() -> None:
     declared = {"": _modules(PROJECT["dependencies"])}
-    declared |= {name: _modules(found) for name, found in PROJECT["optional-dependencies"].items() if name != "test"}
+    tools = ("test", "docs")
+    declared |= {name: _modules(found) for name, found in PROJECT["optional-dependencies"].items() if name not in tools}
     assert {name: set(modules) for name, modules in EXTRAS.items()} == declared
 
 
