@@ -1,6 +1,6 @@
 #!/bin/sh
-# Debian packages that the C++ loader is built and tested with. Nothing is installed where all of them are there.
-# Without root and without sudo it says what to install, and fails only where VP_REQUIRE_CPP is set (continuous integration).
+# Install the Debian packages needed to build and test the C++ loader, unless all of them are present.
+# Without root and sudo, prints what to install, and fails only if VP_REQUIRE_CPP is set (continuous integration).
 set -u
 packages=""
 need() { # command or header, package

@@ -1,11 +1,11 @@
-"""vp_engines: open and run the bundles that vp-export writes.
+"""Load and run the bundles that vp-export writes.
 
     import vp_engines
 
     with vp_engines.load("deit_small.vpe") as engine:
         logits = engine.run(engine.preprocess(["cat.jpg"]))["logits"]
 
-Importing this package imports no engine, no pydantic and no Pillow: each comes when it is first needed.
+Importing this package imports no engine, no pydantic and no Pillow; they are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Put a whole folder in place in one step, or not at all.
+"""Write a folder atomically: it appears complete or not at all.
 
-It is built as a hidden sibling, `.NAME.tmp-XXXX`, and then renamed, under a lock for its name. Where something is
-replaced, the two folders trade names in one step (renameat2 on Linux), so that a crash at any moment leaves the old
-one or the new one. File systems without that step get two renames; a crash between them leaves the old folder as
-`.NAME.old-XXXX`, and the next write puts it back. What a killed writer left is removed by the next one.
+A folder is built as a hidden sibling, `.NAME.tmp-XXXX`, and then renamed, under a lock for its name. To replace a
+folder, the two are exchanged in one step (renameat2 on Linux), so that a crash at any moment leaves the old one or the
+new one. File systems without renameat2 get two renames; a crash between them leaves the old folder as
+`.NAME.old-XXXX`, which the next write restores. Leftovers of killed writers are removed by the next write.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 
 from vp_engines.errors import BundleError
 
-LOCK_SECONDS = 60.0  # how long a writer waits for another one of the same name
+LOCK_SECONDS = 60.0  # to wait for another writer of the same name
 
 
 def check_parent(out: Path) -> None:
-    """Whether `out` can be made: the folders above it are there, or can be made with it.
+    """Check that `out` can be created: its parent folders exist or can be made.
 
     Raises:
-        BundleError: one of them is a file, or is not ours to write to.
+        BundleError: if one of them is a file, or is not writable.
     """
     parent = Path(os.path.abspath(out)).parent
     while not os.path.lexists(parent):
@@ -42,9 +42,9 @@ def check_parent(out: Path) -> None:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A new hidden sibling of `out` to build in, under the lock of `out`; gone at the end, whatever happens.
+    """Create a hidden sibling of `out` to build in, under the lock of `out`; removed on exit.
 
-    Folders above `out` that are missing are made.
+    Missing parent folders of `out` are created.
     """
     folder = out.with_name(f".{out.name}.tmp-{secrets.token_hex(8)}")
     try:
@@ -63,9 +63,9 @@ def building(out: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, out: Path) -> None:
-    """Make the finished `folder` (from `building`) be `out`, through to the disk; what was there takes a hidden name.
+    """Move the finished `folder` (from `building`) to `out` and fsync; an existing `out` is moved to a hidden name.
 
-    The files in `folder` must have been fsynced already; its folders are here.
+    The files in `folder` must have been fsynced already; its directories are fsynced here.
     """
     for below, _, _ in os.walk(folder):
         _sync_folder(Path(below))
@@ -78,7 +78,7 @@ def put_in_place(folder: Path, out: Path) -> None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of what `path` leads to, None where that is nothing."""
+    """Device and inode that `path` leads to, None if it does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -88,10 +88,10 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of `out`: a hidden file beside it. The kernel lets go of it when the process dies.
+    """Hold the lock of `out`, a hidden file beside it. The kernel releases it when the process dies.
 
     Raises:
-        BundleError: another process has held it for LOCK_SECONDS.
+        BundleError: if another process has held it for LOCK_SECONDS.
     """
     path = out.with_name(f".{out.name}.lock")
     deadline = time.monotonic() + LOCK_SECONDS
@@ -110,24 +110,24 @@ def _locked(out: Path) -> Iterator[None]:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # held by somebody else, or removed by him between our open and our lock: start again
+        os.close(fd)  # lock taken, or its file replaced between open and flock: retry
     try:
         yield
     finally:
         try:
-            os.unlink(path)  # still locked, so that nobody can be holding the same file and think it is the lock
+            os.unlink(path)  # unlink before unlocking, or another process could lock the removed file
         finally:
             os.close(fd)
 
 
 def _sweep(out: Path) -> None:
-    """Remove the siblings of writes that are over. Under the lock there is no live one, so all of them are."""
+    """Remove leftovers of other writes. Holding the lock, none of them can be in progress."""
     name = re.compile(rf"\.{re.escape(out.name)}\.(tmp|old)-[0-9a-f]{{16}}")
     for sibling in sorted(os.listdir(out.parent)):
         if match := name.fullmatch(sibling):
             folder = out.with_name(sibling)
             if match[1] == "old" and not os.path.lexists(out):
-                os.rename(folder, out)  # a crash between the two renames of `put_in_place`
+                os.rename(folder, out)  # left by a crash between the two renames in `put_in_place`
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -141,7 +141,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders trade names in one step; False where the system or the file system cannot."""
+    """Exchange two folders atomically; False if the system or file system does not support it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28, musl 1.2.4
     if rename is None:
         return False

@@ -1,10 +1,10 @@
-"""Read a bundle with every file verified, and write one that is whole or not there.
+"""Read a bundle, verifying every file, and write one atomically.
 
-Reading trusts nothing: the folder must hold exactly the files that the manifest lists, as plain files (no symlinks, no
-devices), each of the size and sha256 that it gives. Files are opened relative to the bundle's own descriptor and
-without following links, and what is returned are the very bytes that were hashed: a file swapped after the check
-changes nothing. Hard links are read like any file. They are what uv, `cp -al` and Nix store trees make of a bundle, and
-since the content must match the hash, a link to a file outside shows an attacker nothing that he did not have already.
+Reading trusts nothing. The folder must hold exactly the files that the manifest lists, as regular files (no symlinks or
+devices), each of the given size and sha256. Files are opened relative to the bundle's directory descriptor without
+following links, and the bytes returned are those that were hashed, so swapping a file after the check has no effect.
+Hard links are accepted: uv, `cp -al` and Nix store trees create them, and since the content must match the hash, a
+link to an outside file reveals nothing.
 
 Writing goes through `atomic`: a crash at any moment leaves the old bundle or the new one.
 """
@@ -41,7 +41,7 @@ from vp_engines.manifest import (
 )
 from vp_engines.version import installed_version
 
-CHUNK = 1 << 18  # bytes read at a time: small enough to be hashed while still in the cache
+CHUNK = 1 << 18  # bytes per read: small enough to be hashed while in cache
 
 _OPEN_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # NONBLOCK: opening a FIFO must not hang
 _OPEN_FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
@@ -50,13 +50,13 @@ _AGAIN = "copy or export the bundle again"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files were all verified.
+    """A verified bundle.
 
     Attributes:
-        manifest: what it says about itself.
-        contents: path inside the bundle -> content, of the files that were asked for.
-        path: where it was read.
-        digest: sha256 (hex) of the canonical manifest: the identity of the whole bundle.
+        manifest: The manifest.
+        contents: Path inside the bundle -> content, for the requested files.
+        path: Folder that it was read from.
+        digest: sha256 (hex) of the canonical manifest; identifies the whole bundle.
     """
 
     manifest: Manifest
@@ -66,30 +66,30 @@ class Bundle:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read and check the manifest alone; the files it lists are NOT looked at (see `verify_bundle`).
+    """Read and check the manifest alone. The files that it lists are NOT checked (see `verify_bundle`).
 
     Raises:
-        BundleError: no bundle there, or its manifest is corrupt or of another major version.
+        BundleError: if there is no bundle, or its manifest is corrupt or of another major version.
     """
     with _opened(Path(path)) as root:
         return _read_manifest(root)[0]
 
 
 def verify_bundle(path: str | Path) -> Bundle:
-    """Verify every file and keep none. Raises as `read_bundle`."""
+    """Verify every file without keeping any. Raises the same errors as `read_bundle`."""
     return read_bundle(path, keep=lambda name: False)
 
 
 def read_bundle(path: str | Path, keep: Callable[[str], bool] = lambda name: True) -> Bundle:
-    """Verify every file of a bundle and return the contents of those that are wanted.
+    """Verify every file of a bundle and return the contents of those requested.
 
     Args:
-        keep: told a path inside the bundle, whether its content is to be returned (the others are only hashed).
+        keep: Given a path inside the bundle, whether to return its content; other files are only hashed.
 
     Raises:
-        BundleError: no bundle there, or it cannot be read.
-        BundleCorruptError: a missing, extra, altered or unsafe file, named.
-        BundleIncompatibleError: another major version of the format.
+        BundleError: if there is no bundle, or it cannot be read.
+        BundleCorruptError: if a file is missing, extra, altered or unsafe; names the file.
+        BundleIncompatibleError: if the format has another major version.
     """
     path = Path(path)
     while True:
@@ -97,7 +97,7 @@ def read_bundle(path: str | Path, keep: Callable[[str], bool] = lambda name: Tru
         try:
             return _read_once(path, keep)
         except BundleError:
-            # A new export may have taken the place of the bundle, and removed it, while we were reading.
+            # An export may have replaced the bundle while it was being read.
             if identity(path) == before:
                 raise
 
@@ -110,7 +110,7 @@ def _read_once(path: Path, keep: Callable[[str], bool]) -> Bundle:
         def read(entry: FileEntry) -> bytes | None:
             return _read_file(root, entry, keep(entry.path))
 
-        # The two big files are the engine and its dense twin: hashing releases the GIL, so both cores work.
+        # The two big files are the engine and its dense counterpart. Hashing releases the GIL, so both cores work.
         entries = sorted(manifest.files, key=lambda entry: -entry.size)
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1, len(entries))) as pool:
             results = list(pool.map(read, entries))
@@ -120,7 +120,7 @@ def _read_once(path: Path, keep: Callable[[str], bool]) -> Bundle:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A descriptor of the bundle's folder; an OSError of reading below it becomes a BundleError."""
+    """Open the bundle's folder; turns an OSError while reading below it into a BundleError."""
     root = _open_root(path)
     try:
         yield root
@@ -132,7 +132,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _open_root(path: Path) -> int:
     try:
-        # The bundle itself may be reached through a link: that is the user's own path, not the bundle's content.
+        # The path of the bundle itself may be a link, since the user chose it.
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     except FileNotFoundError:
         problem = "is not there"
@@ -159,7 +159,7 @@ def _kind(mode: int) -> str:
 
 @contextmanager
 def _open_inside(root: int, path: str) -> Iterator[IO[bytes]]:
-    """Open a plain file at a checked path inside the bundle, following no link on the way."""
+    """Open a regular file at a checked path inside the bundle, without following links."""
     *folders, name = path.split("/")
     here = os.dup(root)
     try:
@@ -197,15 +197,15 @@ def _read_manifest(root: int) -> tuple[Manifest, str]:
 
 
 def _read_all(file: IO[bytes], size: int) -> bytes:
-    """`size` bytes, or fewer where the file ends before."""
+    """Read `size` bytes, or fewer at the end of the file."""
     data = file.read(size)
-    while len(data) < size and (more := file.read(size - len(data))):  # one read() gives 2 GiB at most
+    while len(data) < size and (more := file.read(size - len(data))):  # one read() returns at most 2 GiB
         data += more
     return data
 
 
 def _chunks(file: IO[bytes], size: int) -> Iterator[memoryview]:
-    """Up to `size` bytes in pieces; each piece is overwritten by the next."""
+    """Read up to `size` bytes in chunks; each chunk is overwritten by the next."""
     buffer = memoryview(bytearray(CHUNK))
     while size > 0 and (count := file.readinto(buffer[: min(size, CHUNK)])):  # type: ignore[attr-defined]
         size -= count
@@ -213,7 +213,7 @@ def _chunks(file: IO[bytes], size: int) -> Iterator[memoryview]:
 
 
 def _check_closed_world(root: int, manifest: Manifest) -> None:
-    """Compare what is in the folder with what the manifest lists: names only, kinds included."""
+    """Check that the folder holds exactly the files that the manifest lists, by name and file type."""
     expected = {entry.path for entry in manifest.files} | {MANIFEST_NAME}
     folders = {path.rsplit("/", cut)[0] for path in expected for cut in range(1, path.count("/") + 1)}
     found, problems = set(), []
@@ -234,7 +234,7 @@ def _check_closed_world(root: int, manifest: Manifest) -> None:
 
 
 def _walk(folder: int, prefix: str) -> Iterator[tuple[str, int]]:
-    """Path and mode of everything below, bounded, and following nothing."""
+    """Path and mode of everything below, bounded in number, without following links."""
     count = 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -252,10 +252,10 @@ def _walk(folder: int, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def _read_file(root: int, entry: FileEntry, keep: bool) -> bytes | None:
-    """Check one file and return its content, or None where it is not to be kept."""
+    """Check one file; returns its content if `keep`, else None."""
     with _open_inside(root, entry.path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size != entry.size:  # before a byte is read: a huge file costs nothing
+        if size != entry.size:  # before reading, so that a huge file costs nothing
             raise _corrupt(f"'{entry.path}' has {size} bytes", expected=f"{entry.size}")
         content = _read_all(file, size) if keep else None
         hasher = hashlib.sha256()
@@ -267,10 +267,10 @@ def _read_file(root: int, entry: FileEntry, keep: bool) -> bytes | None:
 
 
 def check_target(out: str | Path, *, force: bool = False) -> None:
-    """Whether a bundle can be written to `out`: ask before the hours that a build may take.
+    """Check that a bundle can be written to `out`. Call it before a long build.
 
     Raises:
-        BundleError: something is there and `force` is not given, or it is no bundle, or the folder above will not do.
+        BundleError: if `out` exists and `force` is not set, exists but is not a bundle, or its parent is not usable.
     """
     out = _absolute(out)
     check_parent(out)
@@ -279,31 +279,31 @@ def check_target(out: str | Path, *, force: bool = False) -> None:
     if not force:
         raise BundleError(f"{out} is already there", fix="choose another name, or pass --force to replace it")
     if out.is_symlink() or not _looks_like_bundle(out):
-        # --force replaces a bundle, sound or broken; it is no licence to remove somebody's folder.
+        # --force replaces a bundle, valid or broken, but never removes any other folder.
         raise BundleError(f"{out} is not a bundle", fix="remove it yourself or choose another name")
 
 
 def write_bundle(out: str | Path, *, files: Mapping[str, Path | bytes], force: bool = False, **fields: Any) -> Manifest:
-    """Write a bundle so that it is there whole or not at all.
+    """Write a bundle atomically.
 
     Args:
-        out: the bundle's folder; folders above it that are missing are made.
-        files: path inside the bundle -> content, or the file to copy it from.
-        force: replace the bundle that is there.
-        fields: the fields of Manifest, as models or as plain dicts and lists, but for `files` and the format;
-            `created` and `tool` default to now and to this package.
+        out: Folder of the bundle; missing parent folders are created.
+        files: Path inside the bundle -> content, or the file to copy it from.
+        force: Replace an existing bundle.
+        fields: Fields of Manifest, as models or as plain dicts and lists, except `files` and the format; `created` and
+            `tool` default to now and this package.
 
     Returns:
-        The manifest written.
+        The manifest.
 
     Raises:
-        BundleError: a wrong field or path, something in the way, or the disk refused; nothing is left behind.
+        BundleError: if a field or path is invalid, `out` exists, or writing fails; nothing is left behind.
     """
     out = _absolute(out)
     check_target(out, force=force)
     fields = {"created": utc_now(), "tool": {"name": "vp-export", "version": installed_version()}, **fields}
     with building(out) as folder:
-        check_target(out, force=force)  # again: another export may have been waited for
+        check_target(out, force=force)  # again, now under the lock: another export may have finished
         entries = [_store(folder, path, source) for path, source in sorted(files.items())]
         manifest = make_manifest(files=entries, **fields)
         _commit(folder, manifest, out)
@@ -313,20 +313,20 @@ def write_bundle(out: str | Path, *, files: Mapping[str, Path | bytes], force: b
 def update_bundle(
     path: str | Path, *, files: Mapping[str, Path | bytes | None], out: str | Path | None = None, **changes: Any
 ) -> Manifest:
-    """Rewrite a bundle with some files and fields changed, all the others verified and copied.
+    """Rewrite a bundle with some files and fields changed; the others are verified and copied.
 
     Args:
-        out: where a changed copy is written, the bundle itself staying as it is; None changes the bundle.
-        files: path inside the bundle -> new content, or the file to copy it from; None removes the file.
-        changes: fields of Manifest that get a new value.
+        out: Where to write a changed copy, leaving the bundle as it is; None changes the bundle itself.
+        files: Path inside the bundle -> new content, or the file to copy it from; None removes the file.
+        changes: New values of fields of Manifest.
 
     Returns:
         The new manifest.
 
     Raises:
-        BundleError: as `read_bundle` and `write_bundle`; the bundle is then as it was.
+        BundleError: as `read_bundle` and `write_bundle`; the bundle is then unchanged.
     """
-    source = Path(os.path.realpath(path))  # where the path is a link, the folder behind it changes, not the link
+    source = Path(os.path.realpath(path))  # change the folder that a link points to, not the link
     if out is not None:
         check_target(out)
     out = source if out is None else _absolute(out)
@@ -371,7 +371,7 @@ def _looks_like_bundle(folder: Path) -> bool:
 
 
 def _store(folder: Path, path: str, source: Path | bytes | IO[bytes]) -> FileEntry:
-    """Write one file into `folder`, through to the disk."""
+    """Write one file into `folder` and fsync it."""
     try:
         target = folder / check_path(path)
     except ValueError as error:
@@ -394,6 +394,6 @@ def _store(folder: Path, path: str, source: Path | bytes | IO[bytes]) -> FileEnt
 
 
 def _commit(folder: Path, manifest: Manifest, out: Path) -> None:
-    """Add the manifest to the finished `folder` and put it where `out` is; the old bundle takes a hidden name."""
+    """Add the manifest to the finished `folder` and move it to `out`; an old bundle is moved to a hidden name."""
     _store(folder, MANIFEST_NAME, manifest.to_bytes())
     put_in_place(folder, out)

@@ -1,4 +1,4 @@
-"""`load(path)`: a bundle on disk -> an engine that runs."""
+"""`load(path)`: open a bundle as an engine."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A loaded bundle. Any thread may call any method; `close` waits for the runs under way.
+    """A loaded bundle. Thread-safe; `close` waits for runs in progress.
 
-    Pickled, it is its bundle's path: another process (a worker of a DataLoader, of multiprocessing, of Ray) opens the
-    bundle again, and refuses it where it is no longer the one that was loaded here.
+    Pickled as the path of its bundle: another process (a DataLoader worker, multiprocessing, Ray) opens the bundle
+    again, and raises an error if it has changed.
 
     Attributes:
-        manifest: of the bundle that it came from.
+        manifest: Manifest of the bundle.
         variant: "reduced" or "dense".
     """
 
@@ -37,7 +37,7 @@ class Engine:
         self.manifest = manifest
         self.variant = variant
         self._runner = runner
-        self._reopen = reopen  # what `_open_again` takes
+        self._reopen = reopen  # arguments of `_open_again`
         self._running = 0
         self._closed = False
         self._idle = threading.Condition()
@@ -53,10 +53,10 @@ class Engine:
         return self._runner.outputs
 
     def preprocess(self, images: Sequence[ImageLike]) -> np.ndarray:
-        """Image files -> float32 [batch, 3, height, width] for `run`; see `vp_engines.preprocess`.
+        """Prepare images for `run`: float32 [batch, 3, height, width]. See `vp_engines.preprocess`.
 
         Raises:
-            InputError: an image that cannot be read, named.
+            InputError: if an image cannot be read; names the image.
         """
         from vp_engines.preprocess import preprocess
 
@@ -66,13 +66,13 @@ class Engine:
         """Run one batch.
 
         Args:
-            images: float32 [batch, 3, height, width], preprocessed as the manifest says.
+            images: float32 [batch, 3, height, width], preprocessed as the manifest states.
 
         Returns:
             One float32 array per output name, axis 0 the batch.
 
         Raises:
-            InputError: wrong dtype or shape, a batch that the engine was not built for, or the engine is closed.
+            InputError: if the dtype or shape is wrong, the engine was not built for this batch size, or it is closed.
         """
         with self._idle:
             if self._closed:
@@ -97,16 +97,16 @@ class Engine:
             )
 
     def recorded(self) -> list[RecordedRun]:
-        """What the engine's own profiler saw of every run since `load(..., profile=True)`; ends the recording.
+        """Profile of every run since `load(..., profile=True)`, by the engine's own profiler. Stops the recording.
 
         Raises:
-            InputError: loaded without `profile`, closed, or called before.
-            EngineUnavailableError: the engine has no profiler that we know.
+            InputError: if loaded without `profile`, closed, or called before.
+            EngineUnavailableError: if the engine has no supported profiler.
         """
         return self._runner.recorded()
 
     def close(self) -> None:
-        """Release the engine once no thread runs it; calling it twice is fine."""
+        """Release the engine after runs in progress finish. May be called more than once."""
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: self._running == 0)
@@ -139,21 +139,21 @@ def load(
     threads: int | None = None,
     profile: bool = False,
 ) -> Engine:
-    """Open a bundle: verify every file, check that its engine can run here, and only then deserialise.
+    """Open a bundle: verify every file, check that its engine can run here, and only then deserialise it.
 
     Args:
-        path: the folder NAME.vpe.
-        variant: the reduced model, or the dense one that travels with it for comparison.
-        device: None means what the bundle was built for.
-        threads: CPU threads of one run; None means the runtime's own choice.
-        profile: let the engine's own profiler record every run, for `Engine.recorded`; runs take a little longer.
+        path: The folder NAME.vpe.
+        variant: The reduced model, or the dense one that is included for comparison.
+        device: None for what the bundle was built for.
+        threads: CPU threads per run; None for the runtime's default.
+        profile: Record every run with the engine's own profiler, for `Engine.recorded`; slightly slower.
 
     Raises:
-        InputError: an argument that makes no sense.
-        BundleError: no bundle there, or it has no such variant.
-        BundleCorruptError: a file is missing, extra, altered or unsafe.
-        BundleIncompatibleError: a sound bundle that this version or this machine cannot run.
-        EngineUnavailableError: the engine's package or device is missing.
+        InputError: if an argument is invalid.
+        BundleError: if there is no bundle, or it lacks the variant.
+        BundleCorruptError: if a file is missing, extra, altered or unsafe.
+        BundleIncompatibleError: if this version or machine cannot run the bundle.
+        EngineUnavailableError: if the engine's package or device is missing.
     """
     if variant not in VARIANT_FOLDERS:
         raise InputError(f"variant {variant!r}", expected=f"one of {', '.join(VARIANT_FOLDERS)}")
@@ -192,10 +192,10 @@ def _open_again(
     threads: int | None,
     profile: bool,
 ) -> Engine:
-    """A pickled engine in the process that unpickles it.
+    """Open the bundle of a pickled engine in another process.
 
     Raises:
-        BundleError: the bundle is gone, or another one stands in its place; else as `load`.
+        BundleError: if the bundle is gone or has been replaced; else as `load`.
     """
     engine = load(path, variant=variant, device=device, threads=threads, profile=profile)
     found = cast("tuple[Any, ...]", engine._reopen)[1]

@@ -1,7 +1,7 @@
-"""The one exception tree of the project, and the exit code that each branch means on the command line.
+"""Exceptions of the project, and the exit code of each.
 
-Every message says what was found, what was expected and what to do, in one line: the constructor asks for the
-three parts, so that none is forgotten.
+Every message says what was found, what was expected and what to do, in one line; the constructor takes these three
+parts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ EXIT_ENGINE_UNAVAILABLE = 3
 
 
 class VpError(Exception):
-    """An error whose message a user can act on.
+    """An error that the user can act on.
 
     Args:
-        found: what was found, with the offending value.
-        expected: what should have been there; left out where `found` says it already.
-        fix: what to do about it.
+        found: What was found, including the offending value.
+        expected: What was expected; omit if `found` implies it.
+        fix: What to do about it.
     """
 
     exit_code = EXIT_BAD_INPUT
@@ -30,23 +30,23 @@ class VpError(Exception):
 
 
 class InputError(VpError):
-    """An array given to a runner has the wrong shape, dtype or name."""
+    """An array passed to a runner has the wrong shape, dtype or name."""
 
 
 class EngineUnavailableError(VpError):
-    """An engine cannot work here: a package, a device or a library is missing."""
+    """An engine cannot work here: a package, device or library is missing."""
 
     exit_code = EXIT_ENGINE_UNAVAILABLE
 
 
 class PackageMissingError(VpError):
-    """A package that an extra installs is missing or broken."""
+    """A package of an extra is missing or broken."""
 
     exit_code = EXIT_ENGINE_UNAVAILABLE
 
 
 class BuildError(VpError):
-    """An engine refused to build what it was given."""
+    """An engine cannot build the model."""
 
 
 class BundleError(VpError):
@@ -54,8 +54,8 @@ class BundleError(VpError):
 
 
 class BundleCorruptError(BundleError):
-    """A bundle is not what its manifest says: a missing, extra, altered or truncated file, or an unsafe path."""
+    """A bundle differs from its manifest: a missing, extra, altered or truncated file, or an unsafe path."""
 
 
 class BundleIncompatibleError(BundleError):
-    """A sound bundle that this version or this machine cannot run."""
+    """A valid bundle that this version or machine cannot run."""

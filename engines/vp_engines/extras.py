@@ -1,4 +1,4 @@
-"""Which pip extra brings which packages, and one way to say that some are missing: before any work, in one line."""
+"""Packages of each pip extra, and a check for missing ones before work starts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from importlib.util import find_spec
 
 from vp_engines.errors import PackageMissingError
 
-# extra -> the modules that it brings, beside those of the extras that it includes. "" is what every install brings.
-# A test holds this to pyproject.toml.
+# extra -> modules that it installs, besides those of the extras that it includes. "" is always installed.
+# A test checks this against pyproject.toml.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "": ("numpy", "pydantic", "PIL", "typer", "rich", "jinja2"),
     "export": ("torch", "timm", "onnx", "onnxscript", "safetensors"),
@@ -37,12 +37,12 @@ def installed(module: str) -> bool:
         return sys.modules[module] is not None
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # a package around it that is broken
+    except (ImportError, ValueError):  # a broken parent package
         return False
 
 
 def install_hint(*extras: str) -> str:
-    """The pip command that installs extras."""
+    """pip command that installs the extras."""
     wanted = ",".join(dict.fromkeys(extra for extra in extras if extra))
     return f"pip install 'vp-export[{wanted}]'" if wanted else "pip install vp-export"
 
@@ -50,17 +50,17 @@ def install_hint(*extras: str) -> str:
 def require_packages(
     what: str, extra: str, modules: Sequence[str], *, also: Sequence[str] = (), load: bool = True
 ) -> None:
-    """Ask this before work that needs optional packages.
+    """Check for optional packages before work that needs them.
 
     Args:
-        what: needs them, such as "vp-search".
-        extra: the pip extra that brings all of them.
-        modules: as they are imported.
-        also: further extras that the work will need and that are not here, for one pip line instead of two.
-        load: import them, so that a broken one is found too; off where they may not be needed.
+        what: What needs them, such as "vp-search".
+        extra: The pip extra that installs all of them.
+        modules: Import names.
+        also: Further missing extras that the work needs, to be included in the pip command.
+        load: Import the modules, to detect broken ones; disable if they may not be needed.
 
     Raises:
-        PackageMissingError: some are missing or broken; the message names them and the pip line.
+        PackageMissingError: if any is missing or broken; names them and the pip command.
     """
     missing = [module for module in modules if not installed(module)]
     if missing:
@@ -69,12 +69,12 @@ def require_packages(
     for module in modules if load else ():
         try:
             import_module(module)
-        except Exception as error:  # a broken package raises anything: ImportError, OSError, AttributeError
+        except Exception as error:  # a broken package may raise anything: ImportError, OSError, AttributeError
             raise _broken(what, module, error) from error
 
 
 def missing_package(error: ImportError) -> PackageMissingError | None:
-    """What a user can do about an import that failed; None where a module of our own is at fault."""
+    """The error to report for a failed import; None if the module is one of ours."""
     module = (error.name or "").split(".")[0]
     if not module or module.startswith("vp_"):
         return None

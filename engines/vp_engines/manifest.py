@@ -1,11 +1,11 @@
-"""The manifest of a bundle: its schema, its one byte form, and the checks that a stranger's manifest must pass.
+"""Manifest of a bundle: schema, canonical encoding, and checks of an untrusted manifest.
 
-`import vp_engines` does not import this module: pydantic is only paid for by those who open a bundle.
+Not imported by `import vp_engines`: only opening a bundle needs pydantic.
 
-The byte form is canonical: sorted keys, two spaces of indent, UTF-8, a newline at the end. The file holds one member
-more than the schema, `digest`: the sha256 of the canonical form of all the others. A changed byte anywhere in the
-manifest is therefore found, as it is in every other file. (It is a checksum, not a signature: whoever rewrites the
-manifest on purpose can rewrite the digest too. Compare the digest that vp-inspect prints with one you trust.)
+The encoding is canonical: sorted keys, two spaces of indent, UTF-8, a final newline. The file has one more member than
+the schema, `digest`: the sha256 of the canonical form of all others, so any changed byte of the manifest is detected,
+as in every other file. (It is a checksum, not a signature: whoever rewrites the manifest on purpose can rewrite the
+digest too. Compare the digest printed by vp-inspect with one that you trust.)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
 VARIANT_FOLDERS = {"reduced": "engine", "dense": "dense"}
 
-# Far above any bundle we can think of, far below what would hurt the machine that reads a hostile one.
+# Far above any real bundle, and harmless to read from an untrusted one.
 MAX_MANIFEST_BYTES = 8 << 20
 MAX_JSON_DEPTH = 32
 MAX_FILES = 1000
@@ -44,8 +44,8 @@ MAX_FILE_BYTES = 32 << 30
 MAX_PATH_PARTS = 8
 MAX_PATH_LENGTH = 400
 
-# A list of what is allowed, so that '..', '/x', 'C:', '\\', NUL, control characters, hidden files, and two spellings
-# of one Unicode name are all out without being thought of one by one.
+# An allow-list, which rules out '..', '/x', 'C:', '\\', NUL, control characters, hidden files, and different encodings
+# of one Unicode name.
 _PATH_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+-]{0,126}[A-Za-z0-9_+-])?")
 _WINDOWS_DEVICES = frozenset(
     {"con", "prn", "aux", "nul"} | {f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789"}
@@ -56,10 +56,10 @@ T = TypeVar("T")
 
 
 def check_path(path: str) -> str:
-    """Return `path` if it may name a file inside a bundle: relative, POSIX, plain ASCII parts, bounded.
+    """Return `path` if it is a valid file path inside a bundle: relative, POSIX, plain ASCII parts, bounded in length.
 
     Raises:
-        ValueError: it may not; the message says why.
+        ValueError: if it is not; the message says why.
     """
     parts = path.split("/")
     if len(path) > MAX_PATH_LENGTH or len(parts) > MAX_PATH_PARTS:
@@ -75,11 +75,11 @@ def _pair(value: object) -> object:
 
 
 def _real_time(value: str) -> str:
-    datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ")  # ValueError on the 31st of February
+    datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ")  # ValueError for e.g. 31 February
     return value
 
 
-# From Python a list is as good as a tuple; what is inside stays strict.
+# Accept lists from Python; the items stay strict.
 Many = Annotated[tuple[T, ...], Field(strict=False)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -105,7 +105,7 @@ class ToolInfo(_Part):
 
 
 class FileEntry(_Part):
-    """One file of the bundle: its path inside it, its size in bytes and the sha256 of its content, in hex."""
+    """One file of the bundle: path inside it, size in bytes, and sha256 of its content in hex."""
 
     path: BundlePath
     size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
@@ -113,7 +113,7 @@ class FileEntry(_Part):
 
 
 class BatchRange(_Part):
-    """Batch sizes that the engine was built for (images)."""
+    """Batch sizes (images) that the engine was built for."""
 
     min: Positive
     opt: Positive
@@ -127,7 +127,7 @@ class BatchRange(_Part):
 
 
 class EngineInfo(_Part):
-    """Which engine runs the artefacts; `batch` is None where any batch size does."""
+    """The engine that runs the artefacts; `batch` is None if it supports any batch size."""
 
     name: Name
     version: Name
@@ -153,21 +153,21 @@ class TensorInfo(_Part):
     shape: Many[Positive | Name]
 
     def spec(self) -> TensorSpec:
-        """The same as a backend takes it."""
+        """Convert to the form that backends use."""
         return TensorSpec(self.name, self.dtype, tuple(self.shape))
 
 
 class Preprocessing(_Part):
-    """What happens to an RGB image before it enters the engine; the terms are those of timm's eval transform.
+    """Preprocessing of an RGB image, in the terms of timm's eval transform.
 
     Attributes:
         input_size: [3, height, width] of the engine's input.
-        resize: floor(size / crop_pct). With `center`, an int is the length of the shorter side; [height, width] scales
-            the image, its proportions kept, until it covers that box. With `squash` the image is made exactly that
-            size; with `border` it is scaled to fit inside (an int n means [n, n] for both). None: not resized.
-        crop_mode: `center` and `squash` cut input_size from the middle and pad with black what is too small;
-            `border` pads with the mean colour.
-        mean, std: per channel, on the scale 0 to 1.
+        resize: floor(size / crop_pct). With `center`, an int is the length of the shorter side, and [height, width] a
+            box that the image is scaled to cover, keeping its aspect ratio. With `squash`, the image is resized to
+            exactly that size; with `border`, scaled to fit inside (an int n means [n, n] for both). None: not resized.
+        crop_mode: `center` and `squash` crop input_size from the centre, padding with black if too small; `border` pads
+            with the mean colour.
+        mean, std: Per channel, on the scale 0 to 1.
     """
 
     input_size: Annotated[tuple[Literal[3], Positive, Positive], Field(strict=False)]
@@ -178,7 +178,7 @@ class Preprocessing(_Part):
     std: Annotated[tuple[Spread, Spread, Spread], Field(strict=False)]
 
     def facts(self) -> dict[str, str]:
-        """What is done, in order, by the name of the step, for people."""
+        """Processing steps in order, by name, in readable form."""
         _, height, width = self.input_size
         numbers = {key: ", ".join(f"{value:.6g}" for value in getattr(self, key)) for key in ("mean", "std")}
         return {"resize": self._resize_words(), "crop": f"{height}x{width}, {self.crop_mode}",
@@ -201,7 +201,7 @@ class Preprocessing(_Part):
 
 
 class ModelInfo(_Part):
-    """The model that was exported; sizes are [height, width] in pixels (an int from Python means a square)."""
+    """The exported model; sizes are [height, width] in pixels (an int in Python means a square)."""
 
     name: Name
     num_classes: Count
@@ -212,7 +212,7 @@ class ModelInfo(_Part):
 
 
 class PlanInfo(_Part):
-    """The plan (whole in the file `path`), what it saves (MACs of one image) and the tokens it leaves."""
+    """The plan (stored in the file `path`), its MACs per image, and the tokens that remain."""
 
     path: BundlePath
     fingerprint: Name
@@ -223,11 +223,11 @@ class PlanInfo(_Part):
 
 
 class ValidationInfo(_Part):
-    """The verdict of the validation that is in the report, what it rests on, and in words.
+    """Verdict of the validation in the report, its grounds, and its wording.
 
     Attributes:
-        status: "passed" (a budget was asked and holds, and nothing is slower), "failed" (a budget missed, or outputs
-            that are not finite), "measured" (no budget, or a slow-down) or "unvalidated" (answers not compared).
+        status: "passed" (a budget was set and met, and nothing is slower), "failed" (a budget was missed, or outputs
+            are not finite), "measured" (no budget, or slower) or "unvalidated" (outputs not compared).
     """
 
     status: Literal["passed", "failed", "measured", "unvalidated"]
@@ -237,7 +237,7 @@ class ValidationInfo(_Part):
 
 
 class Manifest(_Part):
-    """All that is known about a bundle before anything in it is deserialised."""
+    """Everything known about a bundle before deserialising it."""
 
     format: Literal["vpe"]
     format_version: Name
@@ -284,17 +284,17 @@ class Manifest(_Part):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """sha256 (hex) of the canonical form: the identity of the bundle, since it covers every file's hash.
+        """sha256 (hex) of the canonical form. Identifies the bundle, since it covers every file's hash.
 
-        Of a manifest written by a newer minor version this one only knows a part; `Bundle.digest` is right there too.
+        For a manifest of a newer minor version, whose unknown fields are not included here, use `Bundle.digest`.
         """
         return hashlib.sha256(canonical_json(self.document())).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The content of manifest.json.
+        """Content of manifest.json.
 
         Raises:
-            BundleError: it would be larger than a reader accepts.
+            BundleError: if it is larger than readers accept.
         """
         data = canonical_json({**self.document(), "digest": self.digest()})
         if len(data) > MAX_MANIFEST_BYTES:
@@ -303,13 +303,13 @@ class Manifest(_Part):
 
 
 def _check_paths_together(paths: Sequence[str]) -> None:
-    """Raise ValueError where two paths would be one file on a disk that ignores case, or a file also a folder."""
+    """Raise ValueError if two paths collide on a case-insensitive disk, or a path is both a file and a folder."""
     seen = {MANIFEST_NAME: MANIFEST_NAME}
     for path in paths:
         if path.lower() in seen:
             raise ValueError(f"{path!r} and {seen[path.lower()]!r} are the same file where case is ignored")
         seen[path.lower()] = path
-    folders: dict[str, str] = {}  # lower case -> the one spelling used
+    folders: dict[str, str] = {}  # lower case -> spelling used
     for path in paths:
         parts = path.split("/")
         for end in range(1, len(parts)):
@@ -319,15 +319,15 @@ def _check_paths_together(paths: Sequence[str]) -> None:
 
 
 def utc_now() -> str:
-    """The time for `created`."""
+    """The current time, for `created`."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def make_manifest(**fields: Any) -> Manifest:
-    """A manifest of the current format from its fields (models, or plain dicts and lists).
+    """Make a manifest of the current format from its fields (models, or plain dicts and lists).
 
     Raises:
-        BundleError: a field is missing, unknown or wrong.
+        BundleError: if a field is missing, unknown or invalid.
     """
     try:
         return Manifest.model_validate({"format": FORMAT, "format_version": FORMAT_VERSION, **fields})
@@ -336,21 +336,22 @@ def make_manifest(**fields: Any) -> Manifest:
 
 
 def canonical_json(document: object) -> bytes:
-    """The one byte form of a JSON document.
+    """Canonical encoding of a JSON document.
 
     Raises:
-        ValueError: NaN, an infinity or half a Unicode pair, which JSON cannot hold.
+        ValueError: if it has NaN, an infinity or a lone surrogate, which JSON cannot represent.
     """
     text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
 
 
 def parse_manifest(data: bytes) -> tuple[Manifest, str]:
-    """Check the bytes of a manifest and return it with its digest (sha256, hex).
+    """Check the content of a manifest file and return the manifest with its digest (sha256, hex).
 
     Raises:
-        BundleCorruptError: not JSON within the limits, a key given twice, a wrong digest, or a field that is wrong.
-        BundleIncompatibleError: another major version of the format.
+        BundleCorruptError: if it is not JSON within the limits, or has a duplicate key, a wrong digest or an invalid
+            field.
+        BundleIncompatibleError: if the format has another major version.
     """
     document = _parse_json(data)
     newer_minor = _check_version(document)
@@ -413,7 +414,7 @@ def _children(value: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def _check_version(document: dict[str, Any]) -> bool:
-    """Whether a newer minor version wrote this."""
+    """Whether a newer minor version wrote the document."""
     if document.get("format") != FORMAT:
         raise _corrupt(f"has format {str(document.get('format'))[:40]!r}", expected=f"'{FORMAT}'")
     version = document.get("format_version")
@@ -433,7 +434,7 @@ def _check_version(document: dict[str, Any]) -> bool:
 
 
 def _drop_unknown(document: dict[str, Any], error: ValidationError) -> None:
-    """Remove from `document` the members and variants that this version does not know."""
+    """Remove members and variants that this version does not know from `document`."""
     for problem in error.errors(include_url=False, include_input=False):
         loc = list(problem["loc"])
         if problem["type"] == "literal_error" and loc[-1] == "[key]":
@@ -446,11 +447,11 @@ def _drop_unknown(document: dict[str, Any], error: ValidationError) -> None:
                 parent = parent[step]
             del parent[loc[-1]]
         except (KeyError, IndexError, TypeError):
-            continue  # below something that is already gone
+            continue  # inside a member already removed
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem of a validation, in one line."""
+    """First problem of a validation, in one line."""
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     where = ".".join(str(step) for step in problems[0]["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -1,10 +1,9 @@
-"""Images -> the float32 batch that an engine takes, with Pillow and numpy alone.
+"""Turn images into the float32 batch that an engine takes, with Pillow and numpy alone.
 
-Gives the pixels that timm's eval transform (torchvision on PIL images) gives, rounding rules included, since half a
-pixel of shift already changes logits. As timm does, images are converted to RGB as they are stored: EXIF orientation is
-not applied, so a photograph that relies on it should be turned upright beforehand; transparency is dropped, not laid
-on a background; of an animation the first frame counts. In one case timm's pixels are wrong and ours differ: grey
-images of 16 bits, which Pillow clips to white, are scaled to 8 bits.
+Reproduces the pixels of timm's eval transform (torchvision on PIL images), including rounding, since a shift of half a
+pixel changes logits. As in timm, images are converted to RGB as stored: EXIF orientation is not applied, so rotate such
+photographs first; transparency is dropped, not composited; only the first frame of an animation is used. One case
+differs, where timm is wrong: 16-bit grey images, which Pillow clips to white, are scaled to 8 bits.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ if TYPE_CHECKING:
 
     ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | np.ndarray | Image.Image
 
-# Formats that Pillow hands to a program outside (Ghostscript, the Windows metafile renderer): not for untrusted files.
+# Formats that Pillow passes to another program (Ghostscript, the Windows metafile renderer): unsafe for untrusted
+# files.
 _FOREIGN_FORMATS = frozenset({"EPS", "WMF"})
-# What photographs and pictures are kept in; `readable_suffixes` says which of them can be read here.
+# Common image formats; see `readable_suffixes` for those that can be read here.
 IMAGE_SUFFIXES = frozenset(
     {
         ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -40,10 +40,10 @@ _KINDS = "a path, bytes, a PIL image or a uint8 array [height, width, 3]"
 
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
-    """The image suffixes that Pillow reads here, with the plug-in pillow-heif where it is installed.
+    """Image suffixes that Pillow can read here, including those of pillow-heif if it is installed.
 
     Raises:
-        EngineUnavailableError: Pillow is not installed.
+        EngineUnavailableError: if Pillow is not installed.
     """
     Image = _pillow()
     Image.init()
@@ -70,17 +70,17 @@ def preprocess(images: Sequence[ImageLike] | np.ndarray, spec: Preprocessing) ->
     """Prepare a batch.
 
     Args:
-        images: at least one of: a path, an encoded file as bytes or opened in binary mode, a PIL image (left as it
-            is), an array of pixels (uint8 or uint16, [height, width] or [height, width, 1, 3 or 4], RGB as Pillow
-            orders it, not BGR as OpenCV does); or one uint8 array [batch, height, width, 3].
-        spec: what to do, from the manifest.
+        images: At least one of: a path, an encoded file as bytes or as a binary file object, a PIL image (not
+            modified), a pixel array (uint8 or uint16, [height, width] or [height, width, 1, 3 or 4], in RGB order as in
+            Pillow, not BGR as in OpenCV); or one uint8 array [batch, height, width, 3].
+        spec: Preprocessing from the manifest.
 
     Returns:
         float32 [len(images), 3, height, width], C-contiguous.
 
     Raises:
-        InputError: an image that cannot be read or is too large, named; or no images.
-        EngineUnavailableError: Pillow is not installed.
+        InputError: if an image cannot be read or is too large (names the image), or there are no images.
+        EngineUnavailableError: if Pillow is not installed.
     """
     if isinstance(images, np.ndarray) and images.ndim == 4:
         images = list(images)
@@ -127,19 +127,20 @@ def _load(image: ImageLike, index: int) -> Image.Image:
             if opened.format in _FOREIGN_FORMATS:
                 raise InputError(f"format {opened.format} is not read here", fix="convert it to PNG")
             limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and opened.width * opened.height > limit:  # Pillow itself refuses twice as many
+            # Pillow itself only raises above twice the limit
+            if limit is not None and opened.width * opened.height > limit:
                 raise InputError(
                     f"{opened.width} x {opened.height} pixels, which could be a decompression bomb: at most {limit}"
                 )
             return _to_rgb(opened, name)
     except _Refused:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise InputError(f"image {name} cannot be read: {_reason(error, source)}") from None
 
 
 class _Refused(InputError):
-    """An image that was read and will not do; its message is whole."""
+    """An image that was read but is not accepted; the message is complete."""
 
 
 def _reason(error: Exception, source: Any) -> str:
@@ -193,7 +194,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     from PIL import Image
 
     mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # older versions read them as I
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):  # older versions decode them as I
         values = np.asarray(image.convert("I") if mode != "I" else image)
         return Image.fromarray(_to_8_bits(values)).convert("RGB")
     if mode in ("I", "F"):
@@ -204,12 +205,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             fix="scale it to 8 bits and save it again",
         )
     if mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+        image = image.convert("RGBA")  # same colours, without Pillow's warning
     return image.convert("RGB")
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """0 to 65535 -> 0 to 255, rounded."""
+    """Scale 0 .. 65535 to 0 .. 255, rounded."""
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
@@ -220,7 +221,7 @@ def _fit(image: Image.Image, spec: Preprocessing, name: str) -> Image.Image:
     size = _resized(image.height, image.width, spec)
     limit = Image.MAX_IMAGE_PIXELS
     if min(size) < 1 or (limit is not None and size[0] * size[1] > limit):
-        # A strip of 1 x 60000 pixels is small, but not once its shorter side is 256.
+        # A strip of 1 x 60000 pixels is small, but not once its shorter side is scaled to 256.
         raise InputError(
             f"image {name} of {image.height} x {image.width} pixels becomes {size[0]} x {size[1]} when resized",
             expected=f"1 to {limit} pixels",
@@ -249,14 +250,14 @@ def _resized(height: int, width: int, spec: Preprocessing) -> tuple[int, int]:
 
 
 def _center(image: Image.Image, height: int, width: int, fill: tuple[int, ...]) -> Image.Image:
-    """The middle of an image, with a border of `fill` where it is too small."""
+    """Crop the centre of an image, padding with `fill` if it is too small."""
     from PIL import Image
 
     if image.width < width or image.height < height:
-        # The odd pixel of a border goes to the right and the bottom.
+        # The odd pixel of padding goes to the right and bottom.
         padded = Image.new("RGB", (max(image.width, width), max(image.height, height)), fill)
         padded.paste(image, (max(width - image.width, 0) // 2, max(height - image.height, 0) // 2))
         image = padded
-    # Python rounds halves to even: so does torchvision, and the crop must start at the same pixel.
+    # round() rounds halves to even, as torchvision does.
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))

@@ -1,4 +1,4 @@
-"""The version of vp-export that is installed."""
+"""Installed version of vp-export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 
 @cache
 def installed_version() -> str:
-    """As the package's metadata has it; "0+unknown" where it is run from a checkout."""
+    """Version from the package's metadata; "0+unknown" when run from a checkout."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

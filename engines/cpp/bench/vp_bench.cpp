@@ -1,4 +1,4 @@
-// The figures of benchmarks/cpp_loader.py: what the loader costs over torch's own. Prints one JSON object.
+// Measurements of benchmarks/cpp_loader.py: the loader's overhead over torch's own. Prints one JSON object.
 //
 //   vp-bench run BUNDLE BATCH ROUNDS     microseconds of one run: bare AOTI runner, vp_engine_run
 //   vp-bench open BUNDLE ROUNDS          milliseconds: sha256sum of every file and bare load, vp_engine_open
@@ -38,10 +38,10 @@ void print(const char* name, const std::vector<double>& values, const char* end)
   std::printf("]%s", end);
 }
 
-/// Interleaved, and each first every other time: what the one leaves in the caches, the other finds as often.
+/// Interleaves the two, alternating which goes first, so that cache effects are shared equally.
 void compare(int rounds, const std::function<void()>& bare, const std::function<void()>& ours) {
   std::vector<double> bare_times, our_times;
-  for (int round = -2; round < rounds; ++round) {  // the first two warm up
+  for (int round = -2; round < rounds; ++round) {  // the first two are warm-up
     double one = 0, other = 0;
     if (round % 2 == 0) one = seconds(bare);
     other = seconds(ours);

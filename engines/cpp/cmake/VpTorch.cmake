@@ -1,13 +1,13 @@
-# The libtorch inside torch's wheel: VP_TORCH_FOUND, VP_TORCH_INCLUDE, VP_TORCH_LIB, VP_TORCH_LIBRARIES, VP_TORCH_CXX11_ABI.
+# libtorch from torch's wheel: VP_TORCH_FOUND, VP_TORCH_INCLUDE, VP_TORCH_LIB, VP_TORCH_LIBRARIES, VP_TORCH_CXX11_ABI.
 #
-# Not find_package(Torch): the usual wheel is a CUDA build, whose package file demands the CUDA toolkit, though running a
-# package needs neither its compiler nor its headers.
+# Not find_package(Torch): the usual wheel is a CUDA build, whose package file requires the CUDA toolkit, though running
+# a package needs neither its compiler nor its headers.
 set(VP_TORCH_FOUND FALSE)
 if(VP_ENGINE_AOTI)
   if(NOT VP_TORCH_ROOT)
     find_package(Python3 COMPONENTS Interpreter)
     if(Python3_FOUND)
-      # Where torch is, without importing it, which takes seconds.
+      # Locate torch without importing it, which takes seconds.
       execute_process(
         COMMAND "${Python3_EXECUTABLE}" -c
           "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '', end='')"
@@ -21,7 +21,7 @@ if(VP_ENGINE_AOTI)
   if(EXISTS "${VP_TORCH_INCLUDE}/torch/csrc/inductor/aoti_package/model_package_loader.h" AND
      EXISTS "${VP_TORCH_INCLUDE}/torch/headeronly/version.h" AND EXISTS "${VP_TORCH_LIB}/libtorch_cpu.so")
     set(VP_TORCH_FOUND TRUE)
-    # Wheels before 2.6 were compiled with the old one: std::string would not fit.
+    # Wheels before 2.6 use the old ABI of std::string.
     set(VP_TORCH_CXX11_ABI 1)
     file(STRINGS "${VP_TORCH_ROOT}/share/cmake/Torch/TorchConfig.cmake" old_abi REGEX "_GLIBCXX_USE_CXX11_ABI=0")
     if(old_abi)

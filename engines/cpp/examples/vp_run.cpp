@@ -1,4 +1,4 @@
-// vp-run: verify a bundle, run it on raw float32 tensors, print the likeliest classes.
+// vp-run: verify a bundle, run it on raw float32 tensors, print the top classes.
 #include <vp_engine/vp_engine.h>
 
 #include <algorithm>
@@ -116,7 +116,7 @@ vp_dtype dtype_of(const std::string& name) {
   return static_cast<vp_dtype>(found - names.begin() + VP_FLOAT32);
 }
 
-/// Bytes of a file, in memory that is aligned for floats; `bytes` is its size.
+/// Content of a file, aligned for floats; `bytes` is its size.
 std::vector<float> read_file(const std::string& path, std::size_t& bytes) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   const std::streamoff size = file ? static_cast<std::streamoff>(file.tellg()) : -1;
@@ -198,7 +198,7 @@ int main(int argc, char** argv) {
   std::size_t image_bytes = 0;  // of one image's scores
   check(vp_engine_output_bytes(engine.get(), 0, std::max<std::int64_t>(description.min_batch, 1), &image_bytes));
   image_bytes /= static_cast<std::size_t>(std::max<std::int64_t>(description.min_batch, 1));
-  // A batch that the engine refuses must not be taken memory for.
+  // Check the batch before allocating memory for it.
   if (static_cast<std::size_t>(batch) > bytes) fail("--shape " + arguments.shape + " is larger than the file");
   std::vector<float> scores(image_bytes / sizeof(float) * static_cast<std::size_t>(batch));
   const std::size_t per_image = image_bytes / sizeof(float);
@@ -222,7 +222,7 @@ int main(int argc, char** argv) {
         if (const vp_status status = vp_engine_run(engine.get(), &one, 1, &output, 1); status != VP_OK) {
           const std::lock_guard<std::mutex> lock(failing);
           failure = status;
-          reason = vp_engine_last_error();  // of this thread
+          reason = vp_engine_last_error();  // thread-local
           next = batch;
         }
       }

@@ -1,4 +1,4 @@
-// The C border: handles and exceptions on one side, pointers and status codes on the other.
+// Boundary of the C API: converts handles and exceptions to pointers and status codes.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -12,14 +12,14 @@
 
 namespace {
 
-// Fixed in size: a failure for want of memory has to be told too.
+// Fixed size, so that running out of memory can be reported too.
 thread_local std::array<char, 2048> last_error{};
 
 void remember(std::string_view text) noexcept {
   const auto size = std::min(text.size(), last_error.size() - 1);
   for (std::size_t i = 0; i < size; ++i) {
     const auto code = static_cast<unsigned char>(text[i]);
-    last_error[i] = code < 0x20 || code == 0x7f ? ' ' : text[i];  // one line, whatever the user's path holds
+    last_error[i] = code < 0x20 || code == 0x7f ? ' ' : text[i];  // one line, whatever a path in it contains
   }
   last_error[size] = '\0';
 }
@@ -52,7 +52,7 @@ void need(Pointers... pointers) {
 vp_engine_options checked(const vp_engine_options* given) {
   vp_engine_options options = VP_ENGINE_OPTIONS_INIT;
   if (given == nullptr) return options;
-  if (given->struct_size < sizeof options) {  // larger: of a newer header, whose further members we do not know
+  if (given->struct_size < sizeof options) {  // larger for a newer header, whose further members are unknown here
     throw vp::Error(VP_ERROR_INPUT, "options with struct_size " + std::to_string(given->struct_size),
                     std::to_string(sizeof options), "start from VP_ENGINE_OPTIONS_INIT");
   }

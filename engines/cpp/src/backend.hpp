@@ -1,4 +1,4 @@
-// What an engine's backend offers: open from verified content, run a batch. One file in backends/ per engine.
+// Interface of an engine backend: open from verified content, run a batch. One file in backends/ per engine.
 #pragma once
 
 #include <cstdint>
@@ -19,16 +19,16 @@ class Runner {
   Runner& operator=(const Runner&) = delete;
   virtual ~Runner() = default;
 
-  /// Run one batch; any thread may call it. Buffers are in the manifest's order and of the sizes that it gives them.
-  /// A null output is not wanted. Throws Error.
+  /// Run one batch; thread-safe. Buffers are in the manifest's order and of matching sizes.
+  /// A null output is skipped. Throws Error.
   virtual void run(const std::vector<const void*>& inputs, std::int64_t batch, const std::vector<void*>& outputs) = 0;
 };
 
 struct OpenRequest {
   const Manifest& manifest;
   const Variant& variant;
-  std::map<std::string, SealedFile> contents;  // of the variant's files, verified
-  int threads = 0;                             // 0: the runtime's own choice
+  std::map<std::string, SealedFile> contents;  // verified files of the variant
+  int threads = 0;                             // 0: the runtime's default
   int runners = 1;
 };
 
@@ -41,10 +41,10 @@ std::unique_ptr<Runner> open_aoti(OpenRequest request);
 std::unique_ptr<Runner> open_tensorrt(OpenRequest request);
 #endif
 
-/// A requirement as text; "" where it is absent or no text.
+/// A requirement as text; "" if it is absent or not a string.
 std::string requirement(const Variant& variant, const char* name);
 
-/// Shape of a tensor for that batch size.
+/// Shape of a tensor for a batch size.
 std::vector<std::int64_t> shape_of(const Tensor& tensor, std::int64_t batch);
 
 std::size_t bytes_of(const Tensor& tensor, std::int64_t batch);

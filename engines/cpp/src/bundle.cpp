@@ -24,7 +24,7 @@ namespace {
 
 using Identity = std::optional<std::pair<dev_t, ino_t>>;
 
-/// What `path` leads to.
+/// Identity of what `path` leads to.
 Identity identity(const std::string& path) {
   struct stat status {};
   if (::stat(path.c_str(), &status) != 0) return std::nullopt;
@@ -48,7 +48,7 @@ Manifest read_manifest(int root) {
   return parse_manifest(data);
 }
 
-/// Compare what is in the folder with what the manifest lists: names only, kinds included.
+/// Check that the folder holds exactly the files that the manifest lists, by name and file type.
 void check_closed_world(int root, const Manifest& manifest) {
   std::set<std::string> files = {kManifestName}, folders, missing;
   for (const auto& entry : manifest.files) {
@@ -76,10 +76,10 @@ void check_closed_world(int root, const Manifest& manifest) {
   throw corrupt(text, "exactly the files that the manifest lists");
 }
 
-/// Check one file; its content where it is to be kept.
+/// Check one file; returns its content if it is to be kept.
 std::optional<SealedFile> read_file(int root, const FileEntry& entry, bool keep) {
   const auto [file, size] = open_inside(root, entry.path);
-  if (size != static_cast<std::size_t>(entry.size)) {  // before a byte is read: a huge file costs nothing
+  if (size != static_cast<std::size_t>(entry.size)) {  // before reading, so that a huge file costs nothing
     throw corrupt(quote(entry.path) + " has " + std::to_string(size) + " bytes", std::to_string(entry.size));
   }
   std::optional<SealedFile> content;
@@ -103,7 +103,7 @@ Bundle read_once(const std::string& path, const std::function<bool(const std::st
   check_closed_world(root.get(), bundle.manifest);
   if (testing::after_listing) testing::after_listing();
 
-  // The two big files are the engine and its dense twin: each gets a core.
+  // The two big files are the engine and its dense counterpart: one core each.
   auto entries = bundle.manifest.files;
   std::stable_sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.size > b.size; });
   std::vector<std::optional<SealedFile>> contents(entries.size());
@@ -125,7 +125,7 @@ Bundle read_once(const std::string& path, const std::function<bool(const std::st
   try {
     while (helpers.size() + 1 < std::min({std::size_t{4}, cores, entries.size()})) helpers.emplace_back(work);
   } catch (const std::system_error&) {
-    // No more threads to be had: those that there are do it.
+    // Cannot start more threads: continue with those running.
   }
   work();
   for (auto& helper : helpers) helper.join();
@@ -146,7 +146,7 @@ Bundle read_bundle(const std::string& path, const std::function<bool(const std::
     try {
       return read_once(path, keep);
     } catch (const Error&) {
-      // A new export may have taken the place of the bundle, and removed it, while we were reading.
+      // An export may have replaced the bundle while it was being read.
       if (identity(path) == before) throw;
     }
   }

@@ -1,4 +1,4 @@
-// Read a bundle with every file verified. Mirrors engines/vp_engines/bundle.py.
+// Read a bundle, verifying every file. Mirrors engines/vp_engines/bundle.py.
 #pragma once
 
 #include <functional>
@@ -12,15 +12,15 @@ namespace vp {
 
 struct Bundle {
   Manifest manifest;
-  std::map<std::string, SealedFile> contents;  // path inside the bundle -> the very bytes that were hashed
+  std::map<std::string, SealedFile> contents;  // path inside the bundle -> the bytes that were hashed
 };
 
-/// Verify every file of the bundle at `path` and keep those that `keep` wants (the others are only hashed).
+/// Verify every file of the bundle at `path` and keep those selected by `keep` (the others are only hashed).
 /// Throws Error: VP_ERROR_BUNDLE, VP_ERROR_BUNDLE_CORRUPT or VP_ERROR_BUNDLE_INCOMPATIBLE.
 Bundle read_bundle(const std::string& path, const std::function<bool(const std::string& path)>& keep);
 
 namespace testing {
-/// Called, where a test sets it, between the listing of a bundle and the reading of its files.
+/// Test hook, called between listing a bundle and reading its files.
 extern std::function<void()> after_listing;
 }  // namespace testing
 

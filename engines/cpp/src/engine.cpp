@@ -12,8 +12,8 @@ namespace {
 
 struct Backend {
   const char* name;
-  OpenFunction open;    // null: not in this build
-  const char* missing;  // why, and what to do
+  OpenFunction open;    // null if not in this build
+  const char* missing;  // reason, and what to do
 };
 
 constexpr const char* kPython =
@@ -91,7 +91,7 @@ std::string wanted(const Tensor& tensor) {
   return tensor.dtype + " of shape [" + axes + "]";
 }
 
-/// Which of `tensors` a caller's tensor is.
+/// Index of a caller's tensor in `tensors`.
 std::size_t index_of(const std::vector<Tensor>& tensors, const char* name, std::size_t position, const char* what) {
   const auto found = name == nullptr ? tensors.begin() + static_cast<std::ptrdiff_t>(std::min(position, tensors.size()))
                                      : std::find_if(tensors.begin(), tensors.end(),
@@ -197,7 +197,7 @@ std::size_t vp_engine::output_bytes(std::size_t index, std::int64_t batch) const
   return vp::bytes_of(manifest_.outputs[index], batch);
 }
 
-/// The batch size of one input, all of it checked.
+/// Check one input completely; returns its batch size.
 std::int64_t vp_engine::check_input(const vp_input& input, std::size_t index) const {
   const auto& spec = manifest_.inputs[index];
   const auto refuse = [&](const std::string& found, const std::string& fix = "") {

@@ -1,4 +1,4 @@
-// What stands behind a vp_engine handle.
+// Implementation of a vp_engine handle.
 #pragma once
 
 #include <vp_engine/vp_engine.h>
@@ -17,7 +17,7 @@ struct vp_engine {
   void describe(vp_description& description) const;
   std::size_t output_bytes(std::size_t index, std::int64_t batch) const;
   void run(const vp_input* inputs, std::size_t input_count, const vp_output* outputs, std::size_t output_count);
-  /// Wait for the runs under way.
+  /// Wait for runs in progress.
   void drain() { const std::unique_lock<std::shared_mutex> none_runs(runs_); }
 
  private:
@@ -29,6 +29,6 @@ struct vp_engine {
   std::string json_;
   std::vector<vp_tensor_info> input_infos_, output_infos_;
   std::vector<const char*> class_names_;
-  std::unique_ptr<vp::Runner> runner_;  // none where the bundle was only verified
+  std::unique_ptr<vp::Runner> runner_;  // null if the bundle was only verified
   std::shared_mutex runs_;              // held shared by each run
 };

@@ -1,4 +1,4 @@
-// The one exception of the library; the C API turns it into a status and a line of text.
+// The library's only exception; the C API converts it to a status and a line of text.
 #pragma once
 
 #include <vp_engine/vp_engine.h>
@@ -9,7 +9,7 @@
 
 namespace vp {
 
-/// Says what was found, what was expected and what to do, as VpError of vp_engines does.
+/// Message of what was found, what was expected and what to do, like VpError of vp_engines.
 class Error : public std::runtime_error {
  public:
   Error(vp_status status, const std::string& found, const std::string& expected = "", const std::string& fix = "")
@@ -27,13 +27,13 @@ inline Error corrupt(const std::string& found, const std::string& expected = "")
   return Error(VP_ERROR_BUNDLE_CORRUPT, found, expected, "copy or export the bundle again");
 }
 
-/// A stranger's text for a message: shortened, and with nothing in it that a terminal would act on.
+/// Untrusted text for use in a message: shortened, without control characters.
 std::string printable(std::string_view text, std::size_t limit = 100);
 
-/// The same in quotes.
+/// `shown` in quotes.
 std::string quote(std::string_view text, std::size_t limit = 100);
 
-/// The first line with something in it, shortened: other libraries' messages come with stack traces.
+/// First non-empty line, shortened: messages of other libraries come with stack traces.
 std::string first_line(std::string_view text, std::size_t limit = 400);
 
 }  // namespace vp

@@ -9,7 +9,7 @@
 namespace vp {
 namespace {
 
-std::size_t characters(const std::string& text) {  // of UTF-8: bytes that do not continue another
+std::size_t characters(const std::string& text) {  // counts UTF-8 code points
   return static_cast<std::size_t>(
       std::count_if(text.begin(), text.end(), [](char letter) { return (letter & 0xC0) != 0x80; }));
 }

@@ -1,4 +1,4 @@
-// Reading one JSON object member by member: types are strict, and a member that nobody asked for is an error.
+// Read a JSON object member by member, with strict types; members never asked for are an error.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace vp {
 
 constexpr std::int64_t kMaxPositive = 2147483647;
 
-/// One value of a manifest and where it stands, as "variants.reduced.files.0". Every check throws Error (corrupt).
+/// One value of a manifest and its location, such as "variants.reduced.files.0". Every check throws Error (corrupt).
 class Field {
  public:
   Field(const Json& value, std::string where) : value_(value), where_(std::move(where)) {}
@@ -25,17 +25,17 @@ class Field {
   const std::string& where() const { return where_; }
   bool is_null() const { return value_.is_null(); }
 
-  /// Text of at most that many characters.
+  /// String of at most `most` characters.
   const std::string& text(std::size_t most = 4000) const;
-  /// Text of 1 to 200 characters without control characters.
+  /// String of 1 to 200 characters without control characters.
   const std::string& name() const;
   const std::string& one_of(std::initializer_list<std::string_view> words) const;
   const std::string& sha256() const;
-  /// A path that safe_path allows.
+  /// A path accepted by safe_path.
   const std::string& path() const;
   std::int64_t whole(std::int64_t least = 1, std::int64_t most = kMaxPositive) const;
   double number() const;
-  /// The items of an array of that many (`most` 0: any number).
+  /// Items of an array, of bounded length (`most` 0: any).
   std::vector<Field> items(std::size_t least = 0, std::size_t most = 0) const;
   std::vector<std::string> texts(std::size_t most = 4000) const;
 
@@ -49,9 +49,9 @@ class Members {
   explicit Members(const Field& object);
 
   Field need(const char* name);
-  /// null where the member is absent.
+  /// null if the member is absent.
   Field maybe(const char* name);
-  /// Throws where a member was not asked for; `newer`: a later minor version may have members that we do not know.
+  /// Throws if a member was not asked for, unless `newer`: a later minor version may have unknown members.
   void done(bool newer) const;
 
  private:

@@ -17,7 +17,7 @@
 namespace vp {
 namespace {
 
-constexpr std::size_t kChunk = std::size_t{1} << 18;  // small enough to be hashed while still in the cache
+constexpr std::size_t kChunk = std::size_t{1} << 18;  // small enough to be hashed while in cache
 constexpr int kOpenFile = O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;  // NONBLOCK: opening a FIFO must not hang
 constexpr int kOpenFolder = O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_DIRECTORY;
 
@@ -42,7 +42,7 @@ Fd must_open(int folder, const std::string& name, int flags, const std::string& 
 using Visit = std::function<void(const std::string& path, mode_t mode)>;
 
 void walk_folder(int folder, const std::string& prefix, const Visit& visit) {
-  // A descriptor of its own: closedir closes it.
+  // Duplicate the descriptor: closedir closes it.
   const int own = ::openat(folder, ".", kOpenFolder);
   if (own < 0) throw_system(quote(prefix), errno);
   const std::unique_ptr<DIR, int (*)(DIR*)> entries(::fdopendir(own), ::closedir);
@@ -103,7 +103,7 @@ std::string SealedFile::path() const { return "/proc/self/fd/" + std::to_string(
 MappedFile::MappedFile(const std::string& path, std::size_t size) : data_(nullptr), size_(size) {
   const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (fd.get() < 0) throw_system(path, errno);
-  if (size == 0) return;  // mmap refuses it
+  if (size == 0) return;  // mmap rejects size 0
   data_ = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd.get(), 0);
   if (data_ == MAP_FAILED) throw_system(path, errno);
 }

@@ -1,4 +1,4 @@
-// Descriptors, and files inside a bundle: opened relative to the bundle's folder, following no link.
+// Descriptors, and files inside a bundle: opened relative to the bundle's folder, without following links.
 #pragma once
 
 #include <sys/types.h>
@@ -12,7 +12,7 @@
 
 namespace vp {
 
-/// A descriptor that is closed with its owner.
+/// Owns a file descriptor.
 class Fd {
  public:
   Fd() = default;
@@ -34,7 +34,7 @@ class Fd {
   int fd_ = -1;
 };
 
-/// Content that nobody can change any more, this process included: a sealed file in memory without a name.
+/// Immutable content in a sealed memfd: not even this process can change it.
 class SealedFile {
  public:
   SealedFile();
@@ -42,7 +42,7 @@ class SealedFile {
   void seal();
 
   std::size_t size() const noexcept { return size_; }
-  /// A path that leads to it in this process, for libraries that want one.
+  /// Path of the memfd in this process, for libraries that need a path.
   std::string path() const;
 
  private:
@@ -50,7 +50,7 @@ class SealedFile {
   std::size_t size_ = 0;
 };
 
-/// A read-only view of a sealed file in memory.
+/// Read-only mapping of a sealed file.
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path, std::size_t size);
@@ -66,22 +66,22 @@ class MappedFile {
   std::size_t size_;
 };
 
-/// "a symbolic link", "a pipe", ... of a mode.
+/// Name of the file type in a mode: "a symbolic link", "a pipe", ...
 const char* kind_of(mode_t mode);
 
-/// Throws Error (VP_ERROR_BUNDLE) that says what the system said.
+/// Throws Error (VP_ERROR_BUNDLE) with the system's message.
 [[noreturn]] void throw_system(const std::string& what, int number);
 
-/// The bundle's folder. It may be reached through a link: that is the user's own path, not the bundle's content.
+/// Opens the bundle's folder. Its path may be a link, since the user chose it.
 Fd open_root(const std::string& path);
 
-/// A plain file at a checked path inside the bundle, and its size. Throws Error where it is anything else.
+/// Opens a regular file at a checked path inside the bundle; also returns its size. Throws Error for other file types.
 std::pair<Fd, std::size_t> open_inside(int root, const std::string& path);
 
-/// Path and mode of everything below a folder, bounded, and following nothing.
+/// Path and mode of everything below a folder, bounded in number, without following links.
 void walk(int root, const std::function<void(const std::string& path, mode_t mode)>& visit);
 
-/// Up to `size` bytes, or fewer where the file ends before; in pieces.
+/// Reads up to `size` bytes in chunks, fewer at the end of the file.
 void read_chunks(int fd, std::size_t size, const std::function<void(const char* data, std::size_t size)>& use);
 
 }  // namespace vp

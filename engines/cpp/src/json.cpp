@@ -10,8 +10,7 @@
 namespace vp {
 namespace {
 
-/// Refuses, while it is still being parsed, what the finished document would no longer show or would be too deep to
-/// walk.
+/// SAX checks for duplicate keys, which the parsed document would not show, and for nesting too deep to traverse.
 class Guard {
  public:
   bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
@@ -33,7 +32,7 @@ class Guard {
   std::vector<std::set<std::string>> keys_;
 };
 
-/// Python's repr: the fewest digits that give the number back, with an exponent below 1e-4 and from 1e16 on.
+/// Python's repr of a float: shortest round-trip digits, with an exponent below 1e-4 and from 1e16 on.
 std::string float_text(double value) {
   char buffer[40];
   const auto end = std::to_chars(buffer, buffer + sizeof buffer, value, std::chars_format::scientific).ptr;
@@ -46,7 +45,7 @@ std::string float_text(double value) {
     if (letter >= '0' && letter <= '9') digits += letter;
   }
   std::string out = negative ? "-" : "";
-  if (exponent < -4 || exponent >= 16) return std::string(text);  // Python, too, writes two digits of exponent or more
+  if (exponent < -4 || exponent >= 16) return std::string(text);  // Python also writes at least two exponent digits
   if (exponent < 0) return out + "0." + std::string(static_cast<std::size_t>(-exponent - 1), '0') + digits;
   const auto whole = static_cast<std::size_t>(exponent) + 1;
   if (digits.size() <= whole) return out + digits + std::string(whole - digits.size(), '0') + ".0";
@@ -57,12 +56,12 @@ void write(const Json& value, std::size_t indent, std::string& out) {
   if (value.is_number_float()) {
     out += float_text(value.get<double>());
   } else if (!value.is_structured() || value.empty()) {
-    out += value.dump();  // UTF-8 as it is, the escapes of Python
+    out += value.dump();  // UTF-8 unescaped, with Python's escape sequences
   } else {
     const bool object = value.is_object();
     const std::string line = "\n" + std::string(indent + 2, ' ');
     const char* separator = object ? "{" : "[";
-    for (auto item = value.begin(); item != value.end(); ++item) {  // a std::map of bytes: the order of code points
+    for (auto item = value.begin(); item != value.end(); ++item) {  // sorted by bytes, hence by code points
       out += separator + line;
       if (object) out += Json(item.key()).dump() + ": ";
       write(*item, indent + 2, out);
@@ -80,7 +79,7 @@ Json parse_json(std::string_view text) {
   try {
     document = Json::parse(text.begin(), text.end(), Guard());
   } catch (const Json::exception& error) {
-    // "[json.exception.parse_error.101] parse error at ...": the number helps nobody
+    // drop the number in "[json.exception.parse_error.101] parse error at ..."
     const std::string message = error.what();
     throw std::invalid_argument("cannot be read as JSON (" + printable(message.substr(message.find(']') + 2), 200) +
                                 ")");

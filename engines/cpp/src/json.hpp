@@ -1,4 +1,4 @@
-// JSON as a stranger may send it: bounded, each key once, and in one byte form that Python's writer also makes.
+// JSON from untrusted sources: bounded, without duplicate keys; and the canonical encoding that Python also writes.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -12,12 +12,12 @@ using Json = nlohmann::json;
 constexpr int kMaxJsonDepth = 32;
 
 /// Parse an object.
-/// Throws std::invalid_argument (one line): no JSON, a key given twice, nested deeper than kMaxJsonDepth levels, no
-/// object.
+/// Throws std::invalid_argument (one line) for invalid JSON, a duplicate key, nesting deeper than kMaxJsonDepth levels,
+/// or a document that is not an object.
 Json parse_json(std::string_view text);
 
-/// The bytes of Python's json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) and a newline.
-/// Whole numbers beyond 64 bits are no longer known as such after parsing and come out as floats do.
+/// Equals Python's json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) plus a newline.
+/// Integers beyond 64 bits are parsed as floats and written as such.
 std::string canonical_json(const Json& document);
 
 }  // namespace vp

@@ -34,13 +34,13 @@ std::set<std::string> cpu_flags() {
 std::string gpu_capability() {
   const std::unique_ptr<void, int (*)(void*)> driver(::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL), ::dlclose);
   if (!driver) return "";
-  // POSIX promises that what dlsym gives may be called as the function that it is.
+  // POSIX guarantees that a pointer from dlsym can be cast to a function.
   const auto init = reinterpret_cast<int (*)(unsigned)>(::dlsym(driver.get(), "cuInit"));
   const auto get = reinterpret_cast<int (*)(int*, int)>(::dlsym(driver.get(), "cuDeviceGet"));
   const auto attribute = reinterpret_cast<int (*)(int*, int, int)>(::dlsym(driver.get(), "cuDeviceGetAttribute"));
   if (init == nullptr || get == nullptr || attribute == nullptr) return "";
   int device = 0, major = 0, minor = 0;
-  // 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; every call returns 0 for success.
+  // 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; every call returns 0 on success.
   if (init(0) != 0 || get(&device, 0) != 0 || attribute(&major, 75, device) != 0 ||
       attribute(&minor, 76, device) != 0) {
     return "";

@@ -1,4 +1,4 @@
-// What this machine is, as the requirements of a bundle name it (engines/vp_engines/backends/aoti.py, tensorrt.py).
+// Properties of this machine, as named in a bundle's requirements (engines/vp_engines/backends/aoti.py, tensorrt.py).
 #pragma once
 
 #include <set>
@@ -11,13 +11,13 @@ namespace vp {
 /// "linux-x86_64".
 std::string platform();
 
-/// The processor's instruction sets, as /proc/cpuinfo spells them; empty where Linux does not tell.
+/// Instruction sets of the processor, as spelled in /proc/cpuinfo; empty if Linux does not list them.
 std::set<std::string> cpu_flags();
 
-/// Compute capability of the first GPU, as "8.9"; "" where there is no GPU or no driver. Asks the driver library only.
+/// Compute capability of the first GPU, as "8.9"; "" without a GPU or driver. Only uses the driver library.
 std::string gpu_capability();
 
-/// The first `parts` leading numbers of a version: "2.11.0+cu130" -> {2, 11}.
+/// First `parts` leading numbers of a version: "2.11.0+cu130" -> {2, 11}.
 std::vector<int> version_numbers(std::string_view version, std::size_t parts);
 
 }  // namespace vp

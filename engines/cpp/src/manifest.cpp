@@ -25,7 +25,7 @@ std::string lower(std::string_view text) {
   return out;
 }
 
-// No locale, and nothing but ASCII.
+// Locale-independent, ASCII only.
 bool is_digit(char letter) { return letter >= '0' && letter <= '9'; }
 bool is_word(char letter) {
   return is_digit(letter) || (letter >= 'a' && letter <= 'z') || (letter >= 'A' && letter <= 'Z') || letter == '_';
@@ -34,11 +34,11 @@ bool is_word(char letter) {
 bool safe_part(std::string_view part) {
   if (part.empty() || part.size() > 128 || !is_word(part.front())) return false;
   if (!is_word(part.back()) && part.back() != '+' && part.back() != '-')
-    return false;  // Windows drops a dot at the end
+    return false;  // Windows drops a trailing dot
   const auto allowed = [](char letter) { return is_word(letter) || letter == '.' || letter == '+' || letter == '-'; };
   if (!std::all_of(part.begin(), part.end(), allowed)) return false;
   const std::string stem = lower(part.substr(0, part.find('.')));
-  if (stem == "con" || stem == "prn" || stem == "aux" || stem == "nul") return false;  // Windows' devices
+  if (stem == "con" || stem == "prn" || stem == "aux" || stem == "nul") return false;  // reserved on Windows
   return !(stem.size() == 4 && is_digit(stem[3]) && (stem.rfind("com", 0) == 0 || stem.rfind("lpt", 0) == 0));
 }
 
@@ -52,7 +52,7 @@ std::vector<std::string_view> parts_of(std::string_view path) {
   }
 }
 
-/// Refuse paths that would be one file on a disk that ignores case, or a file and also a folder.
+/// Rejects paths that collide on a case-insensitive disk, or that are both a file and a folder.
 void check_paths_together(const std::vector<FileEntry>& files) {
   std::map<std::string, std::string> seen = {{kManifestName, kManifestName}};
   for (const auto& [path, size, hash] : files) {
@@ -61,7 +61,7 @@ void check_paths_together(const std::vector<FileEntry>& files) {
       throw manifest_corrupt(quote(path) + " and " + quote(twin->second) + " are the same file where case is ignored");
     }
   }
-  std::map<std::string, std::string> folders;  // lower case -> the one spelling used
+  std::map<std::string, std::string> folders;  // lower case -> spelling used
   for (const auto& [path, size, hash] : files) {
     for (auto slash = path.find('/'); slash != std::string::npos; slash = path.find('/', slash + 1)) {
       const auto folder = path.substr(0, slash);
@@ -72,7 +72,7 @@ void check_paths_together(const std::vector<FileEntry>& files) {
   }
 }
 
-/// Whether a newer minor version wrote this.
+/// Whether a newer minor version wrote the document.
 bool check_version(const Json& document) {
   const auto text = [&](const char* key) {
     const auto found = document.find(key);
@@ -98,7 +98,7 @@ bool check_version(const Json& document) {
   return minor > kFormatMinor;
 }
 
-bool real_time(const std::string& text) {  // 2026-11-21T03:24:00Z, and no 31st of February
+bool real_time(const std::string& text) {  // 2026-11-21T03:24:00Z, rejecting e.g. 31 November
   int year = 0, month = 0, day = 0, hour = 0, minute = 0, second = 0, end = 0;
   if (text.size() != 20 || text.find_first_of(" +") != std::string::npos ||
       std::sscanf(text.c_str(), "%4d-%2d-%2dT%2d:%2d:%2dZ%n", &year, &month, &day, &hour, &minute, &second, &end) !=
@@ -188,7 +188,7 @@ class Reader {
     all.done(newer_);
   }
 
-  /// Each engine has its own, so any member may be there.
+  /// Requirements differ between engines, so any member is allowed.
   static void read_requirements(const Field& field, Variant& variant) {
     if (!field.json().is_object()) field.refuse("an object");
     for (const auto& item : field.json().items()) {
@@ -196,7 +196,7 @@ class Reader {
     }
     const auto flags = field.json().find("cpu_flags");
     if (flags == field.json().end() || !flags->is_array()) return;
-    // What is no text is no word of /proc/cpuinfo either: as such it is something that no processor has.
+    // Convert non-strings to something that no processor lists.
     for (const auto& flag : *flags)
       variant.cpu_flags.push_back(flag.is_string() ? flag.get<std::string>() : flag.dump());
   }

@@ -1,4 +1,4 @@
-// The manifest of a bundle: the checks that a stranger's manifest must pass. Mirrors engines/vp_engines/manifest.py.
+// Manifest of a bundle: checks of an untrusted manifest. Mirrors engines/vp_engines/manifest.py.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,7 @@ constexpr int kFormatMajor = 1;
 constexpr int kFormatMinor = 0;
 constexpr const char* kManifestName = "manifest.json";
 
-// The limits of engines/vp_engines/manifest.py: far above any bundle, far below what would hurt the machine that reads a hostile
-// one.
+// Limits of engines/vp_engines/manifest.py: far above any real bundle, harmless to read from an untrusted one.
 constexpr std::size_t kMaxManifestBytes = std::size_t{8} << 20;
 constexpr std::size_t kMaxFiles = 1000;
 constexpr std::int64_t kMaxFileBytes = std::int64_t{32} << 30;
@@ -35,11 +34,11 @@ struct BatchRange {
 struct Variant {
   std::string artefact;
   std::vector<std::string> files;
-  std::map<std::string, std::string> requirements;  // those that are text
-  std::vector<std::string> cpu_flags;               // the one list among them that we know
+  std::map<std::string, std::string> requirements;  // those that are strings
+  std::vector<std::string> cpu_flags;               // the only list that is used
 };
 
-/// -1 in `shape` is a dynamic axis, whose name is in `axes` ("" elsewhere).
+/// -1 in `shape` is a dynamic axis; its name is in `axes` ("" elsewhere).
 struct Tensor {
   std::string name;
   std::string dtype;
@@ -57,20 +56,19 @@ struct Manifest {
   std::map<std::string, Variant> variants;
   std::vector<Tensor> inputs, outputs;
   std::vector<std::string> classes;
-  std::string document;  // all of it, canonical, without its digest
+  std::string document;  // canonical, without its digest
 };
 
-/// The folder of a variant inside the bundle ("engine/" of "reduced", "dense/" of "dense"), "" where there is no such
-/// one.
+/// Folder of a variant inside the bundle ("engine/" for "reduced", "dense/" for "dense"), "" if it has none.
 std::string_view variant_folder(std::string_view variant);
 
-/// Whether `path` may name a file inside a bundle: relative, POSIX, plain ASCII parts, bounded.
+/// Whether `path` is a valid file path inside a bundle: relative, POSIX, plain ASCII parts, bounded in length.
 bool safe_path(std::string_view path);
 
-/// What vp_description.json says: one JSON object.
+/// Content of vp_description.json, a JSON object.
 std::string summary(const Manifest& manifest, const std::string& variant);
 
-/// Check the bytes of a manifest.
+/// Check the content of a manifest file.
 /// Throws Error: VP_ERROR_BUNDLE_CORRUPT, or VP_ERROR_BUNDLE_INCOMPATIBLE for another major version of the format.
 Manifest parse_manifest(std::string_view data);
 

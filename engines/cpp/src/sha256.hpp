@@ -1,4 +1,4 @@
-// sha256 by OpenSSL, which uses the processor's own instructions for it.
+// sha256 by OpenSSL, which uses the processor's SHA instructions.
 #pragma once
 
 #include <openssl/evp.h>
@@ -21,7 +21,7 @@ class Sha256 {
 
   void update(const void* data, std::size_t size) { check(EVP_DigestUpdate(context_.get(), data, size)); }
 
-  /// In hex; the hasher is spent.
+  /// Hex digest; call once.
   std::string hex() {
     unsigned char digest[EVP_MAX_MD_SIZE];
     unsigned size = 0;

@@ -1,4 +1,4 @@
-"""The engine backends by name. Each file of this folder is one, called as its engine."""
+"""Engine backends by name. Each engine is a file in this folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pkgutil import iter_modules
 from vp_engines.backends.base import Backend
 from vp_engines.errors import VpError
 
-# Engine -> file, in the order of lists: those that come first, and those that share a file.
+# Engine -> file. Lists the engines that come first, in order, and those that share a file.
 _FILES = {"ort": "ort", "openvino": "openvino", "aoti": "aoti", "trt": "tensorrt", "trt-rtx": "tensorrt"}
-# What backends share.
+# Modules shared by backends.
 _SHARED = frozenset({"base", "ort_versions", "recording", "recording_runner", "tensorrt_build", "tensorrt_plugins"})
 _FILES |= {
     module.name.replace("_", "-"): module.name
@@ -22,10 +22,10 @@ ENGINES: tuple[str, ...] = tuple(_FILES)
 
 
 def get_backend(name: str) -> Backend:
-    """The backend called `name`; its file is imported only now.
+    """The backend called `name`; its module is imported on demand.
 
     Raises:
-        VpError: no engine has that name.
+        VpError: if no engine has that name.
     """
     if name not in _FILES:
         raise VpError(f"unknown engine '{name}'", expected=f"one of {', '.join(ENGINES)}")

@@ -1,7 +1,7 @@
 """AOTInductor: torch compiles the exported program to a shared library. The artefact is one model.pt2.
 
-A .pt2 is executable code: `open` is given bytes that the bundle has already verified, and loads those bytes from a
-folder that no other user can reach. It runs only where what it was compiled for is found: torch, processor, device.
+A .pt2 is executable code. `open` takes bytes that the bundle has already verified, and loads them from a folder that no
+other user can access. The artefact runs only with the torch version, processor and device that it was compiled for.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 ARTEFACT = "model.pt2"
-# Instruction sets that g++ -march=native may use, as /proc/cpuinfo spells them: the library dies of an illegal
-# instruction on a processor that lacks one of those it was compiled with.
+# Instruction sets that g++ -march=native may use, as spelled in /proc/cpuinfo: on a processor that lacks one of them,
+# the library dies of an illegal instruction.
 _ISA = ("abm", "adx", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt", "sse4_1", "sse4_2", "vaes")
 _ISA_PREFIXES = ("avx512", "avx_", "amx_", "sve", "asimd", "bf16", "i8mm")
 
 
 class AotInductorBackend(Backend):
-    """Runs a shared library compiled by torch._inductor, on the CPU or on the GPU that it was compiled for."""
+    """Runs a shared library compiled by torch._inductor, on the CPU or GPU that it was compiled for."""
 
     name = "aoti"
     source = "program"
@@ -61,10 +61,10 @@ class AotInductorBackend(Backend):
         return Availability(True, "torch is installed")
 
     def check_options(self, options: BuildOptions) -> None:
-        """As everywhere; and the GPU, before the model is moved there to be traced.
+        """Also check for the GPU, before the model is moved there to be traced.
 
         Raises:
-            EngineUnavailableError: it was asked for and there is none.
+            EngineUnavailableError: if the device is cuda and there is no GPU.
         """
         super().check_options(options)
         if options.device == "cuda" and not require("torch", self.name, self.extra).cuda.is_available():
@@ -89,23 +89,23 @@ class AotInductorBackend(Backend):
         self.check_options(options)
         import torch._inductor as inductor
 
-        # Freezing packs the weights into the layout of the CPU's matrix kernels. Threads are counted when it runs:
-        # by default the number of this machine would be compiled in.
-        # Kernels tell torch's profiler their names; without a profiler that is one look at a flag each.
+        # Freezing packs the weights into the layout of the CPU's matrix kernels. dynamic_threads reads the thread count
+        # at run time rather than compiling in this machine's. Kernel names for torch's profiler cost one flag check per
+        # call.
         on_cpu = {"freezing": True, "cpp.dynamic_threads": True, "cpp.enable_kernel_profile": True}
         configs: dict[str, Any] = on_cpu if options.device == "cpu" else {}
         path = out / ARTEFACT
         with torch.no_grad(), _paths_without_space(), _scalars_stay_scalars():
             widths = _vector_bits() if options.device == "cpu" else [None]
             for place, bits in enumerate(widths):
-                # The first width is torch's own choice and is left to it; 1 stands for none at all.
+                # The first width is torch's default, so it needs no option; 1 disables vectors.
                 narrower = {"cpp.simdlen": bits or 1} if place else {}
                 try:
                     inductor.aoti_compile_and_package(
                         source.program, package_path=str(path), inductor_configs={**configs, **narrower}
                     )
                     break
-                except Exception as error:  # inductor raises whatever its passes and the compiler do
+                except Exception as error:  # inductor and the C++ compiler raise many types
                     if place + 1 == len(widths) or not _refused_by_compiler(error):
                         raise BuildError(f"AOTInductor cannot compile the model: {first_line(error)}") from error
         requirements = _machine(torch, options.device)
@@ -144,7 +144,7 @@ class AotInductorBackend(Backend):
             )
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        # mkdtemp: mode 0700, so nobody can change the file between our writing it and torch reading it.
+        # mkdtemp has mode 0700: no other user can change the file between writing and loading it.
         folder = tempfile.mkdtemp(prefix="vp-aoti-")
         path = os.path.join(folder, ARTEFACT)
         try:
@@ -158,9 +158,11 @@ class AotInductorBackend(Backend):
 
 
 class AotInductorRunner(RecordingRunner):
-    """A loaded package. Threads may enter it together, and are served one after the other: torch keeps Python's global
-    lock during a run, so other Python threads wait too. `RunOptions.threads` sets torch's thread count, which is
-    process-wide."""
+    """A loaded package.
+
+    Thread-safe, one run at a time: torch holds the GIL during a run, so other Python threads wait too.
+    `RunOptions.threads` sets torch's thread count, which is process-wide.
+    """
 
     def __init__(
         self,
@@ -179,18 +181,18 @@ class AotInductorRunner(RecordingRunner):
         import torch
 
         model = self._model
-        self._check_open()  # closed between the first check and the line above
-        # from_numpy warns about a read-only array; the model only reads it, and a copy would cost more than the view.
+        self._check_open()  # may have been closed since the first check
+        # from_numpy warns about read-only arrays, so copy those.
         batch = torch.from_numpy(images if images.flags.writeable else images.copy()).to(self._device)
-        runs = self._runs  # read once: another thread may end the recording
+        runs = self._runs  # another thread may stop the recording
         results = model(batch) if runs is None else self._record(model, batch, runs)
         tensors = (results,) if isinstance(results, torch.Tensor) else tuple(results)
         named = zip(self.outputs, tensors, strict=True)
-        # clone: on the CPU numpy() is a view of a tensor whose memory the library may still own
+        # copy: on the CPU, numpy() is a view of memory that the library may still own
         return {spec.name: tensor.to("cpu", copy=True).numpy() for spec, tensor in named}
 
     def _record(self, model: Any, batch: Any, runs: list[RecordedRun]) -> Any:
-        """One run under torch's profiler."""
+        """Run once under torch's profiler."""
         from torch.profiler import ProfilerActivity, profile
 
         cuda = self._device == "cuda"
@@ -209,9 +211,9 @@ class AotInductorRunner(RecordingRunner):
 
 
 def _recorded_run(events: Any, cuda: bool) -> RecordedRun:
-    """The outermost operations among the events of torch's profiler: on a GPU its kernels, else what the library calls.
+    """Outermost operations in a trace of torch's profiler: kernels on a GPU, else the operations the library calls.
 
-    An operation of torch calls others, which its own time holds already.
+    Nested operations are left out: their time is part of the caller's.
     """
     spans = sorted(
         (event.time_range.start, -event.time_range.end, event.name)
@@ -228,17 +230,17 @@ def _recorded_run(events: Any, cuda: bool) -> RecordedRun:
 
 
 def _load(torch: Any, path: str) -> Callable[[Any], Any]:
-    """The package at `path` as a function from one tensor to its outputs.
+    """Load the package at `path` as a function from one tensor to its outputs.
 
-    torch._inductor.aoti_load_package ends in the C++ loader that is called here, after importing the compiler (seconds)
-    and after a look for pickled programs, which our packages do not have and which nobody should unpickle.
+    Calls the C++ loader directly. torch._inductor.aoti_load_package would first import the compiler (seconds), and look
+    for pickled programs, which our packages do not contain and which should never be unpickled.
     """
     loader = getattr(getattr(torch._C, "_aoti", None), "AOTIModelPackageLoader", None)
     if loader is None:
         import torch._inductor as inductor
 
         return cast("Callable[[Any], Any]", inductor.aoti_load_package(path))
-    # model name, run_single_threaded, num_runners, device_index (-1: the current device)
+    # model name, run_single_threaded, num_runners, device_index (-1: current device)
     package = loader(path, "model", False, 1, -1)
     return lambda batch: package.boxed_run([batch])
 
@@ -249,11 +251,12 @@ def _has_space(path: str) -> bool:
 
 @contextmanager
 def _paths_without_space() -> Iterator[None]:
-    """Torch's commands for the C++ compiler do not quote the temporary folder, that of its cache and that of its own
-    libraries: where their path has a space, others stand in for the while.
+    """Substitute folders without a space for the temporary folder, torch's cache and torch's libraries.
+
+    Torch does not quote these paths in its commands for the C++ compiler.
 
     Raises:
-        BuildError: there is no folder to put them in.
+        BuildError: if there is no folder to use.
     """
     from torch.utils import cpp_extension
 
@@ -279,7 +282,7 @@ def _paths_without_space() -> Iterator[None]:
         from torch._inductor import codecache
 
         headers = {each: getattr(codecache, each, None) for each in ("_HEADER_DIR", "_HEADER_LOCK_DIR")}
-        for each in headers:  # which torch looked up when it was first asked to compile
+        for each in headers:  # cached by torch when it first compiled
             setattr(codecache, each, os.path.join(folder, each))
         try:
             yield
@@ -296,15 +299,18 @@ def _paths_without_space() -> Iterator[None]:
 
 @contextmanager
 def _scalars_stay_scalars() -> Iterator[None]:
-    """Torch 2.11 takes a scalar that once stood under a mask for a vector from there on, and writes code that no
-    compiler takes ("no match for operator<(VectorizedN<long, 2>, long)"), most of all with AVX-512, where tokens fill
-    less than a vector. Here it is a scalar again once the masked part is written."""
+    """Work around a code generation fault of torch 2.11.
+
+    A scalar used under a mask is treated as a vector from there on, and the generated code does not compile ("no match
+    for operator<(VectorizedN<long, 2>, long)"), mostly with AVX-512, if the tokens fill less than a vector. Marks it as
+    a scalar again after the masked part.
+    """
     try:
         from torch._inductor.codegen.cpp import CppVecOverrides
 
         written = CppVecOverrides.__dict__["masked"]
         masked = written.__func__
-    except (ImportError, KeyError, AttributeError):  # another version of torch, with other faults
+    except (ImportError, KeyError, AttributeError):  # not torch 2.11
         yield
         return
 
@@ -330,8 +336,10 @@ def _scalars_stay_scalars() -> Iterator[None]:
 
 
 def _vector_bits() -> list[int | None]:
-    """Widths of vectors that torch can write code for here, in bits: its own choice, and the narrower ones behind it;
-    0 is code without vectors. [None] where this version of torch does not tell."""
+    """Vector widths in bits that torch can generate code for: its default, then narrower ones; 0 is without vectors.
+
+    [None] if this version of torch does not expose them.
+    """
     try:
         from torch._inductor.cpu_vec_isa import pick_vec_isa, valid_vec_isa_list
 
@@ -347,7 +355,7 @@ def _width(bits: int | None) -> str:
 
 
 def _refused_by_compiler(error: BaseException | None) -> bool:
-    """Whether the C++ compiler refused what torch wrote. Torch wraps that error, or does not, as versions go."""
+    """Whether the C++ compiler rejected torch's code. Depending on the version, torch wraps that error."""
     while error is not None:
         if type(error).__name__ == "CppCompileError":
             return True
@@ -362,7 +370,7 @@ def _compiler() -> str | None:
 
 
 def _machine(torch: Any, device: str) -> dict[str, Any]:
-    """What a package compiled here for `device` depends on."""
+    """Properties of this machine that a package compiled for `device` depends on."""
     machine: dict[str, Any] = {
         "torch": str(torch.__version__),
         "device": device,
@@ -376,7 +384,7 @@ def _machine(torch: Any, device: str) -> dict[str, Any]:
 
 
 def _cpu_flags() -> list[str]:
-    """This processor's instruction sets that a compiler may use, sorted; empty where Linux does not tell."""
+    """Instruction sets of this processor that a compiler may use, sorted; empty if Linux does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -387,9 +395,9 @@ def _cpu_flags() -> list[str]:
 
 
 def _mismatches(required: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Why a package with these requirements must not be loaded on the machine `here`; empty if it may be."""
+    """Reasons why a package with these requirements cannot be loaded on the machine `here`; empty if it can."""
     reasons = []
-    # The generated code calls torch's C shim, which is kept stable within a minor release.
+    # The generated code calls torch's C shim, which is stable within a minor release.
     if version_tuple(str(required.get("torch")))[:2] != version_tuple(str(here["torch"]))[:2]:
         reasons.append(f"torch {required.get('torch')}, here {here['torch']}")
     for key in ("platform", "compute_capability", "cuda"):

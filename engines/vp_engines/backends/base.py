@@ -1,7 +1,7 @@
-"""What every engine backend offers: `available`, `build` and a `Runner`. One file in this folder per engine.
+"""Interface of an engine backend: `available`, `build` and a `Runner`. One file in this folder per engine.
 
-A backend imports its runtime inside its functions, never at the top of its file: importing vp_engines must touch
-neither a GPU nor an optional package.
+A backend imports its runtime inside functions, never at module level: importing vp_engines must not touch a GPU or an
+optional package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class Availability(NamedTuple):
-    """Whether a backend works here, and if not, which pip extra or device it needs (one line)."""
+    """Whether a backend works here; if not, which pip extra or device is missing, in one line."""
 
     ok: bool
     reason: str
@@ -44,15 +44,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class BuildSource:
-    """A lowered model, in the forms that the backends read.
+    """A lowered model, in the forms that backends read.
 
     Attributes:
-        precision: the dtype that the weights and activations already have; inputs and outputs stay float32.
-        inputs, outputs: the model's signature; axis 0 is the dynamic "batch".
-        onnx: path of the ONNX file, for backends with `source == "onnx"`.
-        program: a torch.export.ExportedProgram, for backends with `source == "program"`.
-        attention_blocks: how many attention operators the engine should find fused (0: do not check).
-        plugin_nodes: how many nodes of the ONNX file are for plugins of ours.
+        precision: Dtype of the weights and activations; inputs and outputs stay float32.
+        inputs, outputs: Signature of the model; axis 0 is the dynamic "batch".
+        onnx: Path of the ONNX file, for backends with `source == "onnx"`.
+        program: A torch.export.ExportedProgram, for backends with `source == "program"`.
+        attention_blocks: Number of attention operators that the engine should fuse (0: do not check).
+        plugin_nodes: Number of nodes in the ONNX file that need one of our plugins.
     """
 
     precision: Precision
@@ -66,13 +66,13 @@ class BuildSource:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build. Backends ignore what does not concern them and say so in `BuildResult.notes`.
+    """Build options. Backends ignore those that do not apply and say so in `BuildResult.notes`.
 
     Attributes:
-        min_batch, opt_batch, max_batch: the optimisation profile of engines that need one (TensorRT).
+        min_batch, opt_batch, max_batch: Optimization profile, for engines that need one (TensorRT).
         device: "cpu" or "cuda".
-        compute_capability: target of TensorRT-RTX, as "8.9"; None means the GPU of this machine.
-        timing_cache: file that TensorRT reads and updates; None means none.
+        compute_capability: Target of TensorRT-RTX, as "8.9"; None for the GPU of this machine.
+        timing_cache: File that TensorRT reads and updates; None for none.
     """
 
     min_batch: int = 1
@@ -85,13 +85,13 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build left in its output folder.
+    """Result of a build.
 
     Attributes:
-        artefact: file name (inside the output folder) that `open` starts from.
-        files: every file name written, `artefact` included.
-        requirements: what a machine must have to run it, for the manifest (versions, compute capability, ...).
-        notes: things the user should know, one line each.
+        artefact: File name (inside the output folder) to pass to `open`.
+        files: All file names written, `artefact` included.
+        requirements: What a machine needs to run it, for the manifest (versions, compute capability, ...).
+        notes: Notes for the user, one line each.
     """
 
     artefact: str
@@ -102,12 +102,12 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run.
+    """Run options.
 
     Attributes:
-        device: "cpu" or "cuda"; None means what the artefact was built for (for ort: the CPU).
-        threads: threads of one run on the CPU; None means the runtime's own choice.
-        profile: let the engine's own profiler record every run, for `Runner.recorded`; runs take a little longer.
+        device: "cpu" or "cuda"; None for what the artefact was built for (ort: the CPU).
+        threads: CPU threads per run; None for the runtime's default.
+        profile: Record every run with the engine's own profiler, for `Runner.recorded`; slightly slower.
     """
 
     device: Literal["cpu", "cuda"] | None = None
@@ -116,10 +116,10 @@ class RunOptions:
 
 
 class Runner(ABC):
-    """A loaded engine: run it from any thread, close it when done (or use it as a context manager).
+    """A loaded engine. Thread-safe; close it when done, or use it as a context manager.
 
-    Subclasses implement `_run` and `_close`; the checks of shape and dtype are here, once. A subclass whose runtime
-    may not be entered by two threads at once sets `concurrent = False` and is run under a lock.
+    Subclasses implement `_run` and `_close`; shapes and dtypes are checked here. A subclass whose runtime is not
+    thread-safe sets `concurrent = False` and runs under a lock.
     """
 
     concurrent: ClassVar[bool] = True
@@ -134,20 +134,20 @@ class Runner(ABC):
         """Run one batch.
 
         Args:
-            images: float32 [batch, 3, height, width], preprocessed as the manifest says.
+            images: float32 [batch, 3, height, width], preprocessed as the manifest states.
 
         Returns:
-            One float32 array per output name; they belong to the caller.
+            One float32 array per output name, owned by the caller.
 
         Raises:
-            InputError: wrong dtype or shape, or the runner is closed.
+            InputError: if the dtype or shape is wrong, or the runner is closed.
         """
         images = check_input(images, self.inputs[0])
         if self.concurrent:
             self._check_open()
             return self._run(images)
         with self._lock:
-            self._check_open()  # inside the lock: another thread may have closed it while this one waited
+            self._check_open()  # inside the lock: may have been closed while waiting
             return self._run(images)
 
     def _check_open(self) -> None:
@@ -155,11 +155,11 @@ class Runner(ABC):
             raise InputError("this engine is closed", fix="load the bundle again")
 
     def recorded(self) -> list[RecordedRun]:
-        """Every run since the engine was opened with `RunOptions.profile`, in order. Ends the recording.
+        """All runs since the engine was opened with `RunOptions.profile`, in order. Stops the recording.
 
         Raises:
-            InputError: the runner is closed, or was opened without it; or this was called before.
-            EngineUnavailableError: the engine has no profiler that we know.
+            InputError: if the runner is closed, was opened without `profile`, or this was called before.
+            EngineUnavailableError: if the engine has no supported profiler.
         """
         with self._lock:
             self._check_open()
@@ -171,11 +171,11 @@ class Runner(ABC):
     def _recorded(self) -> list[RecordedRun]:
         raise EngineUnavailableError(f"{type(self).__name__} has no profiler", fix="profile another engine")
 
-    def _close(self) -> None:  # noqa: B027 (a hook: a runner with nothing to release leaves it)
-        """Release the runtime's resources. A concurrent runner may have runs in flight: they must end well."""
+    def _close(self) -> None:  # noqa: B027 (optional hook)
+        """Release the runtime's resources. A concurrent runner must let runs in flight finish."""
 
     def close(self) -> None:
-        """Release the engine; calling it twice is fine."""
+        """Release the engine. May be called more than once."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -189,19 +189,19 @@ class Runner(ABC):
 
 
 class Backend(ABC):
-    """One engine. Instances hold no state: everything is in the arguments.
+    """An engine. Instances are stateless.
 
     Class attributes:
-        name: the word after --engine.
-        source: which form of the lowered model `build` reads.
-        opset: ONNX opset that the engine gets (None for `source == "program"`).
-        oldest_opset: the oldest one that a user may ask for in its place; None: no choice.
-        precisions: what `build` accepts, the default first.
-        extra: the pip extra that installs the runtime (vp_engines.extras).
-        attention_form: how the lowered model should write attention; vp_exporter.rewrite.attention says what each is.
-        devices: what it runs on, the default first.
-        fixed_batch_range: whether an engine runs only the batch sizes that it was built for (BuildOptions).
-        onnx_functions: whether it reads ONNX functions; others are given the graph with their bodies inlined.
+        name: Value of --engine.
+        source: Form of the lowered model that `build` reads.
+        opset: ONNX opset for this engine (None for `source == "program"`).
+        oldest_opset: Oldest opset that a user may request instead; None: no choice.
+        precisions: Precisions that `build` accepts, the default first.
+        extra: pip extra that installs the runtime (vp_engines.extras).
+        attention_form: Form of attention in the lowered model, see vp_exporter.rewrite.attention.
+        devices: Supported devices, the default first.
+        fixed_batch_range: Whether an engine runs only the batch sizes that it was built for (BuildOptions).
+        onnx_functions: Whether it supports ONNX functions; if not, it gets the graph with function bodies inlined.
     """
 
     name: ClassVar[str]
@@ -216,18 +216,18 @@ class Backend(ABC):
     onnx_functions: ClassVar[bool] = False
 
     def runs_kernels(self, options: BuildOptions) -> Availability:
-        """Whether an engine so built runs the kernels of vp_kernels, and if not, why (one line)."""
+        """Whether an engine built with these options runs the kernels of vp_kernels; if not, why, in one line."""
         return Availability(False, f"engine '{self.name}' has no kernels of ours")
 
     def takes_plugin_nodes(self, options: BuildOptions) -> bool:
-        """Whether nodes of the vp operators become plugins in an engine so built: the one way for kernels into ONNX."""
+        """Whether vp operators become plugins (the only way to run kernels from ONNX) with these options."""
         return self.source == "onnx" and self.runs_kernels(options).ok
 
     def check_opset(self, opset: int | None) -> None:
-        """Check that a graph for this engine may be written in `opset` (None: the engine's own).
+        """Check that this engine can read a graph in `opset` (None: the engine's default).
 
         Raises:
-            BuildError: it may not.
+            BuildError: if it cannot.
         """
         if opset is None or opset == self.opset:
             return
@@ -241,14 +241,14 @@ class Backend(ABC):
             )
 
     def needs(self, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a machine must have to run an engine with these requirements, by name, for people to read."""
+        """Requirements of an engine by name, in readable form."""
         return requirements
 
     def check_precision(self, precision: Precision) -> None:
         """Check that this backend builds in `precision`.
 
         Raises:
-            BuildError: it does not.
+            BuildError: if it does not.
         """
         if precision not in self.precisions:
             raise BuildError(
@@ -258,10 +258,10 @@ class Backend(ABC):
             )
 
     def check_options(self, options: BuildOptions) -> None:
-        """Check what can be checked of the options before the model is lowered.
+        """Check the options, as far as possible before the model is lowered.
 
         Raises:
-            BuildError: `build` would refuse them.
+            BuildError: if `build` would reject them.
         """
         if options.device not in self.devices:
             raise BuildError(
@@ -271,10 +271,10 @@ class Backend(ABC):
             )
 
     def check_source(self, source: BuildSource) -> None:
-        """Check that `source` has the form and precision that this backend builds from.
+        """Check that `source` has the form and precision that this backend needs.
 
         Raises:
-            BuildError: it has not.
+            BuildError: if it does not.
         """
         self.check_precision(source.precision)
         if (source.onnx if self.source == "onnx" else source.program) is None:
@@ -282,7 +282,7 @@ class Backend(ABC):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """The modules that the engine runs with, as they are imported."""
+        """Import names of the modules that the engine needs at run time."""
         return EXTRAS[self.extra]
 
     @abstractmethod
@@ -298,8 +298,8 @@ class Backend(ABC):
         """Write the engine's files into the existing empty folder `out`.
 
         Raises:
-            EngineUnavailableError: the runtime is missing.
-            BuildError: the engine refuses the model.
+            EngineUnavailableError: if the runtime is missing.
+            BuildError: if the engine rejects the model.
         """
 
     @abstractmethod
@@ -312,17 +312,16 @@ class Backend(ABC):
         requirements: Mapping[str, Any],
         options: RunOptions,
     ) -> Runner:
-        """Load an engine from bytes that have already been verified (never from a path: nothing may change between
-        the hash and the load).
+        """Load an engine from verified bytes, never from a path: nothing may change between the hash and the load.
 
         Args:
-            artefact: the key in `files` to start from.
-            files: file name -> content, the artefact and what it refers to.
-            requirements: what `build` recorded.
+            artefact: Key in `files` to start from.
+            files: File name -> content, of the artefact and the files that it refers to.
+            requirements: As recorded by `build`.
 
         Raises:
-            EngineUnavailableError: the runtime is missing.
-            BundleIncompatibleError: the machine does not meet `requirements`.
+            EngineUnavailableError: if the runtime is missing.
+            BundleIncompatibleError: if the machine does not meet `requirements`.
         """
 
 
@@ -330,24 +329,24 @@ def require(module: str, engine: str, extra: str) -> ModuleType:
     """Import the package that an engine needs.
 
     Raises:
-        EngineUnavailableError: it is missing or broken; the message names the pip extra.
+        EngineUnavailableError: if it is missing or broken; the message names the pip extra.
     """
     try:
         return import_module(module)
-    except (ImportError, OSError) as error:  # OSError: the package is there, a shared library that it needs is not
+    except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing
         raise EngineUnavailableError(
             f"engine '{engine}' needs {module}, which does not import ({error})", fix=install_hint(extra)
         ) from error
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.11.0+cu130" -> (2, 11, 0)."""
+    """Leading numbers of a version: "2.11.0+cu130" -> (2, 11, 0)."""
     found = re.match(r"\d+(?:\.\d+)*", version.strip())
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
 def first_line(text: object, limit: int = 400) -> str:
-    """The first non-empty line of an error message, shortened."""
+    """First non-empty line of an error message, shortened."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0][:limit] if lines else "no message"
 
@@ -356,7 +355,7 @@ def check_input(images: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """Check one input array against its spec and return it C-contiguous.
 
     Raises:
-        InputError: wrong type, dtype, rank or size, or an empty batch.
+        InputError: if the type, dtype, rank or size is wrong, or the batch is empty.
     """
     import numpy as np
 

@@ -1,9 +1,9 @@
 """OpenVINO on the CPU. The artefact is OpenVINO's IR: model.xml and model.bin.
 
-Precision: left alone, the CPU plugin computes in bf16 wherever the processor can. Our contract is that an fp32 bundle
-computes in fp32, so the precision hint always says what the bundle says: --precision bf16 selects the fast path. A
-processor without bf16 (or, for fp16, without AVX512-FP16 or AMX-FP16) computes such a bundle in fp32: right, but no
-faster, with half the file. Asked for fp16 that it lacks, the plugin would take bf16, three bits less: we never ask.
+Precision: by default the CPU plugin computes in bf16 if the processor supports it. An fp32 bundle must compute in fp32,
+so the precision hint is always set to the bundle's precision; --precision bf16 selects the fast path. A processor
+without bf16 (or, for fp16, without AVX512-FP16 or AMX-FP16) computes such a bundle in fp32: correct, but no faster,
+with half the file size. fp16 is never requested if unsupported, since the plugin would use bf16, with three bits less.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class OpenVinoBackend(Backend):
         return Availability(True, "openvino is installed")
 
     def version(self) -> str:
-        # "2026.4.1-22982-e213a147257-releases/2026/4": the number alone is what a user knows it by.
+        # From "2026.4.1-22982-e213a147257-releases/2026/4", keep the version number.
         return str(require("openvino", self.name, self.extra).__version__).split("-")[0]
 
     def build(self, source: BuildSource, out: Path, options: BuildOptions) -> BuildResult:
@@ -66,7 +66,7 @@ class OpenVinoBackend(Backend):
         try:
             model = core.read_model(str(source.onnx))
             _make_stable(model)
-            # Without compress_to_fp16=False it halves fp32 weights behind the caller's back.
+            # Without compress_to_fp16=False, fp32 weights are silently saved as fp16.
             ov.save_model(model, str(out / ARTEFACT), compress_to_fp16=False)
             hint = _within(core, _HINT[source.precision])
             core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
@@ -77,7 +77,7 @@ class OpenVinoBackend(Backend):
             notes.append(f"this CPU has no {source.precision}: OpenVINO computes in fp32 on it, at the speed of fp32")
         if options.device != "cpu":
             notes.append("OpenVINO bundles run on the CPU only")
-        # IR is read by every later version; of earlier ones OpenVINO promises nothing.
+        # IR can be read by any later version, not necessarily by earlier ones.
         oldest = ".".join(map(str, version_tuple(self.version())[:2]))
         requirements = {"openvino_min": oldest, "device": "cpu", "precision_hint": _HINT[source.precision]}
         return BuildResult(ARTEFACT, (ARTEFACT, WEIGHTS), requirements, tuple(notes))
@@ -131,13 +131,13 @@ class OpenVinoBackend(Backend):
 
 
 class OpenVinoRunner(RecordingRunner):
-    """A compiled model; each thread has its own infer request, since a request holds its inputs and outputs.
+    """A compiled model with one infer request per thread, since a request holds its inputs and outputs.
 
-    The profiler tells of each operation the mean over all runs of a compiled model. So with a profiler every batch size
-    gets a compiled model of its own.
+    OpenVINO's profiler reports, per operation, the mean over all runs of a compiled model. When profiling, each batch
+    size therefore gets a compiled model of its own.
 
     Args:
-        again: compiles the model once more, to record what is run; None: nothing is recorded.
+        again: Compiles the model once more, for recording; None disables recording.
     """
 
     def __init__(
@@ -154,21 +154,21 @@ class OpenVinoRunner(RecordingRunner):
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         compiled, local = self._compiled, self._local
-        self._check_open()  # closed between the first check and the line above
+        self._check_open()  # may have been closed since the first check
         requests: dict[int, Any] = local.__dict__.setdefault("requests", {})
         key = 0 if self._again is None else len(images)
         if key not in requests:
             requests[key] = self._model_of(compiled, key).create_infer_request()
         request = requests[key]
-        # share_outputs=False copies: the next run of this thread would overwrite the request's own buffers.
+        # share_outputs=False copies: this thread's next run overwrites the request's buffers.
         results = request.infer({0: images}, share_inputs=True, share_outputs=False)
-        runs = self._runs  # read once: another thread may end the recording
+        runs = self._runs  # another thread may stop the recording
         if runs is not None:
             runs.append(_recorded_run(request))
         return {spec.name: results[index] for index, spec in enumerate(self.outputs)}
 
     def _model_of(self, compiled: Any, batch: int) -> Any:
-        """The compiled model that runs a batch size (0: all of them)."""
+        """Compiled model for a batch size (0: any)."""
         if self._again is None:
             return compiled
         with self._lock:
@@ -182,7 +182,7 @@ class OpenVinoRunner(RecordingRunner):
 
 
 def _recorded_run(request: Any) -> RecordedRun:
-    """What the plugin has counted by the last run of `request`; what is folded away counts nothing."""
+    """Profile of the last run of `request`. Operations folded away are not listed."""
     return RecordedRun.in_sequence(
         (entry.node_name, f"{entry.node_type} {entry.exec_type}", entry.real_time.total_seconds() * 1e6)
         for entry in request.profiling_info
@@ -191,26 +191,26 @@ def _recorded_run(request: Any) -> RecordedRun:
 
 
 def _oldest(requirements: Mapping[str, Any]) -> str:
-    """The oldest OpenVINO for a bundle; the first bundles say which one they were built with, in full."""
+    """Oldest OpenVINO for a bundle; early bundles record the full version that they were built with."""
     return str(requirements.get("openvino_min", requirements.get("openvino", "0")))
 
 
 def _within(core: Any, hint: str) -> str:
-    """The precision to ask for: the bundle's, or fp32 where the processor does not compute in it."""
+    """Precision to request: the bundle's, or fp32 if the processor does not support it."""
     return hint if _CAPABILITY[hint] in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 def _reason(error: Exception) -> str:
-    """OpenVINO's messages start with where they were raised; the last line with text says why."""
+    """Reason of an OpenVINO error: messages start with source locations, the last line with text has the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(("Exception from", "Check '", "While "))]
     return first_line(useful[-1] if useful else error)
 
 
 def _make_stable(model: Any) -> None:
-    """Break ties of every TopK by the lowest index, as ONNX demands and OpenVINO's reader forgets (2026.4).
+    """Break ties of every TopK by the lowest index, as ONNX requires; OpenVINO's reader does not (2026.4).
 
-    Not of whole numbers: indices that are sorted have no ties, and the stable kernel is slower.
+    Integer TopKs are left alone: they sort indices, without ties, and the stable kernel is slower.
     """
     for node in model.get_ops():
         if node.get_type_name() == "TopK" and node.input(0).get_element_type().is_real():

@@ -1,8 +1,8 @@
 """ONNX Runtime: the default engine. The artefact is the ONNX file itself, so it runs wherever ONNX Runtime does.
 
-Measured with ViT-S/16 at 224 px (88 MB, fp32): a session opens in 0.2-0.3 s whatever the optimisation level, with or
-without prepacking; storing an already optimised model saves nothing and ties the file to one version. So the file is
-stored as lowered and optimised when opened.
+Measured with ViT-S/16 at 224 px (88 MB, fp32): a session opens in 0.2-0.3 s at any optimization level, with or without
+prepacking. Storing an optimized model saves nothing and ties the file to one version, so the file is stored as lowered
+and optimized when opened.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 ARTEFACT = "model.onnx"
-# Anything else would need a custom operator library, which a bundle does not carry.
+# Other domains would need a custom operator library, which a bundle does not carry.
 DOMAINS = frozenset({"", "ai.onnx", "vp", "com.microsoft"})
-_KERNEL = "_kernel_time"  # what ONNX Runtime's profiler puts behind a node's name
+_KERNEL = "_kernel_time"  # suffix of node names in ONNX Runtime's profile
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -78,18 +78,18 @@ class OnnxRuntimeBackend(Backend):
         self.check_source(source)
         assert source.onnx is not None
         onnx = require("onnx", self.name, "export")
-        # Load the graph alone: the weights of a large model need not pass through protobuf.
+        # Load the graph alone: large weights need not pass through protobuf.
         try:
             onnx.checker.check_model(str(source.onnx))
             model = onnx.load(str(source.onnx), load_external_data=False)
-        except Exception as error:  # onnx raises its own classes, protobuf's DecodeError and ValueError
+        except Exception as error:  # onnx's own classes, protobuf's DecodeError, ValueError
             raise BuildError(f"{source.onnx} is not a valid ONNX model: {first_line(error)}") from error
         _check_operators(onnx, model)
         weights = _external_files(onnx, model, source.onnx)
         shutil.copyfile(source.onnx, out / ARTEFACT)
         for name in weights:
             shutil.copyfile(source.onnx.parent / name, out / name)
-        # A server that reads the file without us may have the version that the graph needs; we need one that is safe.
+        # A server may read the file directly, so record the graph's own minimum; we require a safe version ourselves.
         needed = least_version(onnx, model, self.version())
         requirements = {
             "onnxruntime_min": max(needed, OLDEST, key=version_tuple),
@@ -100,7 +100,7 @@ class OnnxRuntimeBackend(Backend):
         files = (ARTEFACT, *weights)
         notes = []
         if options.device == "cpu":
-            # Kernels can be missing for a sound graph: find out now, not on the user's server.
+            # A valid graph may still lack kernels: fail here, not on the user's server.
             contents = {name: (out / name).read_bytes() for name in files}
             try:
                 self.open(ARTEFACT, contents, source.inputs, source.outputs, requirements, RunOptions("cpu")).close()
@@ -136,7 +136,7 @@ class OnnxRuntimeBackend(Backend):
         profile = tempfile.mkdtemp(prefix="vp-ort-profile-") if options.profile else None
         try:
             session = _session(ort, artefact, files, provider, options.threads, profile)
-            if session.get_providers()[0] != provider:  # ONNX Runtime goes on with the CPU when CUDA does not start
+            if session.get_providers()[0] != provider:  # ONNX Runtime falls back to the CPU if CUDA fails to start
                 raise _no_cuda(ort.__version__)
             found = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
             wanted = [spec.name for spec in inputs], [spec.name for spec in outputs]
@@ -149,8 +149,10 @@ class OnnxRuntimeBackend(Backend):
 
 
 def _onnxruntime(backend: OnnxRuntimeBackend) -> ModuleType:
-    """Import ONNX Runtime. Its wheels carry telemetry, which leaves a file in the temporary folder on import: off,
-    unless the user has set it otherwise."""
+    """Import ONNX Runtime with telemetry disabled, unless the user has set it otherwise.
+
+    Its wheels carry telemetry, which leaves a file in the temporary folder on import.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     module = require("onnxruntime", backend.name, backend.extra)
     too_old = _too_old(str(module.__version__))
@@ -160,7 +162,7 @@ def _onnxruntime(backend: OnnxRuntimeBackend) -> ModuleType:
 
 
 def _too_old(version: str | None) -> EngineUnavailableError | None:
-    """Why we do not open bundles with this ONNX Runtime; None: we do."""
+    """The error if this ONNX Runtime is too old to open bundles with, else None."""
     if version is None or version_tuple(version) >= version_tuple(OLDEST):
         return None
     return EngineUnavailableError(
@@ -171,7 +173,7 @@ def _too_old(version: str | None) -> EngineUnavailableError | None:
 
 
 def _installed_version() -> str | None:
-    """Of ONNX Runtime, without importing it; None where no package of a known name says it."""
+    """Version of ONNX Runtime, without importing it; None if no package of a known name is installed."""
     if "onnxruntime" in sys.modules:
         return str(sys.modules["onnxruntime"].__version__)
     for name in ("onnxruntime", "onnxruntime-gpu"):
@@ -181,10 +183,10 @@ def _installed_version() -> str | None:
 
 
 class OnnxRuntimeRunner(Runner):
-    """An InferenceSession; it may be entered by many threads at once.
+    """A thread-safe InferenceSession.
 
     Args:
-        profile: the folder that its profiler writes to, and that is ours to remove; None: it does not profile.
+        profile: Folder for its profile, removed on close; None disables profiling.
     """
 
     def __init__(
@@ -199,7 +201,7 @@ class OnnxRuntimeRunner(Runner):
 
     def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         session = self._session
-        self._check_open()  # closed between the first check and the line above
+        self._check_open()  # may have been closed since the first check
         names = [spec.name for spec in self.outputs]
         return dict(zip(names, session.run(names, {self.inputs[0].name: images}), strict=True))
 
@@ -214,7 +216,7 @@ class OnnxRuntimeRunner(Runner):
 
     def _close(self) -> None:
         if self._profile is not None:
-            self._session.end_profiling()  # else the session writes its file when it dies, into a folder that is gone
+            self._session.end_profiling()  # otherwise the destructor writes the file, into a removed folder
             _forget(self._profile)
             self._profile = None
         self._session = None
@@ -226,7 +228,7 @@ def _forget(profile: str | None) -> None:
 
 
 def runs_in_profile(events: list[dict[str, Any]]) -> list[RecordedRun]:
-    """The runs in a profile of ONNX Runtime: a Chrome trace, times in microseconds."""
+    """Runs in a profile of ONNX Runtime: a Chrome trace, times in microseconds."""
     kernels = sorted(
         (event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)),
         key=lambda event: float(event["ts"]),
@@ -254,14 +256,14 @@ def _session(
     threads: int | None,
     profile: str | None = None,
 ) -> Any:
-    """An InferenceSession over bytes alone.
+    """Open an InferenceSession from bytes alone.
 
     Args:
-        profile: a folder for its profile.
+        profile: Folder for its profile.
 
     Raises:
-        BundleCorruptError: the bytes are no ONNX model.
-        BundleIncompatibleError: ONNX Runtime cannot run it.
+        BundleCorruptError: if the bytes are no ONNX model.
+        BundleIncompatibleError: if ONNX Runtime cannot run it.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
@@ -271,10 +273,10 @@ def _session(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Idle threads that spin steal the cores of whatever else runs: on two shared cores ViT-S took 0.21 s with
-    # spinning and 0.14 s without at batch 1 (1.20 and 1.09 s at batch 8).
+    # Spinning idle threads take cores from other work: on two shared cores ViT-S took 0.21 s with spinning and 0.14 s
+    # without at batch 1 (1.20 and 1.09 s at batch 8).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Not session.set_denormal_as_zero: it changes the floating-point mode of the host program's own thread.
+    # Not session.set_denormal_as_zero: it changes the floating-point mode of the calling thread.
     weights = {name: content for name, content in files.items() if name != artefact}
     if weights:
         options.add_external_initializers_from_files_in_memory(
@@ -282,14 +284,14 @@ def _session(
         )
     providers: list[Any] = [provider]
     if provider == _PROVIDERS["cuda"]:
-        # fp32 means fp32: without TF32. The default algorithm search runs every convolution when the session opens.
+        # fp32 means no TF32. The default algorithm search would run every convolution when the session opens.
         providers = [(provider, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), _PROVIDERS["cpu"]]
-    # Whatever the graph refers to and we did not pass in memory must not be found on the disk either.
+    # External files that were not passed in memory must not be read from disk.
     with tempfile.TemporaryDirectory(prefix="vp-ort-") as nowhere:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
         try:
             return ort.InferenceSession(files[artefact], options, providers=providers)
-        except Exception as error:  # its classes share no base of their own
+        except Exception as error:  # its exceptions have no common base class
             found = f"ONNX Runtime {ort.__version__} cannot load '{artefact}': {first_line(error)}"
             if type(error).__name__ in ("InvalidProtobuf", "InvalidGraph", "InvalidArgument"):
                 raise BundleCorruptError(found) from error
@@ -305,7 +307,7 @@ def _no_cuda(version: str) -> EngineUnavailableError:
 
 
 def _graphs(onnx: Any, model: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """(nodes, tensors) of the graph, of its functions and of every graph inside their attributes."""
+    """(nodes, tensors) of the graph, of its functions and of every subgraph."""
     todo = [model.graph, *model.functions]
     while todo:
         graph = todo.pop()
@@ -318,10 +320,10 @@ def _graphs(onnx: Any, model: Any) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def _check_operators(onnx: Any, model: Any) -> None:
-    """Refuse what ONNX Runtime would need a custom operator library for.
+    """Reject operators for which ONNX Runtime would need a custom operator library.
 
     Raises:
-        BuildError: a foreign domain, or an operator of ours without its function body.
+        BuildError: if there is a foreign domain, or a vp operator without its function body.
     """
     bodies = {(function.domain, function.name) for function in model.functions}
     for nodes, _ in _graphs(onnx, model):
@@ -339,7 +341,7 @@ def _external_files(onnx: Any, model: Any, path: Path) -> tuple[str, ...]:
     """Names of the files beside `path` that hold weights.
 
     Raises:
-        BuildError: one is missing or lies elsewhere.
+        BuildError: if one is missing or in another folder.
     """
     names = set()
     for _, tensors in _graphs(onnx, model):

@@ -1,8 +1,8 @@
-"""Which ONNX Runtime runs a graph: the least version, from the graph itself and from what was measured.
+"""Minimum ONNX Runtime version for a graph, from the graph and from measurements.
 
-`python benchmarks/onnxruntime_versions.py` installs one version after the other and measures the tables: each operator
-that our graphs have, by itself, in the types that they have it in, on the CPU; and whole graphs, whose logits are
-compared. Last run on 2026-11-28, with versions 1.17.1 to 1.32.0: "1.17.1" means that one or an earlier one.
+`python benchmarks/onnxruntime_versions.py` measures the tables by installing one version after another: each operator
+of our graphs by itself, with its types, on the CPU; and whole graphs, comparing logits. Last run on 2026-11-28, with
+versions 1.17.1 to 1.32.0; "1.17.1" means that version or an earlier one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from vp_engines.backends.base import version_tuple
 
-# We open bundles with this one or newer: up to 1.23 a graph given as bytes can name any file of the machine as its
-# weights, which are then read into the model, the folder that we name notwithstanding.
+# Required to open a bundle: up to 1.23, a graph given as bytes can name any file on the machine as its weights, and its
+# content is read into the model, regardless of the folder we set.
 OLDEST = "1.24.1"
 
-# Newest IR version and opset of the standard domain -> least version that loads a model of it.
+# IR version or opset of the standard domain -> oldest version that supports it.
 IR_VERSIONS: dict[int, str] = {
     8: "1.17.1",
     9: "1.17.1",
@@ -35,7 +35,7 @@ OPSETS: dict[int, str] = {
     24: "1.24.1",
     25: "1.24.1",
 }
-# (operator, the opset that its present form is from) -> least version that has a kernel for it.
+# (operator, opset that introduced its current form) -> oldest version with a kernel for it.
 OPERATORS: dict[tuple[str, int], str] = {
     ("Abs", 13): "1.17.1",
     ("Add", 14): "1.17.1",
@@ -111,14 +111,16 @@ OPERATORS: dict[tuple[str, int], str] = {
 
 
 def opset_of(model: Any) -> int:
-    """Opset of the standard domain of a ModelProto; 0 where it names none."""
+    """Opset of the standard domain of a ModelProto; 0 if it has none."""
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
 def operators_of(onnx: Any, model: Any) -> set[tuple[str, int]]:
-    """(operator, the opset that its form is from) of every node but those of domain `vp`: of the graph, of the
-    functions and of graphs inside their attributes. ONNX Runtime's own are ("com.microsoft.NAME", 1). Of an operator
-    that the installed onnx does not know, the model's opset."""
+    """(operator, opset that introduced its form) of every node outside domain `vp`, in functions and subgraphs too.
+
+    ONNX Runtime's own operators are ("com.microsoft.NAME", 1). Operators unknown to the installed onnx get the model's
+    opset.
+    """
     found = set()
     opsets = [opset_of(model), *(opset_of(function) for function in model.functions)]
     for opset, graph in zip(opsets, (model.graph, *model.functions), strict=True):
@@ -135,12 +137,12 @@ def operators_of(onnx: Any, model: Any) -> set[tuple[str, int]]:
 
 
 def least_version(onnx: Any, model: Any, built_with: str) -> str:
-    """The oldest ONNX Runtime that is known to run a model on the CPU, e.g. "1.23.0".
+    """Oldest ONNX Runtime known to run a model on the CPU, e.g. "1.23.0".
 
     Args:
-        onnx: the package.
-        model: a ModelProto; its weights are not looked at.
-        built_with: the version that has run it; the answer where the model has anything that was not measured.
+        onnx: The onnx package.
+        model: A ModelProto; its weights are not read.
+        built_with: A version that has run it; returned if the model uses anything that was not measured.
     """
     newest_ir, newest_opset = max(IR_VERSIONS), max(OPSETS)
     known = [

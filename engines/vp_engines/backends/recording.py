@@ -1,4 +1,4 @@
-"""What an engine's own profiler saw of its runs, in one form for all engines."""
+"""Profiles of engine runs, in one form for all engines."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vp_engines.errors import InputError
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a run, as the engine's own profiler saw it.
+    """One operation of a profiled run.
 
     Attributes:
-        name: as the engine calls it; where the engine keeps them, the name of the graph's node.
-        kind: its operator ("MatMul"), or how the engine computes it; "" where the engine does not say.
-        start, duration: microseconds; `start` from the run's beginning.
+        name: The engine's name for it, or the name of the graph node if the engine keeps it.
+        kind: Operator ("MatMul") or implementation; "" if the engine does not report it.
+        start, duration: In microseconds; `start` is relative to the beginning of the run.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Operation:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a profiler saw of one run.
+    """Profile of one run.
 
     Attributes:
-        operations: in the order in which they began.
-        duration: microseconds of the whole run by the profiler's clock; None where it does not say.
+        operations: In the order in which they began.
+        duration: Duration of the run in microseconds by the profiler's clock; None if not reported.
     """
 
     operations: tuple[Operation, ...]
@@ -38,7 +38,7 @@ class RecordedRun:
 
     @classmethod
     def in_sequence(cls, entries: Iterable[tuple[str, str, float]]) -> RecordedRun:
-        """Of a profiler that says how long each operation took and not when: one after the other.
+        """Build a run from durations without start times: operations follow one another.
 
         Args:
             entries: (name, kind, microseconds).
@@ -51,5 +51,5 @@ class RecordedRun:
 
 
 def nothing_recorded() -> InputError:
-    """What `Runner.recorded` raises where there is nothing to tell."""
+    """The error that `Runner.recorded` raises if nothing was recorded."""
     return InputError("nothing is recorded", fix="load with profile=True, and ask once")

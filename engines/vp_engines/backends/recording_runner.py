@@ -1,4 +1,4 @@
-"""A runner for engines whose profiler tells of each run as it ends."""
+"""Base runner for engines whose profiler reports each run as it ends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from vp_engines.backends.recording import RecordedRun, nothing_recorded
 
 
 class RecordingRunner(Runner):
-    """A runner whose profiler tells of each run as it ends: `_run` appends to `_runs` where that is a list.
+    """Base runner for engines whose profiler reports each run as it ends.
+
+    `_run` appends to `_runs`, unless that is None.
 
     Args:
-        profile: whether to record.
+        profile: Whether to record.
     """
 
     def __init__(

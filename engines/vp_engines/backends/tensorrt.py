@@ -1,11 +1,11 @@
-"""TensorRT and TensorRT-RTX, one code path through Polygraphy. The artefact is a serialised engine, model.engine.
+"""TensorRT and TensorRT-RTX, both through Polygraphy. The artefact is a serialised engine, model.engine.
 
-Builds run in a child process: Polygraphy chooses between the two flavours once per process, TensorRT has one logger
-per process and prints where it likes, and a crash inside it must not take the exporter along.
+Builds run in a child process: Polygraphy selects one of the two flavours per process, TensorRT has one logger per
+process and prints to standard output, and a crash inside it must not end the export.
 
-Networks are strongly typed, so the precision is that of the ONNX file. fp16 and bf16: TensorRT fuses an ONNX Attention
-(4-D, with or without an additive mask) or refuses to build, so a build whose parsed network has the expected number of
-attentions has them all fused. fp32 has no fused kernel: attentions are marked decomposable there.
+Networks are strongly typed, so the precision is that of the ONNX file. In fp16 and bf16, TensorRT fuses an ONNX
+Attention (4-D, with or without an additive mask) or fails to build, so if the parsed network has the expected number of
+attentions, all of them are fused. fp32 has no fused kernel: attentions are marked decomposable there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ARTEFACT = "model.engine"
 
 
 class _Polygraphy(Backend):
-    """What the two flavours share. `module` is the Python package; `rtx` tells Polygraphy which one to use."""
+    """Shared by the two flavours. `module` is the Python package; `rtx` selects the flavour in Polygraphy."""
 
     source = "onnx"
     opset = 23
@@ -60,7 +60,7 @@ class _Polygraphy(Backend):
     fixed_batch_range = True
     module: ClassVar[str]
     rtx: ClassVar[bool]
-    tied: ClassVar[int]  # parts of the version that an engine is tied to
+    tied: ClassVar[int]  # number of version parts that an engine is tied to
     where: ClassVar[str]
 
     def available(self, purpose: Literal["build", "run"] = "run") -> Availability:
@@ -116,10 +116,10 @@ class _Polygraphy(Backend):
         return BuildResult(ARTEFACT, (ARTEFACT,), requirements, tuple(notes))
 
     def _target(self, options: BuildOptions) -> str:
-        """The compute capability to build for, as "8.9".
+        """Compute capability to build for, as "8.9".
 
         Raises:
-            BuildError: not given and no GPU to ask, not a compute capability, or not this machine's (TensorRT).
+            BuildError: if it is not given and there is no GPU, is malformed, or (TensorRT) is not this machine's.
         """
         here = gpu_capability()
         target = options.compute_capability or here
@@ -152,7 +152,7 @@ class _Polygraphy(Backend):
     ) -> Runner:
         if options.device == "cpu":
             raise EngineUnavailableError(f"engine '{self.name}' runs on NVIDIA GPUs only", fix="leave out the device")
-        # Everything is compared before the first byte is deserialised: a plan is executable code.
+        # Compare everything before deserialising: an engine is executable code.
         ready = self.available("run")
         if not ready.ok:
             raise EngineUnavailableError(f"engine '{self.name}' cannot run: {ready.reason}")
@@ -186,13 +186,13 @@ class _Polygraphy(Backend):
 
 
 class TensorRtBackend(_Polygraphy):
-    """TensorRT: builds and runs on one and the same kind of GPU."""
+    """TensorRT: builds for, and runs on, one kind of GPU."""
 
     name = "trt"
     extra = "trt"
     module = "tensorrt"
     rtx = False
-    tied = 3  # a TensorRT plan is tied to the patch release
+    tied = 3  # an engine is tied to the patch release
     where = " (from NVIDIA's index, on a machine with an NVIDIA GPU)"
 
     def runs_kernels(self, options: BuildOptions) -> Availability:
@@ -202,7 +202,7 @@ class TensorRtBackend(_Polygraphy):
 
 
 class TensorRtRtxBackend(_Polygraphy):
-    """TensorRT-RTX: builds for RTX GPUs on any machine, runs on them."""
+    """TensorRT-RTX: builds for RTX GPUs on any machine, and runs on them."""
 
     name = "trt-rtx"
     extra = "trt-rtx"
@@ -216,7 +216,7 @@ class TensorRtRtxBackend(_Polygraphy):
 
 
 class TensorRtRunner(RecordingRunner):
-    """Polygraphy's TrtRunner, which has one execution context and one stream: one thread at a time."""
+    """Polygraphy's TrtRunner, with one execution context and one stream: one run at a time."""
 
     concurrent = False
 
@@ -251,7 +251,7 @@ class TensorRtRunner(RecordingRunner):
 
 
 def _watch(runner: Any) -> list[tuple[str, float]]:
-    """Attach TensorRT's IProfiler to a runner: the list gets (layer, milliseconds) in the order of each run."""
+    """Attach TensorRT's IProfiler to a runner; the returned list receives (layer, milliseconds) for each run."""
     from polygraphy.mod.trt_importer import lazy_import_trt
 
     trt, layers = lazy_import_trt(), list[tuple[str, float]]()
@@ -263,21 +263,21 @@ def _watch(runner: Any) -> list[tuple[str, float]]:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             layers.append((layer_name, ms))
 
-    runner.context.profiler = runner.vp_profiler = Watch()  # held twice: the context does not keep it alive
+    runner.context.profiler = runner.vp_profiler = Watch()  # keep a reference: the context does not
     return layers
 
 
 def gpu_capability() -> str | None:
-    """Compute capability of the first GPU, as "8.9", or None where there is no GPU or no driver.
+    """Compute capability of the first GPU, as "8.9", or None without a GPU or driver.
 
-    Asks the driver library, which needs neither torch nor TensorRT.
+    Asks the driver library, without torch or TensorRT.
     """
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return None
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    # 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; every call returns 0 for success.
+    # 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; every call returns 0 on success.
     failed = (
         cuda.cuInit(0)
         or cuda.cuDeviceGet(ctypes.byref(device), 0)

@@ -1,4 +1,4 @@
-"""How TensorRT builds: in a child process, from an ONNX file to a serialised engine (see `tensorrt`)."""
+"""Build a TensorRT engine from an ONNX file, in a child process (see `tensorrt`)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 from vp_engines.backends.base import first_line
 from vp_engines.errors import BuildError, EngineUnavailableError
 
-MOST_SORTED = 3840  # the largest k of TensorRT's TopK
-_loaded: set[Path] = set()  # libraries of plugins
+MOST_SORTED = 3840  # largest k of TensorRT's TopK
+_loaded: set[Path] = set()  # plugin libraries
 
 
 def select(rtx: bool) -> None:
-    """Tell Polygraphy which flavour to use. It reads this once, when its TensorRT backend is imported.
+    """Select the flavour that Polygraphy uses. It reads this once, when its TensorRT backend is imported.
 
     Raises:
-        EngineUnavailableError: this process already uses the other one.
+        EngineUnavailableError: if this process already uses the other flavour.
     """
     from polygraphy import config
 
@@ -38,17 +38,17 @@ def select(rtx: bool) -> None:
 
 
 def load_plugins(library: Path) -> None:
-    """Register the plugins of a library with TensorRT, in this process; a second time does nothing.
+    """Register the plugins of a library with TensorRT in this process. Idempotent.
 
     Raises:
-        EngineUnavailableError: TensorRT cannot load it.
+        EngineUnavailableError: if TensorRT cannot load the library.
     """
     from polygraphy.mod.trt_importer import lazy_import_trt
 
     registry = lazy_import_trt().get_plugin_registry()
     if library in _loaded:
         return
-    # The registry returns a handle, which it keeps; None where the library does not load.
+    # The registry returns (and owns) a handle, or None if the library does not load.
     if registry.load_library(str(library)) is None:
         raise EngineUnavailableError(
             f"TensorRT cannot load the plugins of {library.name}", fix="build the library for this machine"
@@ -57,14 +57,14 @@ def load_plugins(library: Path) -> None:
 
 
 def in_child(request: dict[str, Any]) -> dict[str, Any]:
-    """Run `_build` on `request` in a process of its own and return its answer.
+    """Run `_build` on `request` in a child process and return its answer.
 
     Raises:
-        BuildError: with TensorRT's last error line.
+        BuildError: with the last error line of TensorRT.
     """
     with tempfile.TemporaryDirectory(prefix="vp-trt-") as folder:
         answer = Path(folder, "answer.json")
-        # The child finds our packages where this process found them, installed or not.
+        # Let the child find our packages wherever this process found them.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         environment["POLYGRAPHY_AUTOINSTALL_DEPS"] = "0"  # a build must never install packages
         done = subprocess.run(
@@ -102,7 +102,7 @@ def cause(output: str) -> str:
 
 
 def _child(answer: str) -> None:
-    """Entry point of the child: a request on standard input, the answer into the file `answer`."""
+    """Entry point of the child: reads a request from standard input, writes the answer to the file `answer`."""
     request = json.loads(sys.stdin.read())
     select(request["rtx"])
     from polygraphy.logger import G_LOGGER
@@ -119,8 +119,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     """Parse, check, build and save one engine (in the child).
 
     Raises:
-        BuildError: a target that this version lacks, or another number of attentions than the model has.
-        PolygraphyException: TensorRT refuses the model; the reasons have been printed.
+        BuildError: if this version lacks the target, or the number of attentions differs from the model's.
+        PolygraphyException: if TensorRT rejects the model; the reasons have been printed.
     """
     from polygraphy.backend.trt import (
         CreateConfig,
@@ -161,7 +161,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     if request["decomposable"]:
         network = SetDecomposableAttentions(network)()
     builder_config = CreateConfig(**config)(network[0], network[1])
-    builder_config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 means fp32
+    builder_config.clear_flag(trt.BuilderFlag.TF32)  # on by default
     engine = EngineBytesFromNetwork(network, builder_config, save_timing_cache=cache)()
     Path(request["engine"]).write_bytes(engine)
     return {"version": str(trt.__version__), "notes": notes}
@@ -172,12 +172,12 @@ def _numbers(parts: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _check_attentions(trt: Any, network: Any, expected: int) -> None:
-    """Count the attentions that the parser recognised; each one ends in an ATTENTION_OUTPUT layer.
+    """Count the attentions that the parser recognised; each ends in an ATTENTION_OUTPUT layer.
 
     Raises:
-        BuildError: there are more or fewer than `expected` (0: do not check).
+        BuildError: if there are not `expected` (0: do not check).
     """
-    kind = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)  # TensorRT 10.13 has no attention layers yet
+    kind = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)  # absent in TensorRT 10.13
     found = sum(network.get_layer(index).type == kind for index in range(network.num_layers)) if kind else 0
     if expected and found != expected:
         raise BuildError(
@@ -188,10 +188,10 @@ def _check_attentions(trt: Any, network: Any, expected: int) -> None:
 
 
 def _check_plugins(trt: Any, network: Any, expected: int) -> None:
-    """Count the plugins: a node that is none has become its function body, silently.
+    """Count the plugins: a node without a plugin silently becomes its function body.
 
     Raises:
-        BuildError: there are more or fewer than `expected`.
+        BuildError: if there are not `expected`.
     """
     kind = getattr(trt.LayerType, "PLUGIN_V3", None)
     found = sum(network.get_layer(index).type == kind for index in range(network.num_layers))
@@ -204,17 +204,17 @@ def _check_plugins(trt: Any, network: Any, expected: int) -> None:
 
 
 def _check_sorts(trt: Any, network: Any) -> None:
-    """Refuse a TopK of more values than TensorRT takes, by the name of its node.
+    """Reject a TopK of more values than TensorRT supports, by the name of its node.
 
     Raises:
-        BuildError: there is one.
+        BuildError: if there is one.
     """
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type != trt.LayerType.TOPK:
             continue
         layer.__class__ = trt.ITopKLayer
-        tokens = int(layer.get_output(0).shape[-1])  # the last axis holds tokens in every sort of ours
+        tokens = int(layer.get_output(0).shape[-1])  # every sort of ours is over the last axis
         if tokens > MOST_SORTED:
             raise BuildError(
                 f"{layer.name} sorts {tokens} tokens",
@@ -224,7 +224,7 @@ def _check_sorts(trt: Any, network: Any) -> None:
 
 
 def _drop_bad_cache(builder: Any, path: Path) -> list[str]:
-    """Remove a timing cache that TensorRT cannot read, so that the build starts a new one; what to tell the user."""
+    """Remove a timing cache that TensorRT cannot read, so that a new one is started; returns notes for the user."""
     from polygraphy import util
     from polygraphy.logger import G_LOGGER
 
@@ -232,7 +232,7 @@ def _drop_bad_cache(builder: Any, path: Path) -> list[str]:
         return []
     config = builder.create_builder_config()
     said = io.StringIO()
-    # Newer versions return an empty cache in place of a bad one, and only their log tells.
+    # Newer versions return an empty cache for a bad one; only their log tells.
     with util.LockFile(str(path)), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         with G_LOGGER.verbosity(G_LOGGER.WARNING):
             try:

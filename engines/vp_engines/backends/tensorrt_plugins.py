@@ -1,7 +1,7 @@
-"""The library of TensorRT plugins (docs/plugins.md): which one a process uses, and that a bundle gets its own.
+"""Selects the TensorRT plugin library (docs/plugins.md) of this process and checks it against a bundle.
 
-It is not part of a bundle: a server loads one library for all of its engines. The environment variable VP_PLUGINS names
-it, for builds and for runs; a bundle keeps its sha256.
+The library is not part of a bundle: a server loads one for all of its engines. The environment variable VP_PLUGINS
+names it, for builds and runs; a bundle records its sha256.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ HOW = f"set {VARIABLE} to the path of libvp_plugins.so"
 
 
 def chosen() -> Path | None:
-    """The library that VP_PLUGINS names; None where it names none.
+    """The library that VP_PLUGINS names, or None.
 
     Raises:
-        BuildError: it names something that is no file.
+        BuildError: if it names something that is not a file.
     """
     named = os.environ.get(VARIABLE)
     if not named:
@@ -34,15 +34,15 @@ def chosen() -> Path | None:
 
 
 def requirement(library: Path) -> dict[str, str]:
-    """What the manifest keeps of a library: its name and the sha256 of its content."""
+    """Name and sha256 of a library, for the manifest."""
     return {"library": library.name, "sha256": hashlib.sha256(library.read_bytes()).hexdigest()}
 
 
 def required(wanted: Mapping[str, Any]) -> Path:
-    """The library for a bundle that has `wanted` (of `requirement`) among its requirements.
+    """The library for a bundle whose requirements include `wanted` (from `requirement`).
 
     Raises:
-        BundleIncompatibleError: this process names none, or another one.
+        BundleIncompatibleError: if this process has no library, or a different one.
     """
     expected = f"{wanted.get('library')} with sha256 {str(wanted.get('sha256'))[:12]}..."
     try:

@@ -1,1 +1,1 @@
-"""Bundles behind a server: a model repository for Triton Inference Server."""
+"""Serve bundles with Triton Inference Server or Ray Serve."""

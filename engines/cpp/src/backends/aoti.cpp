@@ -1,4 +1,4 @@
-// AOTInductor packages (.pt2) by the libtorch of torch's wheel. The only file that sees torch's headers: they are slow.
+// AOTInductor packages (.pt2), run by the libtorch of torch's wheel. The only file with torch's headers: they are slow.
 #include <ATen/Parallel.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/from_blob.h>
@@ -18,7 +18,7 @@
 namespace vp {
 namespace {
 
-/// Why a package with these requirements must not be loaded here; empty if it may be.
+/// Reason why a package with these requirements cannot be loaded here; empty if it can.
 std::string mismatches(const Variant& variant) {
   std::string reasons;
   const auto add = [&](const std::string& reason) { reasons += (reasons.empty() ? "" : "; ") + reason; };
@@ -26,7 +26,7 @@ std::string mismatches(const Variant& variant) {
     const auto required = requirement(variant, name);
     if (required != here) add(std::string(name) + " " + printable(required, 40) + ", here " + here);
   };
-  // The generated code calls torch's C shim, which is kept stable within a minor release.
+  // The generated code calls torch's C shim, which is stable within a minor release.
   const auto built = requirement(variant, "torch");
   if (version_numbers(built, 2) != version_numbers(TORCH_VERSION, 2)) {
     add("torch " + printable(built, 40) + ", here " + TORCH_VERSION);
@@ -52,13 +52,13 @@ class AotiRunner : public Runner {
       : inputs_(request.manifest.inputs),
         outputs_(request.manifest.outputs),
         device_(cuda ? at::kCUDA : at::kCPU),
-        // The package is unpacked into a folder of this process (0700) that goes away with the loader. `false`: torch
-        // keeps the list of free models under a lock, so threads may enter together.
+        // The package is unpacked into a folder of this process (0700), removed with the loader. `false`: torch guards
+        // its list of free models by a lock, so concurrent runs are safe.
         loader_(package.path(), "model", false, static_cast<std::size_t>(request.runners), -1) {}
 
   void run(const std::vector<const void*>& inputs, std::int64_t batch, const std::vector<void*>& outputs) override {
     try {
-      // OpenMP counts threads by the thread that starts them: one that is new to torch must be told torch's number.
+      // OpenMP's thread count is per calling thread: set it on threads that are new to torch.
       at::internal::lazy_init_num_threads();
       const c10::InferenceMode no_gradients;
       std::vector<at::Tensor> batches;
@@ -81,9 +81,9 @@ class AotiRunner : public Runner {
   }
 
  private:
-  /// Torch's run, the first of all alone. In it torch folds constants: the thread that does so keeps a model and waits
-  /// for all others to leave, who wait inside for a model. With more threads than models that is for good
-  /// (pytorch/pytorch#181941). The fix would not help here: a package carries this code of the torch that compiled it.
+  /// Runs torch, the first time exclusively. The first run folds constants: that thread holds a model and waits
+  /// for all others to leave, which in turn wait for a model. With more threads than models this deadlocks
+  /// (pytorch/pytorch#181941). A fixed torch does not help: a package contains this code of the torch that built it.
   std::vector<at::Tensor> enter(std::vector<at::Tensor>&& batches) {
     std::vector<at::Tensor> results;
     bool first = false;
@@ -124,7 +124,7 @@ std::unique_ptr<Runner> open_aoti(OpenRequest request) {
   if (request.threads > 0) at::set_num_threads(request.threads);
   try {
     return std::make_unique<AotiRunner>(request, request.contents.at(request.variant.artefact), cuda);
-  } catch (const std::exception& error) {  // c10::Error among them
+  } catch (const std::exception& error) {  // includes c10::Error
     const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
     const std::string message = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
     throw corrupt("torch cannot load " + quote(request.variant.artefact) + ": " + first_line(message));

@@ -1,5 +1,5 @@
-// TensorRT engines, against the C++ API of TensorRT 10 and later. Compiled only where TensorRT is found.
-// Not yet run: no machine with TensorRT and a GPU was at hand.
+// TensorRT engines, using the C++ API of TensorRT 10 and later. Compiled only if TensorRT is found.
+// Not yet run: no machine with TensorRT and a GPU was available.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
@@ -13,8 +13,7 @@
 namespace vp {
 namespace {
 
-/// TensorRT tells its reasons to a logger only: the last error is kept for our message, the rest is not for a library
-/// to print.
+/// Keeps the last error, which TensorRT reports only to a logger, for our message; a library should not print the rest.
 class Logger : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
@@ -23,7 +22,7 @@ class Logger : public nvinfer1::ILogger {
       const std::lock_guard<std::mutex> lock(mutex_);
       last_ = first_line(message);
     } catch (...) {
-      // Out of memory: the message is lost, the failure is not.
+      // Out of memory: lose the message, not the failure.
     }
   }
 
@@ -71,13 +70,13 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-/// Waits at the end of a run, however it ends: no copy may outlive the caller's buffers.
+/// Synchronises at the end of a run, even on failure: no copy may outlive the caller's buffers.
 struct Idle {
   const Stream& stream;
   ~Idle() { cudaStreamSynchronize(stream.get()); }
 };
 
-/// One execution context and one stream, so one thread at a time.
+/// One execution context and one stream, hence one run at a time.
 class TensorRtRunner : public Runner {
  public:
   TensorRtRunner(const OpenRequest& request, const void* plan, std::size_t size)
@@ -99,7 +98,7 @@ class TensorRtRunner : public Runner {
 
   void run(const std::vector<const void*>& inputs, std::int64_t batch, const std::vector<void*>& outputs) override {
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
-    // The current device is a property of the calling thread; the engine lives on the first one.
+    // The current device is per thread; the engine is on the first one.
     check(cudaSetDevice(0), "choosing the device");
     const Idle idle{stream_};
     for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -125,7 +124,7 @@ class TensorRtRunner : public Runner {
  private:
   [[noreturn]] void fail() { throw Error(VP_ERROR_INTERNAL, "the engine failed: " + logger_.last()); }
 
-  /// Give a tensor its place on the device, large enough for any batch.
+  /// Allocates device memory for a tensor, large enough for any batch.
   void bind(const Tensor& tensor, nvinfer1::TensorIOMode mode, std::int64_t max_batch) {
     const char* name = tensor.name.c_str();
     if (engine_->getTensorIOMode(name) != mode || engine_->getTensorDataType(name) != nvinfer1::DataType::kFLOAT) {
@@ -137,7 +136,7 @@ class TensorRtRunner : public Runner {
 
   const std::vector<Tensor> inputs_, outputs_;
   std::mutex mutex_;
-  // In this order: a context goes before its engine, an engine before its runtime, all before the logger.
+  // Order of destruction: context before engine, engine before runtime, all before the logger.
   Logger logger_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
@@ -149,7 +148,7 @@ class TensorRtRunner : public Runner {
 }  // namespace
 
 std::unique_ptr<Runner> open_tensorrt(OpenRequest request) {
-  // Everything is compared before the first byte is deserialised: a plan is executable code.
+  // Compare everything before deserialising: an engine is executable code.
   const std::string gpu = gpu_capability();
   if (gpu.empty()) {
     throw Error(VP_ERROR_ENGINE_UNAVAILABLE, "no NVIDIA GPU with a driver is visible here", "",
@@ -158,7 +157,7 @@ std::unique_ptr<Runner> open_tensorrt(OpenRequest request) {
   const auto built = requirement(request.variant, "tensorrt");
   const int version = getInferLibVersion();  // 101401 is 10.14.1
   const std::vector<int> here = {version / 10000, version / 100 % 100, version % 100};
-  if (version_numbers(built, 3) != here) {  // a plan is tied to the patch release
+  if (version_numbers(built, 3) != here) {  // an engine is tied to the patch release
     throw Error(VP_ERROR_BUNDLE_INCOMPATIBLE,
                 "TensorRT " + std::to_string(here[0]) + "." + std::to_string(here[1]) + "." + std::to_string(here[2]) +
                     " is installed",

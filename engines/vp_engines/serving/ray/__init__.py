@@ -1,1 +1,1 @@
-"""Bundles on Ray Serve: replicas on one machine or many, behind one HTTP address."""
+"""Bundles on Ray Serve: replicas on one or more machines, behind one HTTP address."""

@@ -1,4 +1,4 @@
-"""`python -m vp_engines.serving.ray BUNDLE`: what `vp-serve ray` does, where only what engines need is installed."""
+"""`python -m vp_engines.serving.ray BUNDLE`: like `vp-serve ray`, without the exporter installed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import NoReturn
 from vp_engines.errors import EXIT_OK, VpError
 from vp_engines.serving.ray.options import PROXIES, Listen, RayOptions
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """A usage error is one line, like every other."""
+        """Report a usage error in one line."""
         self.exit(VpError.exit_code, f"error: {message}; --help lists the options\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; names and defaults are those of RayOptions and Listen."""
+    """Argument parser; names and defaults are those of RayOptions and Listen."""
     found = _Parser(prog="python -m vp_engines.serving.ray", description="Serve a bundle on Ray Serve.")
     found.add_argument("bundle", type=Path, help="a bundle (NAME.vpe); every node must be able to read it there")
     deployment, listen = found.add_argument_group("deployment"), found.add_argument_group("cluster and address")
@@ -63,7 +63,7 @@ def _add(group: argparse._ArgumentGroup, name: str, kind: type, text: str, defau
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to stop; returns the exit code. Every error is one line on stderr."""
+    """Serve until stopped; returns the exit code. Errors are one line on stderr."""
     given = vars(parser().parse_args(arguments))
     try:
         from vp_engines.serving.ray.command import serve_bundle

@@ -1,9 +1,9 @@
-"""The two deployments of a bundle on Ray Serve: engines, and the fronts that clients talk to.
+"""Ray Serve deployments of a bundle: the engines, and the fronts that handle HTTP requests.
 
-    client -> Serve's HTTP proxy of a node -> Front (reads the request, asks again where a replica died) -> Engines
+    client -> Serve's HTTP proxy of a node -> Front (parses the request, retries if a replica dies) -> Engines
 
-Ray is imported inside functions only. A replica loads the bundle from its path, so that must be readable on every node;
-it must be the very bundle that the deployment was made from, which its digest says.
+Ray is only imported inside functions. Replicas load the bundle from its path, so every node must be able to read it;
+its digest is checked against that of the deployment.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _PROBE_S = 5.0  # how long /v2/health/ready waits for an engine
 
 
 def open_engine(bundle: str, options: RayOptions, digest: str) -> Engine:
-    """The engine of a bundle, run once.
+    """Open the engine of a bundle and run it once.
 
     Raises:
-        VpError: it cannot be loaded, is another bundle than the deployment's, or does not run.
+        VpError: if it cannot be loaded or run, or the bundle is not the one that was deployed.
     """
     engine = load(bundle, variant=options.variant, device=options.device, threads=options.threads)
     try:
@@ -52,7 +52,7 @@ def open_engine(bundle: str, options: RayOptions, digest: str) -> Engine:
 
 
 def _blank(engine: Engine) -> np.ndarray:
-    """The smallest batch that the engine takes, all zeros."""
+    """Smallest batch that the engine supports, all zeros."""
     import numpy as np
 
     sizes = engine.manifest.engine.batch
@@ -60,39 +60,39 @@ def _blank(engine: Engine) -> np.ndarray:
 
 
 class Engines:
-    """One engine; requests that wait together run together. Every replica is a process of its own."""
+    """Deployment of one engine, which batches waiting requests. Each replica is a process."""
 
     def __init__(self, bundle: str, options: dict[str, Any], digest: str) -> None:
         chosen = RayOptions(**options)
         self._engine = open_engine(bundle, chosen, digest)
-        # One thread: the runs of one engine share its cores, so two at a time gain nothing.
+        # One thread: runs of one engine share its cores, so concurrent runs gain nothing.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._batcher = Batcher(self._engine.run, chosen.max_batch, chosen.wait_ms / 1000, self._executor)
 
     async def infer(self, images: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        """float32 [b, 3, H, W] -> outputs by name, and how many images ran together."""
+        """Run float32 [b, 3, H, W]; returns outputs by name, and the size of the batch that ran."""
         return await self._batcher.submit(images)
 
     async def check_health(self) -> None:
-        """Serve asks now and then, and replaces a replica that raises or does not answer."""
+        """Called periodically by Serve, which replaces a replica that raises or does not answer."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.run, _blank(self._engine))
 
     async def alive(self) -> bool:
-        """Answers as soon as a request would be taken."""
+        """Returns once a request would be accepted."""
         return True
 
     def __del__(self) -> None:
-        # Serve calls it once the requests under way are answered.
+        # Serve calls this after the requests in progress are answered.
         if hasattr(self, "_executor"):
             self._executor.shutdown(wait=True)
             self._engine.close()
 
 
 class Front:
-    """Reads HTTP requests, has them answered, and asks again where the replica died: inference may be repeated.
+    """Deployment that parses HTTP requests, forwards them to the engines, and retries if a replica dies.
 
     Args:
-        engines: a handle of Engines, or the name of the application that holds them.
+        engines: A handle of Engines, or the name of the application that runs them.
     """
 
     def __init__(self, engines: Any, model: Model, preprocessing: dict[str, Any], options: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Front:
         self._retry, self._full = _failures()
 
     async def __call__(self, request: Any) -> Any:
-        """One HTTP request (starlette's Request and Response). Every error is one line of JSON."""
+        """Handle one HTTP request (starlette's Request and Response). Errors are one line of JSON."""
         from starlette.requests import ClientDisconnect
         from starlette.responses import Response
 
@@ -114,7 +114,7 @@ class Front:
             reply = await self._reply(request)
         except Refusal as error:
             reply = protocol.error_reply(error.status, str(error))
-        except ClientDisconnect:  # nobody reads this
+        except ClientDisconnect:  # the client is gone
             reply = protocol.error_reply(400, "the client went away before its request was complete")
         except VpError as error:
             reply = protocol.error_reply(400, _line(error))
@@ -143,7 +143,7 @@ class Front:
         body = await _body(request.stream(), headers.get("content-length"), model)
         self._pending += 1
         try:
-            # In a thread: a large JSON document or photograph must not hold up the other requests.
+            # In a thread, so that a large JSON document or photograph does not block other requests.
             if kind == "classify":
                 images = await asyncio.to_thread(self._prepared, body)
                 outputs, _ = await self._ask(images)
@@ -165,10 +165,10 @@ class Front:
         return preprocess([body], self._preprocessing)
 
     async def _ask(self, images: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        """Have images answered by whichever replica is free.
+        """Run images on a free replica.
 
         Raises:
-            Refusal: 503, too many wait already, or replica after replica died, or none answered in time.
+            Refusal: 503, if the queue is full, replicas keep dying, or none answers in time.
         """
         try:
             async with asyncio.timeout(self._options.timeout_s):
@@ -178,7 +178,7 @@ class Front:
                 503, f"no engine answered within {self._options.timeout_s:g} s", fix="ask again, or serve more replicas"
             ) from None
         self._images += len(images)
-        self._batches += len(images) / ran  # a batch of ran images, of which these are some
+        self._batches += len(images) / ran  # these images' share of a batch of `ran`
         return outputs, ran
 
     async def _ask_again(self, images: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
@@ -206,7 +206,7 @@ class Front:
         return protocol.json_reply({"ready": True})
 
     def _stats(self) -> dict[str, Any]:
-        """What this front has seen: images answered, the batches they ran in, requests it works on, repeated ones."""
+        """Statistics of this front: images answered, batches that they ran in, requests in progress, retries."""
         return {
             "model_stats": [
                 {
@@ -229,7 +229,7 @@ class Front:
 
 
 async def _body(stream: AsyncIterator[bytes], told: str | None, model: Model) -> bytes:
-    """A whole request body, or a refusal before it has grown too large."""
+    """Read a request body; raises Refusal before it exceeds the limit."""
     if told is not None and told.isdecimal():
         protocol.check_length(int(told[:20]), model)
     parts, length = [], 0
@@ -241,20 +241,20 @@ async def _body(stream: AsyncIterator[bytes], told: str | None, model: Model) ->
 
 
 def _failures() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
-    """Ray's errors that mean "the replica or its node died", and those that mean "the queue is full"."""
+    """Ray's exceptions for a dead replica or node, and those for a full queue."""
     from ray import exceptions
     from ray.serve.exceptions import BackPressureError
 
-    # A node that dies takes with it answers that lay in its memory: ObjectLostError.
+    # ObjectLostError: the answer was stored on a node that died.
     return (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.WorkerCrashedError), (BackPressureError,)
 
 
 def engines(bundle: str, options: RayOptions, digest: str = "") -> Any:
-    """The application that holds the engines; `digest` is the bundle's, "" for whichever lies there."""
+    """Application that runs the engines. `digest` of the bundle; "" accepts any."""
     from ray import serve
 
     cuda = options.device == "cuda"
-    # Twice the batch: one runs, one gathers. What waits beyond that is kept by the fronts, and survives the replica.
+    # Twice the batch: one running, one gathering. Fronts hold the rest, which therefore survives a dead replica.
     return (
         serve.deployment(Engines)
         .options(
@@ -273,7 +273,7 @@ def engines(bundle: str, options: RayOptions, digest: str = "") -> Any:
 
 
 def front(answering: Any, manifest: Manifest, options: RayOptions) -> Any:
-    """The application that clients talk to; `answering` is `engines(...)`, or the name that it runs under."""
+    """Application that handles HTTP requests; `answering` is `engines(...)`, or the name of its application."""
     from ray import serve
 
     name = options.checked(manifest)
@@ -289,7 +289,7 @@ def front(answering: Any, manifest: Manifest, options: RayOptions) -> Any:
         serve.deployment(Front)
         .options(
             num_replicas=options.fronts,
-            # The queue that counts is the one before the engines; this one only keeps a front from drowning.
+            # Queueing is limited at the engines; this only protects a front from overload.
             max_ongoing_requests=options.max_queued + 2 * options.max_batch * options.replicas,
             graceful_shutdown_timeout_s=options.drain_s,
             graceful_shutdown_wait_loop_s=0.2,
@@ -300,13 +300,13 @@ def front(answering: Any, manifest: Manifest, options: RayOptions) -> Any:
 
 
 def build(args: dict[str, Any]) -> Any:
-    """One application of both, for `serve run vp_engines.serving.ray.app:build bundle=...` and configuration files.
+    """Both deployments as one application, for `serve run vp_engines.serving.ray.app:build` and config files.
 
     Args:
-        args: `bundle`, its path, and any of RayOptions' fields.
+        args: `bundle`, its path, and any fields of RayOptions.
 
     Raises:
-        VpError: a bundle or an option that cannot be served.
+        VpError: if the bundle or an option cannot be served.
     """
     from vp_engines.bundle import verify_bundle
 
@@ -320,16 +320,16 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def with_device(options: RayOptions, manifest: Manifest) -> RayOptions:
-    """The options with the device that they mean."""
+    """Options with `device` resolved."""
     from dataclasses import replace
 
-    # As `load` has it: ONNX Runtime's files run on either, and on the CPU unless asked otherwise.
+    # As in `load`: ONNX Runtime's files run on either device, by default on the CPU.
     built_for = "cpu" if manifest.engine.name == "ort" else manifest.engine.device
     return replace(options, device=options.device or built_for)
 
 
 def applications(bundle: str, manifest: Manifest, options: RayOptions) -> list[tuple[str, Any]]:
-    """(name, application): the engines and the front apart, so that the front can be drained before the engines go."""
+    """(name, application) for the engines and for the front. Separate, so that the front can be drained first."""
     name = options.checked(manifest)
     return [
         (engines_name(name), engines(bundle, options, manifest.digest())),
@@ -338,7 +338,7 @@ def applications(bundle: str, manifest: Manifest, options: RayOptions) -> list[t
 
 
 def _line(error: BaseException) -> str:
-    """The words of an error; of one that comes from a replica, those of its cause."""
+    """Message of an error; of an error from a replica, the message of its cause."""
     cause = getattr(error, "cause", None)
     text = str(cause if isinstance(cause, BaseException) else error)
     return " ".join(text.split())[:500]

@@ -1,8 +1,8 @@
-"""Requests that wait together run together: a queue before one engine that counts images, first come first served.
+"""Dynamic batching: a first-in, first-out queue in front of one engine, limited by the number of images.
 
-Ray's own `serve.batch` closes a batch when its time is up, though the engine may still be busy with the one before, and
-puts a request that does not fit behind all others. This queue goes on gathering as long as the engine runs, so batches
-grow with the load, and no request overtakes another.
+Ray's `serve.batch` closes a batch when its time is up even if the engine is still busy, and moves a request that does
+not fit behind all others. This queue gathers for as long as the engine runs, so batches grow with the load, and keeps
+requests in order.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ class _Waiting:
 
 
 class Batcher:
-    """Gathers requests for `run`. All methods belong to one event loop; `run` is called on `executor`, one at a time.
+    """Gathers requests into batches for `run`.
+
+    All methods must be called on one event loop; `run` is called on `executor`, one batch at a time.
 
     Args:
         run: float32 [b, 3, H, W] -> arrays by name, axis 0 the batch.
-        most: largest b.
-        wait_s: seconds that a request may wait for others while the engine has nothing to do.
+        most: Largest b.
+        wait_s: Seconds that a request may wait for others while the engine is idle.
     """
 
     def __init__(self, run: Run, most: int, wait_s: float, executor: Executor) -> None:
@@ -44,16 +46,16 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     async def submit(self, images: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-        """Wait for the answer to one request.
+        """Run one request and return its result.
 
         Args:
             images: float32 [b, 3, H, W], b at most `most`.
 
         Returns:
-            This request's rows of every output, and the number of images that ran with them.
+            This request's rows of every output, and the size of the batch that ran.
 
         Raises:
-            Whatever `run` raised for the batch that these images were in.
+            Whatever `run` raised for the batch of these images.
         """
         loop = asyncio.get_running_loop()
         waiting = _Waiting(images, time.monotonic(), loop.create_future())
@@ -64,7 +66,7 @@ class Batcher:
         return await waiting.answer
 
     async def _serve(self) -> None:
-        """Run batches until nobody waits."""
+        """Run batches until the queue is empty."""
         while self._waiting:
             await self._fill()
             if batch := self._take():
@@ -81,7 +83,7 @@ class Batcher:
                 return
 
     def _take(self) -> list[_Waiting]:
-        """As many as fit, in their order; whoever has gone away meanwhile is left out."""
+        """Take as many requests as fit, in order; cancelled ones are dropped."""
         batch: list[_Waiting] = []
         images = 0
         while self._waiting:
@@ -101,7 +103,7 @@ class Batcher:
         size = sum(map(len, parts))
 
         def run() -> dict[str, np.ndarray]:
-            # One request alone is not copied: it lies in Ray's shared memory, or where its message was put.
+            # A single request is not copied: it stays in Ray's shared memory, or in its message.
             return self._run(
                 np.require(parts[0], requirements=["C", "A"]) if len(parts) == 1 else np.concatenate(parts)
             )

@@ -1,5 +1,4 @@
-"""From a bundle to a deployment that runs until it is told to stop: what `vp-serve ray` and
-`python -m vp_engines.serving.ray` do."""
+"""Deploy a bundle and serve until stopped: `vp-serve ray` and `python -m vp_engines.serving.ray`."""
 
 from __future__ import annotations
 
@@ -35,26 +34,27 @@ _NAMED = re.compile(r"vp_engines\.errors\.(\w+): ([^\n]+)")
 
 
 def serve_bundle(bundle: Path, options: RayOptions, listen: Listen, say: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then let the requests under way finish.
+    """Serve until SIGINT or SIGTERM, then finish the requests in progress.
 
     Args:
-        say: told one line when every replica runs, and one when it stops.
+        say: Called with one line when all replicas run, and one when it stops.
 
     Raises:
-        VpError: a bundle that cannot be served, no Ray, a port in use, too few cores, replicas that do not start.
+        VpError: if the bundle cannot be served, Ray is missing, the port is in use, there are too few cores, or
+            replicas do not start.
     """
     path = os.path.abspath(bundle)
-    manifest = verify_bundle(path).manifest  # before anything starts: a bad bundle is one line, at once
+    manifest = verify_bundle(path).manifest  # report a bad bundle before starting anything
     name = options.checked(manifest)
     options = app.with_device(options, manifest)
     if listen.address is None:
         check_port(listen.host, listen.port)
         options = replace(options, threads=share_cores([os.cpu_count() or 1], options))
-        app.open_engine(path, options, manifest.digest()).close()  # nor need a cluster start to hear that it cannot run
+        app.open_engine(path, options, manifest.digest()).close()  # likewise an engine that cannot run
     stop = _Stop()
     ray = _connected(listen)
     try:
-        stop.listen()  # after Ray, which takes SIGTERM for itself
+        stop.listen()  # after Ray, which installs its own SIGTERM handler
         if listen.address is not None:
             _check_free(name)
             options = replace(options, threads=share_cores(_node_cores(ray), options))
@@ -77,7 +77,7 @@ def serve_bundle(bundle: Path, options: RayOptions, listen: Listen, say: Callabl
 
 
 class _Stop(threading.Event):
-    """Set by SIGINT and SIGTERM; a second one interrupts whatever runs."""
+    """Set by SIGINT and SIGTERM; a second signal interrupts the current call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class _Stop(threading.Event):
 
 
 def _connected(listen: Listen) -> Any:
-    """Start a cluster or join one."""
+    """Start or join a cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     ray = require_ray()
@@ -143,10 +143,10 @@ def _check_free(name: str) -> None:
 
 
 def _probe(ray: Any, path: str, options: RayOptions, digest: str) -> None:
-    """Open and run the engine once where a replica would, so that a node's refusal is one line and not a restart loop.
+    """Open and run the engine once in a worker, so that a failure is one line rather than a restart loop.
 
     Raises:
-        VpError: what was raised there.
+        VpError: as raised in the worker.
     """
     cuda = options.device == "cuda"
     task = ray.remote(_try).options(
@@ -165,7 +165,7 @@ def _probe(ray: Any, path: str, options: RayOptions, digest: str) -> None:
 
 
 def _try(path: str, options: dict[str, Any], digest: str) -> tuple[str, str] | None:
-    """In a worker: (class, line) of the error that opening the bundle's engine raises, None where it runs."""
+    """In a worker: (class, message) of the error when opening the bundle's engine, None if it runs."""
     try:
         app.open_engine(path, RayOptions(**options), digest).close()
     except VpError as error:
@@ -174,18 +174,18 @@ def _try(path: str, options: dict[str, Any], digest: str) -> tuple[str, str] | N
 
 
 def _named(kind: str, line: str) -> VpError:
-    """An error of another process, of the same class: the exit code is the class's."""
+    """Recreate an error of another process with its class, which determines the exit code."""
     found = getattr(errors, kind, VpError)
     error: VpError = found(line)
     return error
 
 
 def _start(path: str, manifest: Manifest, options: RayOptions, listen: Listen, stop: _Stop) -> str:
-    """Deploy and wait until everything runs; returns the URL before /v2.
+    """Deploy and wait until everything runs; returns the URL up to /v2.
 
     Raises:
-        ServingError: replicas do not start.
-        VpError: what the engine said.
+        ServingError: if replicas do not start.
+        VpError: as raised by the engine.
     """
     from ray import serve
 
@@ -194,7 +194,7 @@ def _start(path: str, manifest: Manifest, options: RayOptions, listen: Listen, s
     try:
         serve.start(
             proxy_location="HeadOnly" if listen.proxies == "head" else "EveryNode",
-            # Later than the front's own limit: it ends what a front can no longer answer, because its machine is lost.
+            # Longer than the front's own limit: only for requests whose front is lost.
             http_options={"host": host, "port": port, "request_timeout_s": options.timeout_s + _MARGIN_S},
         )
         targets = [
@@ -213,7 +213,7 @@ def _start(path: str, manifest: Manifest, options: RayOptions, listen: Listen, s
 
 
 def _http(listen: Listen) -> tuple[str, int]:
-    """Where the HTTP servers are or will be: those of a cluster that serves already stay where they are."""
+    """Host and port of the HTTP servers; in a cluster that already serves, these cannot be changed."""
     from ray.serve import context
 
     client = context._get_global_client(raise_if_no_controller_running=False)
@@ -252,7 +252,7 @@ def _wait(name: str, listen: Listen, stop: _Stop) -> None:
 
 
 def _stop_serving(name: str, *, alone: bool) -> None:
-    """Drain the front first: what it still holds has to be answered by the engines."""
+    """Drain the front first: it still needs the engines for its pending requests."""
     from ray import serve
 
     there = serve.status().applications

@@ -1,4 +1,4 @@
-"""What can be chosen about a deployment, checked before anything starts. No Ray is needed here."""
+"""Options of a deployment, checked before anything starts. Does not need Ray."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vp_engines.errors import EngineUnavailableError, InputError, VpError
 from vp_engines.extras import install_hint
 from vp_engines.manifest import VARIANT_FOLDERS, Manifest
 
-_WORDS = ("name", "variant", "device")  # options that are text
+_WORDS = ("name", "variant", "device")  # text options
 PROXIES = ("every", "head")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _ROUTE = re.compile(r"/|(?:/[A-Za-z0-9_.-]+)+")
-_ENGINES = "--engines"  # behind a model's name: the application that holds its engines
+_ENGINES = "--engines"  # suffix of a model's name: the application that runs its engines
 
 
 class ServingError(VpError):
@@ -26,27 +26,27 @@ class ServingError(VpError):
 
 @dataclass(frozen=True)
 class RayOptions:
-    """How a bundle is served.
+    """Options of a deployed bundle.
 
     Attributes:
-        name: of the model, in URLs; None: the bundle's.
+        name: Name of the model in URLs; None for the bundle's.
         variant: "reduced" or "dense".
-        device: "cpu" or "cuda"; None: what the bundle was built for.
-        replicas: engines that run at a time, each in a process of its own.
-        per_node: most of them on one node; None: as many as fit.
-        threads: CPU cores reserved for each, and threads that its engine uses; None: the cores shared out.
-        gpus: GPUs reserved for each, where the device is cuda; half a GPU is fine.
-        max_batch: images of one run of an engine, and of one request.
-        wait_ms: milliseconds that a request may wait for others to form a batch.
-        max_queued: requests that may wait at a front for a replica; more are told to come back later.
-        retries: how often a request is given to another replica after the one that had it died.
-        timeout_s: seconds that a request may take.
-        fronts: processes that read requests and hand them to the engines.
-        health_s: seconds between two checks of a replica, which run one image through its engine.
-        drain_s: seconds that requests under way get at a shutdown.
+        device: "cpu" or "cuda"; None for what the bundle was built for.
+        replicas: Number of engines, each in a process of its own.
+        per_node: Maximum replicas per node; None for as many as fit.
+        threads: CPU cores reserved for each replica, and threads that its engine uses; None divides the cores evenly.
+        gpus: GPUs reserved for each replica on cuda; may be fractional.
+        max_batch: Largest number of images in one run, and in one request.
+        wait_ms: Milliseconds that a request may wait for others to form a batch.
+        max_queued: Requests that may wait at a front for a replica; further ones are answered with 503.
+        retries: Number of times that a request is retried on another replica after its replica died.
+        timeout_s: Time limit of a request in seconds.
+        fronts: Number of processes that parse requests and forward them to the engines.
+        health_s: Seconds between health checks of a replica, which run one image through its engine.
+        drain_s: Seconds that requests in progress get at shutdown.
 
     Raises:
-        InputError: a value that makes no sense.
+        InputError: if a value is invalid.
     """
 
     name: str | None = None
@@ -85,24 +85,24 @@ class RayOptions:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> RayOptions:
-        """From a mapping, as a Serve configuration file has it; `serve run` gives numbers as text.
+        """Create options from a mapping, as in a Serve config file; `serve run` passes numbers as text.
 
         Raises:
-            InputError: an option that is not known, or a value that makes no sense.
+            InputError: if an option is unknown or a value is invalid.
         """
         if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
             raise InputError(f"the option {unknown[0]!r}", expected=f"one of {', '.join(cls.__dataclass_fields__)}")
         return cls(**{name: _number(value) if name not in _WORDS else value for name, value in given.items()})
 
     def mapping(self) -> dict[str, Any]:
-        """The same as plain values, which travel to other machines."""
+        """Convert to plain values that can be sent to other machines."""
         return asdict(self)
 
     def checked(self, manifest: Manifest) -> str:
-        """Hold the options to a bundle; returns the model's name.
+        """Check the options against a bundle; returns the model's name.
 
         Raises:
-            InputError: a name that a URL cannot carry, or a batch that the engine was not built for.
+            InputError: if the name is not valid in a URL, or the engine was not built for the batch size.
         """
         name = self.name if self.name is not None else manifest.name
         if not _NAME.fullmatch(name) or name.endswith(_ENGINES):
@@ -121,18 +121,19 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class Listen:
-    """Where: the cluster, and the address that clients use.
+    """The cluster, and the address that clients use.
 
     Attributes:
-        address: of a running cluster ("auto", "host:6379"); None: one of its own on this machine, which ends with it.
-        host: interface that the HTTP servers listen on.
-        port: theirs.
-        route: path before /v2; several bundles on one cluster differ here.
-        proxies: "every": an HTTP server on every node that has a replica; "head": on the head node alone.
-        start_s: seconds until all replicas must run.
+        address: Address of a running cluster ("auto", "host:6379"); None starts one on this machine and stops it at the
+            end.
+        host: Interface that the HTTP servers listen on.
+        port: Port of the HTTP servers.
+        route: Path before /v2; must differ between bundles on one cluster.
+        proxies: "every": an HTTP server on every node with a replica; "head": on the head node only.
+        start_s: Seconds to wait for all replicas to run.
 
     Raises:
-        InputError: a value that makes no sense.
+        InputError: if a value is invalid.
     """
 
     address: str | None = None
@@ -155,21 +156,21 @@ class Listen:
 
 
 def engines_name(model: str) -> str:
-    """The application that holds a model's engines."""
+    """Name of the application that runs a model's engines."""
     return model + _ENGINES
 
 
 def check_port(host: str, port: int) -> None:
-    """Whether somebody could listen there now.
+    """Check that a server can listen on this address.
 
     Raises:
-        ServingError: the port is in use, or this machine has no such address.
+        ServingError: if the port is in use, or this machine does not have the address.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, where = found[0]
         with socket.socket(family, kind, protocol) as probe:
-            # As the server does: a port that a closed connection still lingers on is free.
+            # As the server does: closed connections that linger on the port do not matter.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
             probe.listen(1)
@@ -182,7 +183,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def share_cores(cores: Sequence[float], options: RayOptions) -> int:
-    """Threads of each replica.
+    """Number of threads of each replica.
 
     Args:
         cores: CPU cores of each node.
@@ -191,7 +192,7 @@ def share_cores(cores: Sequence[float], options: RayOptions) -> int:
         `options.threads`, or as many as leave room for every replica.
 
     Raises:
-        ServingError: the nodes have not the cores.
+        ServingError: if the nodes have too few cores.
     """
     most = options.per_node or options.replicas
 
@@ -214,10 +215,10 @@ def share_cores(cores: Sequence[float], options: RayOptions) -> int:
 
 
 def require_ray() -> Any:
-    """The package ray with Serve in it.
+    """Import ray, with Serve.
 
     Raises:
-        EngineUnavailableError: it is not installed.
+        EngineUnavailableError: if it is not installed.
     """
     try:
         import ray
@@ -231,7 +232,7 @@ def require_ray() -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A number that came as text; whatever else it is stays, to be refused by its name."""
+    """Convert text to a number if possible; other values are returned for validation to report."""
     for kind in (int, float):
         if isinstance(value, str):
             with suppress(ValueError):

@@ -1,12 +1,13 @@
-"""What travels over HTTP: the Open Inference Protocol (KServe v2) as JSON and with binary tensors, so that
-`tritonclient.http` speaks to a deployment as it does to Triton; and image files for those who have no client.
+"""HTTP protocol of a deployment: the Open Inference Protocol (KServe v2), and uploads of image files.
+
+Tensors are JSON or binary, so `tritonclient.http` works as with Triton.
 
     GET  /v2   /v2/health/live   /v2/health/ready   /v2/models/NAME   /v2/models/NAME/ready   /v2/models/NAME/stats
     POST /v2/models/NAME/infer         tensors; /versions/1 may stand before it
     POST /v2/models/NAME/classify      one image file as the body; ?top=5
 
-Pure functions of bytes and numpy arrays: neither Ray nor an HTTP library is imported.
-The protocol: https://github.com/kserve/open-inference-protocol and Triton's "Binary Tensor Data Extension".
+Pure functions of bytes and numpy arrays; imports neither Ray nor an HTTP library.
+Specifications: https://github.com/kserve/open-inference-protocol and Triton's "Binary Tensor Data Extension".
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ JSON_LENGTH = "Inference-Header-Content-Length"  # bytes of JSON before the bina
 VERSION = "1"
 JSON = "application/json"
 BINARY = "application/octet-stream"
-_NUMBER_BYTES = 24  # of one number in JSON: "-1.2345678e-01, " and some air
-_LEAST_BODY = 16 << 20  # bytes; image files are larger than what is made of them
+_NUMBER_BYTES = 24  # per number in JSON: "-1.2345678e-01, " and some whitespace
+_LEAST_BODY = 16 << 20  # bytes; image files may be larger than the tensors made of them
 _GETS = ("server", "live", "ready", "model", "stats")
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|stats|infer|classify))?")
 
 
 class Refusal(InputError):
-    """A request that is not answered; `status` is HTTP's word for it."""
+    """A rejected request; `status` is the HTTP status code."""
 
     def __init__(self, status: int, found: str, *, expected: str = "", fix: str = "") -> None:
         super().__init__(found, expected=expected, fix=fix)
@@ -43,15 +44,15 @@ class Refusal(InputError):
 
 @dataclass(frozen=True)
 class Model:
-    """What a front must know to read a request without having the engine.
+    """Description of a model, enough for a front to handle requests without the engine.
 
     Attributes:
-        name: in URLs.
-        platform: engine and precision, for metadata.
-        input: what the engine takes, float32 [batch, 3, height, width].
-        outputs: what it answers.
-        max_batch: images of one request.
-        classes: names by index; None where the bundle has none.
+        name: Name in URLs.
+        platform: Engine and precision, for metadata.
+        input: Input of the engine, float32 [batch, 3, height, width].
+        outputs: Outputs of the engine.
+        max_batch: Maximum number of images in one request.
+        classes: Class names by index; None if the bundle has none.
     """
 
     name: str
@@ -67,18 +68,18 @@ class Model:
 
     @property
     def most_bytes(self) -> int:
-        """Of one request's body."""
+        """Size limit of a request body."""
         return max(_LEAST_BODY, self.max_batch * int(np.prod(self.image_shape)) * _NUMBER_BYTES)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request for inference.
+    """An inference request.
 
     Attributes:
-        images: float32 [b, 3, H, W]; it may lie in the body's memory, read-only and unaligned.
-        id: to be given back.
-        outputs: names that are wanted, and whether as binary.
+        images: float32 [b, 3, H, W]; may be a read-only and unaligned view of the body.
+        id: Returned in the answer.
+        outputs: Names of requested outputs, and whether as binary.
     """
 
     images: np.ndarray
@@ -96,13 +97,13 @@ class Reply:
 
 
 def route(method: str, path: str, model: Model) -> str:
-    """What is asked for: "server", "live", "ready", "model", "stats", "infer" or "classify".
+    """Map a request to "server", "live", "ready", "model", "stats", "infer" or "classify".
 
     Args:
-        path: from /v2 on.
+        path: From /v2 on.
 
     Raises:
-        Refusal: 404 no such path, model or version; 405 the wrong method.
+        Refusal: 404 for an unknown path, model or version; 405 for the wrong method.
     """
     plain = {"/v2": "server", "/v2/": "server", "/v2/health/live": "live", "/v2/health/ready": "ready"}
     if (kind := plain.get(path)) is None:
@@ -123,13 +124,13 @@ def route(method: str, path: str, model: Model) -> str:
 
 
 def read_infer(body: bytes, json_length: str | None, model: Model) -> Asked:
-    """A request's body -> images.
+    """Parse the body of an inference request.
 
     Args:
-        json_length: the header JSON_LENGTH, None where there is none.
+        json_length: Value of the header JSON_LENGTH, None if absent.
 
     Raises:
-        Refusal: 400, what is wrong with it.
+        Refusal: 400, saying what is wrong.
     """
     end = _json_end(body, json_length)
     document = _document(body[:end])
@@ -146,7 +147,7 @@ def read_infer(body: bytes, json_length: str | None, model: Model) -> Asked:
 def _json_end(body: bytes, json_length: str | None) -> int:
     if json_length is None:
         return len(body)
-    # isdecimal: int() takes "+1", "1_000" and spaces too.
+    # isdecimal: int() would also accept "+1", "1_000" and spaces.
     if not (json_length.isascii() and json_length.isdecimal()) or not int(json_length[:20]) <= len(body):
         raise _bad(f"the header {JSON_LENGTH} is {json_length[:50]!r}", expected=f"a number up to {len(body)}")
     return int(json_length[:20])
@@ -188,10 +189,10 @@ def _tensor(tensor: dict[str, Any], blob: memoryview, model: Model) -> np.ndarra
 
 
 def _numbers(data: object, name: str, count: int) -> np.ndarray:
-    """Numbers of JSON, flat or nested, as float32 [count]."""
+    """Convert JSON numbers, flat or nested, to float32 [count]."""
     try:
         found = np.asarray(data)
-    except (ValueError, OverflowError):  # lists of different lengths
+    except (ValueError, OverflowError):  # ragged lists
         found = np.asarray(None)
     if found.dtype.kind not in "iuf":
         raise _bad(f"'data' of {name!r} is not a list of numbers", expected=f"{count} of them")
@@ -228,11 +229,11 @@ def _parameters(of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def infer_reply(asked: Asked, outputs: Mapping[str, np.ndarray], model: Model, **said: Any) -> Reply:
-    """The answer to a request.
+    """Build the answer to an inference request.
 
     Args:
         outputs: float32 arrays by name, axis 0 the batch.
-        said: what else the client may like to know, as the answer's parameters.
+        said: Further parameters of the answer.
     """
     tensors, blobs = [], []
     for name, binary in asked.outputs:
@@ -254,7 +255,7 @@ def infer_reply(asked: Asked, outputs: Mapping[str, np.ndarray], model: Model, *
 
 
 def classify_reply(logits: np.ndarray, top: int, model: Model) -> Reply:
-    """The classes of one image, most likely first.
+    """Build the answer to a classification request: classes, most likely first.
 
     Args:
         logits: float32 [classes].
@@ -272,10 +273,10 @@ def classify_reply(logits: np.ndarray, top: int, model: Model) -> Reply:
 
 
 def read_top(text: str | None) -> int:
-    """How many classes; `text` is the query's `top`.
+    """Number of classes to return, from the query parameter `top`.
 
     Raises:
-        Refusal: 400, no number from 1.
+        Refusal: 400, if it is not a number of at least 1.
     """
     if text is None:
         return 5
@@ -285,7 +286,7 @@ def read_top(text: str | None) -> int:
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    """What GET /v2/models/NAME answers."""
+    """Answer to GET /v2/models/NAME."""
 
     def tensor(spec: TensorSpec) -> dict[str, Any]:
         return {
@@ -305,21 +306,21 @@ def metadata(model: Model) -> dict[str, Any]:
 
 
 def json_reply(document: object, status: int = 200, **headers: str) -> Reply:
-    """A JSON document as a response."""
+    """Build a JSON response."""
     return Reply(status, json.dumps(document).encode(), {"Content-Type": JSON, **headers})
 
 
 def error_reply(status: int, line: str) -> Reply:
-    """An error as clients of the protocol read it; 503 says that asking again is worth it."""
+    """Build an error response of the protocol; 503 means that the client may retry."""
     retry = {"Retry-After": "1"} if status == 503 else {}
     return json_reply({"error": line}, status, **retry)
 
 
 def check_length(length: int, model: Model) -> None:
-    """Whether a body of so many bytes is read.
+    """Check the size of a request body.
 
     Raises:
-        Refusal: 413, it is not.
+        Refusal: 413, if it is too large.
     """
     if length > model.most_bytes:
         raise Refusal(
@@ -331,10 +332,10 @@ def check_length(length: int, model: Model) -> None:
 
 
 def check_encoding(encoding: str | None) -> None:
-    """Whether a body of this Content-Encoding is read.
+    """Check the Content-Encoding of a request body.
 
     Raises:
-        Refusal: 415, it is compressed.
+        Refusal: 415, if it is compressed.
     """
     if encoding not in (None, "", "identity"):
         raise Refusal(415, f"the body is encoded as {encoding[:50]!r}", fix="send it without compression")

@@ -1,1 +1,1 @@
-"""Bundles on Triton Inference Server: a model repository, and what runs in its Python backend."""
+"""Bundles on Triton Inference Server: writes the model repository; runs engines in the Python backend."""

@@ -1,4 +1,4 @@
-"""Which batch sizes a server should form, from what the bundle's report measured."""
+"""Choose batch sizes for a server from the measurements in the bundle's report."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-GAIN = 1.02  # a larger batch is preferred where it does at least so many times the images per second
-UNMEASURED = 8  # largest batch of an engine that takes any, where none was measured
+GAIN = 1.02  # minimum gain in images per second for a larger batch to be preferred
+UNMEASURED = 8  # largest batch of an engine that supports any, without measurements
 
 
 def throughput(report: bytes | None, variant: str) -> dict[int, float]:
-    """Images per second by batch size, smallest first; {} where nothing was measured.
+    """Images per second by batch size, ascending; empty if nothing was measured.
 
     Args:
-        report: the bundle's report.json.
+        report: The bundle's report.json.
         variant: "reduced" or "dense".
     """
     rows: list[Mapping[str, Any]] = (json.loads(report).get("latency") or []) if report else []
@@ -23,7 +23,7 @@ def throughput(report: bytes | None, variant: str) -> dict[int, float]:
 
 
 def largest(measured: Mapping[int, float], built_for: int | None) -> tuple[int, str]:
-    """The largest batch to form, and why: what the engine was built for, else what was measured."""
+    """Largest batch to form, and why: the one that the engine was built for, else from measurements."""
     if built_for is not None:
         return built_for, "what the engine was built for"
     if measured:
@@ -32,7 +32,7 @@ def largest(measured: Mapping[int, float], built_for: int | None) -> tuple[int, 
 
 
 def preferred(measured: Mapping[int, float], most: int) -> list[int]:
-    """Batch sizes up to `most` that are faster by the image than every smaller measured one; () where none is."""
+    """Batch sizes up to `most` with more images per second than every smaller measured one; may be empty."""
     sizes, best = [], 0.0
     for size, rate in sorted(measured.items()):
         if size > most:

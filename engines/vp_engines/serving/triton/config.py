@@ -1,4 +1,4 @@
-"""Model configurations of Triton Inference Server, by the protobuf definitions that tritonclient ships."""
+"""Model configurations of Triton Inference Server, using the protobuf definitions of tritonclient."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.pbtxt"
 LABELS_NAME = "labels.txt"
 BUNDLE_FOLDER = "bundle.vpe"  # in a version's folder, for the Python backend
-PREPROCESSING_NAME = "preprocessing.json"  # the same, of a model that only prepares images
-ENCODED = TensorSpec("encoded", "bytes", ("batch", 1))  # image files as they are, one an image
+PREPROCESSING_NAME = "preprocessing.json"  # likewise, for a model that only preprocesses images
+ENCODED = TensorSpec("encoded", "bytes", ("batch", 1))  # image files, one per image
 
-# Our dtype -> TYPE_* of a configuration.
+# Dtype -> TYPE_* of a configuration.
 _TYPES = {
     "float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8",
     "bytes": "STRING",
@@ -29,22 +29,22 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a configuration says of one model; axis 0 of every tensor is the batch.
+    """Contents of a model configuration; axis 0 of every tensor is the batch.
 
     Attributes:
-        name: of the model, and of its folder.
-        backend, platform: as the server knows them; one of them may be "".
-        file: that the server starts from, inside the version's folder; "" for an ensemble.
-        max_batch: largest batch that the server forms.
-        preferred: batch sizes that it tries to form; () leaves it free.
-        delay: microseconds that a request may wait for others.
-        instances: copies that run at a time.
-        gpu: whether they run on a GPU.
-        warmup: batch sizes to run before the model is ready.
-        warmup_file: in the folder warmup/, an element of the first input where it is of bytes.
-        labels: whether LABELS_NAME names the classes of the first output.
-        parameters: of the backend.
-        steps: of an ensemble: (model, {its input: our tensor}, {its output: our tensor}), in order.
+        name: Name of the model and of its folder.
+        backend, platform: The server's names; one of them may be "".
+        file: File that the server loads, inside the version's folder; "" for an ensemble.
+        max_batch: Largest batch that the server forms.
+        preferred: Preferred batch sizes; () for none.
+        delay: Microseconds that a request may wait for others.
+        instances: Number of instances.
+        gpu: Whether they run on a GPU.
+        warmup: Batch sizes to run before the model is ready.
+        warmup_file: File in the folder warmup/ with an element of the first input, if that is of type bytes.
+        labels: Whether LABELS_NAME names the classes of the first output.
+        parameters: Parameters of the backend.
+        steps: Of an ensemble: (model, {its input: our tensor}, {its output: our tensor}), in order.
     """
 
     name: str
@@ -66,10 +66,10 @@ class ModelSpec:
 
 
 def definitions() -> ModuleType:
-    """tritonclient's protobuf definitions of a configuration.
+    """tritonclient's protobuf definitions of a model configuration.
 
     Raises:
-        EngineUnavailableError: tritonclient or protobuf is not installed.
+        EngineUnavailableError: if tritonclient or protobuf is not installed.
     """
     try:
         from tritonclient.grpc import model_config_pb2
@@ -81,11 +81,11 @@ def definitions() -> ModuleType:
 
 
 def model_config(spec: ModelSpec) -> ModelConfig:
-    """The configuration of a model.
+    """Build the configuration of a model.
 
     Raises:
-        EngineUnavailableError: tritonclient is not installed.
-        BundleError: a dtype that the server does not know.
+        EngineUnavailableError: if tritonclient is not installed.
+        BundleError: if the server does not support a dtype.
     """
     pb = definitions()
     config: ModelConfig = pb.ModelConfig(
@@ -99,7 +99,7 @@ def model_config(spec: ModelSpec) -> ModelConfig:
         parameters={key: pb.ModelParameter(string_value=value) for key, value in sorted(spec.parameters.items())},
         model_warmup=[_warmup(pb, spec, size) for size in spec.warmup],
     )
-    config.version_policy.latest.num_versions = 1  # a new version takes the place of the one before, once it is ready
+    config.version_policy.latest.num_versions = 1  # a new version replaces the previous one once it is ready
     if spec.labels:
         config.output[0].label_filename = LABELS_NAME
     if spec.steps:
@@ -116,7 +116,7 @@ def model_config(spec: ModelSpec) -> ModelConfig:
 
 
 def to_text(config: ModelConfig) -> str:
-    """What config.pbtxt holds; read back, it is the same configuration."""
+    """Format as config.pbtxt; parsing it gives the same configuration."""
     from google.protobuf import text_format
 
     text: str = text_format.MessageToString(config)
@@ -126,10 +126,10 @@ def to_text(config: ModelConfig) -> str:
 
 
 def from_text(text: str) -> ModelConfig:
-    """Read a config.pbtxt.
+    """Parse a config.pbtxt.
 
     Raises:
-        BundleError: it is none.
+        BundleError: if it is not valid.
     """
     from google.protobuf import text_format
 
@@ -141,7 +141,7 @@ def from_text(text: str) -> ModelConfig:
 
 
 def signature(config: ModelConfig) -> dict[str, Any]:
-    """What two versions of a model must have in common: a client's view of it."""
+    """What versions of a model must have in common: its interface to clients."""
 
     def of(tensors: Sequence[Any]) -> list[tuple[str, int, tuple[int, ...]]]:
         return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
@@ -150,7 +150,7 @@ def signature(config: ModelConfig) -> dict[str, Any]:
 
 
 def says(found: dict[str, Any]) -> str:
-    """A signature in words."""
+    """Format a signature in words."""
     types = definitions().DataType.Name
     return "; ".join(
         f"{kind} " + ", ".join(f"{name} {types(dtype)} {list(dims)}" for name, dtype, dims in tensors)
@@ -170,7 +170,7 @@ def _type(tensor: TensorSpec) -> int:
 
 
 def _dims(tensor: TensorSpec) -> list[int]:
-    """Without the batch; -1 for an axis of any size."""
+    """Shape without the batch; -1 for an axis of any size."""
     return [axis if isinstance(axis, int) else -1 for axis in tensor.shape[1:]]
 
 

@@ -1,10 +1,10 @@
-"""What runs inside Triton Inference Server's Python backend: any engine of a bundle, and the preparation of images.
+"""Models for Triton Inference Server's Python backend: any engine of a bundle, and preprocessing of images.
 
-The server makes one object a model instance, each in a process of its own, and hands it requests that it has gathered;
-see the Python backend's documentation for the three methods. A request that cannot be answered gets its own error and
-spoils no other.
+The server creates one object per model instance, each in its own process, and passes it gathered requests; see the
+documentation of the Python backend for the three methods. A request that fails gets an error of its own and does not
+affect others.
 
-Servers up to 2.51 need numpy below 2: with a later one their Python backend hands out empty arrays.
+Servers up to 2.51 need numpy below 2: with a later one their Python backend passes empty arrays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vp_engines.serving.triton.config import BUNDLE_FOLDER, ENCODED, PREPROCESSI
 
 
 class VpModel:
-    """A bundle's engine. Requests that come together run as one batch."""
+    """Runs a bundle's engine. Requests passed together run as one batch."""
 
     engine: Engine
 
@@ -32,7 +32,7 @@ class VpModel:
         """Load the bundle beside the model file.
 
         Raises:
-            VpError: it cannot be loaded; the server shows the line and keeps the version before.
+            VpError: if it cannot be loaded; the server shows the message and keeps the previous version.
         """
         self._pb = _utilities()
         config, folder = json.loads(args["model_config"]), _folder(args)
@@ -46,7 +46,7 @@ class VpModel:
         self.most = int(config["max_batch_size"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, in their order."""
+        """One response per request, in order."""
         pb, responses = self._pb, [None] * len(requests)
         taken: list[tuple[int, np.ndarray]] = []
         for place, request in enumerate(requests):
@@ -65,7 +65,7 @@ class VpModel:
         return responses
 
     def finalize(self) -> None:
-        """Called before the server lets go of the instance."""
+        """Called before the server removes the instance."""
         if hasattr(self, "engine"):
             self.engine.close()
 
@@ -77,7 +77,7 @@ class VpModel:
 
 
 class VpPreprocessor:
-    """Image files -> what the engine of the same ensemble takes."""
+    """Turns image files into inputs of the engine in the same ensemble."""
 
     def initialize(self, args: dict[str, str]) -> None:
         self._pb = _utilities()
@@ -86,7 +86,7 @@ class VpPreprocessor:
         self._name = output["name"]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, in their order."""
+        """One response per request, in order."""
         pb, responses = self._pb, []
         for request in requests:
             try:
@@ -98,14 +98,14 @@ class VpPreprocessor:
 
 
 def _run(engine: Engine, parts: Sequence[np.ndarray], most: int) -> list[dict[str, np.ndarray]]:
-    """Run requests as one batch, or as several where the server has handed over more than one batch's worth.
+    """Run requests as one batch, or as several if they exceed the maximum.
 
     Args:
         parts: float32 [b, 3, H, W] of each request.
-        most: largest batch; no single request is larger.
+        most: Largest batch; no single request is larger.
 
     Returns:
-        Of each request its part of every output.
+        Each request's rows of every output.
     """
     answers: list[dict[str, np.ndarray]] = []
     while len(answers) < len(parts):
@@ -119,7 +119,7 @@ def _run(engine: Engine, parts: Sequence[np.ndarray], most: int) -> list[dict[st
         outputs = engine.run(group[0] if len(group) == 1 else np.concatenate(group))
         start = 0
         for part in group:
-            # Copies: the server takes an array's memory as it lies.
+            # The server ignores strides.
             answers.append({
                 name: np.ascontiguousarray(array[start : start + len(part)]) for name, array in outputs.items()
             })  # fmt: skip
@@ -128,7 +128,7 @@ def _run(engine: Engine, parts: Sequence[np.ndarray], most: int) -> list[dict[st
 
 
 def _files(pb: Any, request: Any) -> list[bytes]:
-    """The image files of a request: BYTES [b, 1]."""
+    """Image files of a request: BYTES [b, 1]."""
     return [bytes(element) for element in pb.get_input_tensor_by_name(request, ENCODED.name).as_numpy().reshape(-1)]
 
 
@@ -137,12 +137,12 @@ def _refused(pb: Any, error: VpError) -> Any:
 
 
 def _folder(args: dict[str, str]) -> Path:
-    """Where this version's files are."""
+    """Folder of this version's files."""
     return Path(args["model_repository"]) / args["model_version"]
 
 
 def _utilities() -> Any:
-    """The backend's own module, which only its processes can import."""
+    """The backend's own module, which only exists in its processes."""
     import triton_python_backend_utils
 
     return triton_python_backend_utils

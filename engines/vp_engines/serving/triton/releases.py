@@ -1,7 +1,7 @@
-"""Which ONNX Runtime a release of Triton Inference Server carries, so that a bundle can say which server takes it.
+"""ONNX Runtime version of each Triton Inference Server release, to tell which server can run a bundle.
 
 Source: ORT version in build.py of github.com/triton-inference-server/server at the tag of each release (read on
-2026-11-27); a container's number is the year and month of its release. Servers built otherwise may differ.
+2026-11-27). A container's number is the year and month of its release. Custom builds may differ.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from vp_engines.backends.base import version_tuple
 
 
 class Release(NamedTuple):
-    """A container of NVIDIA's, the server in it and that server's ONNX Runtime."""
+    """A container by NVIDIA, its server version, and that server's ONNX Runtime."""
 
     container: str
     server: str
     onnxruntime: str
 
 
-# Where a release brought another ONNX Runtime than the one before it.
+# Releases that changed the ONNX Runtime version.
 RELEASES = tuple(
     Release(*row.split())
     for row in (
@@ -45,13 +45,13 @@ RELEASES = tuple(
 
 
 def least_release(onnxruntime: str) -> Release | None:
-    """The first release whose ONNX Runtime is `onnxruntime` or newer; None: no release that is known here."""
+    """First release with ONNX Runtime `onnxruntime` or newer; None if no known release has it."""
     wanted = version_tuple(onnxruntime)
     return next((release for release in RELEASES if version_tuple(release.onnxruntime) >= wanted), None)
 
 
 def server_needed(onnxruntime: str) -> str:
-    """The same in words."""
+    """`least_release` in words."""
     release = least_release(onnxruntime)
     if release is None:
         last = RELEASES[-1]

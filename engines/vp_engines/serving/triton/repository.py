@@ -1,10 +1,10 @@
-"""A bundle -> a model of a Triton Inference Server repository, put there whole or not at all.
+"""Write a bundle as a model of a Triton Inference Server repository, atomically.
 
     models/NAME/config.pbtxt, labels.txt
     models/NAME/1/model.onnx        or model.plan, model.pt2; or, for the Python backend, model.py and the whole bundle
 
-The server reads what the bundle's manifest has vouched for: every file is verified before anything is written. In the
-Python backend it is verified again whenever the server loads it.
+Every file is verified against the bundle's manifest before anything is written. The Python backend verifies it again on
+every load.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ PREPROCESS = ("none", "model", "ensemble")
 
 @dataclass(frozen=True)
 class Native:
-    """A backend of the server that runs an engine's artefact itself."""
+    """A server backend that runs an engine's artefact directly."""
 
     backend: str
     platform: str
     file: str
-    numbered: bool = False  # tensors are called INPUT__0, OUTPUT__0
+    numbered: bool = False  # tensors are named INPUT__0, OUTPUT__0
 
 
 NATIVE = {
@@ -81,23 +81,24 @@ from {module} import {name} as TritonPythonModel  # noqa: E402, F401
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How a bundle is served.
+    """How to serve a bundle.
 
     Attributes:
-        name: of the model; None: the bundle's.
-        backend: one of BACKENDS; None: the engine's own where the server has one, else python.
-        preprocess: "none": prepared images come in; "model": image files do, and the Python backend prepares them;
-            "ensemble": image files do, a model before the engine's prepares them, and NAME is the two in a row.
+        name: Name of the model; None for the bundle's.
+        backend: One of BACKENDS; None for the engine's native backend if the server has one, else python.
+        preprocess: "none": clients send preprocessed images; "model": clients send image files, which the Python
+            backend preprocesses; "ensemble": clients send image files, and NAME is an ensemble of a preprocessing model
+            and the engine's.
         variant: "reduced" or "dense".
-        version: number of the version; None: the next one.
-        max_batch: largest batch; None: what the engine was built for or has been measured at.
-        delay: microseconds that a request may wait for others to form a batch.
-        instances: copies that run at a time.
-        threads: CPU threads of each; None: the runtime's own choice.
-        warmup: run a few batches before the model is ready.
+        version: Version number; None for the next one.
+        max_batch: Largest batch; None for what the engine was built for or measured at.
+        delay: Microseconds that a request may wait for others to form a batch.
+        instances: Number of instances.
+        threads: CPU threads of each; None for the runtime's default.
+        warmup: Run a few batches before the model is ready.
 
     Raises:
-        InputError: a value that makes no sense.
+        InputError: if a value is invalid.
     """
 
     name: str | None = None
@@ -133,16 +134,16 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Served:
-    """What was put into the repository.
+    """What was written to the repository.
 
     Attributes:
-        name: of the model that clients ask.
-        version: its number.
-        folders: of the models, that one last.
-        backend: which runs the engine.
-        max_batch: largest batch that the server forms, `max_batch_size` in its configuration.
-        max_batch_reason: why that one.
-        server: which server has what the engine needs, in words; None: the bundle does not say.
+        name: Name of the model that clients use.
+        version: Version number.
+        folders: Folders of the models, that of the client's model last.
+        backend: Backend that runs the engine.
+        max_batch: Largest batch that the server forms, `max_batch_size` in its configuration.
+        max_batch_reason: Reason for it.
+        server: Which server versions support the engine, in words; None if the bundle does not say.
     """
 
     name: str
@@ -156,7 +157,7 @@ class Served:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to be put in place: its configuration, files beside it, and files of its version."""
+    """A model to write: configuration, files beside it, and files of its version."""
 
     config: ModelConfig
     beside: dict[str, bytes]
@@ -164,16 +165,16 @@ class _Model:
 
 
 def write_repository(bundle: str | Path, repository: str | Path, options: ServeOptions | None = None) -> Served:
-    """Verify a bundle and put it into a model repository, as a new model or as the next version of one.
+    """Verify a bundle and add it to a model repository, as a new model or as the next version of one.
 
     Args:
-        repository: the folder of models; made where it is missing.
+        repository: Folder of models; created if missing.
 
     Raises:
-        BundleError: no sound bundle, another signature than the model's versions have, a version that is there
-            already, or the disk refused. Nothing is left half-written.
-        InputError: a name that the server cannot take, or a batch that the engine was not built for.
-        EngineUnavailableError: tritonclient is not installed.
+        BundleError: if the bundle is not valid, its signature differs from that of the model's other versions, the
+            version exists, or writing fails. Nothing is left half-written.
+        InputError: if the server does not support the name, or the engine was not built for the batch.
+        EngineUnavailableError: if tritonclient is not installed.
     """
     options = options or ServeOptions()
     definitions()
@@ -192,7 +193,7 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
     version = options.version if options.version is not None else max(taken, default=0) + 1
     done: list[Path] = []
     try:
-        for model, place in zip(models, places, strict=True):  # what clients ask comes last: it needs the others
+        for model, place in zip(models, places, strict=True):  # the client's model comes last: it needs the others
             done.append(_publish(model, place, version, found))
     except BaseException:
         for folder in done:
@@ -203,10 +204,10 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
 
 
 def _server(bundle: Bundle, variant: str, backend: str) -> str | None:
-    """Which server has what an engine needs."""
+    """Which server versions support the engine."""
     manifest = bundle.manifest
     requirements = manifest.variants["dense" if variant == "dense" else "reduced"].requirements
-    if backend == "onnxruntime":  # the server reads the file itself: what the graph needs counts, not what we ask for
+    if backend == "onnxruntime":  # the server reads the file itself, so only the graph's requirements matter
         oldest = requirements.get("onnxruntime_min_graph", requirements.get("onnxruntime_min"))
         return None if oldest is None else server_needed(str(oldest))
     if manifest.engine.name not in ENGINES or not requirements:
@@ -217,7 +218,7 @@ def _server(bundle: Bundle, variant: str, backend: str) -> str | None:
 
 
 def _max_batch(bundle: Bundle, options: ServeOptions) -> tuple[int, str]:
-    """The largest batch that the server forms, and why."""
+    """Largest batch that the server forms, and why."""
     sizes = bundle.manifest.engine.batch
     if sizes is not None and sizes.min > 1:
         raise BundleIncompatibleError(
@@ -232,7 +233,7 @@ def _max_batch(bundle: Bundle, options: ServeOptions) -> tuple[int, str]:
 
 
 def _models(bundle: Bundle, options: ServeOptions, max_batch: int) -> tuple[list[_Model], str]:
-    """The models to write, the one that clients ask last; and the backend of the engine."""
+    """Models to write, the client's last, and the backend of the engine."""
     manifest = bundle.manifest
     name = manifest.name if options.name is None else options.name
     if not _NAME.fullmatch(name):
@@ -266,7 +267,7 @@ def _models(bundle: Bundle, options: ServeOptions, max_batch: int) -> tuple[list
 
 
 def _native(spec: ModelSpec, bundle: Bundle, options: ServeOptions) -> _Model:
-    """The engine's artefact under a backend of the server."""
+    """The engine's artefact, run by a native backend of the server."""
     variant = bundle.manifest.variants["dense" if options.variant == "dense" else "reduced"]
     native = NATIVE[bundle.manifest.engine.name]
     if len(variant.files) > 1:
@@ -284,7 +285,7 @@ def _native(spec: ModelSpec, bundle: Bundle, options: ServeOptions) -> _Model:
 
 
 def _python(spec: ModelSpec, bundle: Bundle, options: ServeOptions) -> _Model:
-    """The whole bundle under the Python backend."""
+    """The whole bundle, run by the Python backend."""
     encoded = options.preprocess == "model"
     parameters = {"variant": options.variant, "takes": "encoded" if encoded else "images"}
     if options.threads is not None:
@@ -296,13 +297,13 @@ def _python(spec: ModelSpec, bundle: Bundle, options: ServeOptions) -> _Model:
         beside |= extra
     inside = {"model.py": _model_py("VpModel")}
     inside |= {f"{BUNDLE_FOLDER}/{path}": content for path, content in bundle.contents.items()}
-    # As it lies there: written anew, the manifest of a newer minor version would lose what this one does not know.
+    # The original bytes: rewriting would drop fields of a newer minor version.
     inside[f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"] = (bundle.path / MANIFEST_NAME).read_bytes()
     return _Model(model_config(spec), beside, inside)
 
 
 def _preprocessing(name: str, engine: ModelSpec, bundle: Bundle, options: ServeOptions) -> _Model:
-    """Image files in, what the engine takes out."""
+    """Model that turns image files into inputs of the engine."""
     spec = ModelSpec(
         name=f"{name}_preprocess", inputs=(), outputs=engine.inputs, max_batch=engine.max_batch, backend="python",
         file="model.py", instances=options.instances, warmup=engine.warmup,
@@ -313,7 +314,7 @@ def _preprocessing(name: str, engine: ModelSpec, bundle: Bundle, options: ServeO
 
 
 def _ensemble(name: str, engine: ModelSpec, config: ModelConfig, bundle: Bundle) -> _Model:
-    """The two in a row. Its outputs have the bundle's names, whatever the backend calls them."""
+    """Ensemble of preprocessing and engine. Its outputs have the bundle's names, whatever the backend calls them."""
     inner = [tensor.name for tensor in engine.inputs]
     spec = ModelSpec(
         name=name, inputs=(ENCODED,), outputs=engine.outputs, max_batch=engine.max_batch, platform="ensemble",
@@ -331,17 +332,17 @@ def _ensemble(name: str, engine: ModelSpec, config: ModelConfig, bundle: Bundle)
 
 
 def _takes_encoded(spec: ModelSpec, bundle: Bundle) -> tuple[ModelSpec, dict[str, bytes]]:
-    """The same model with image files as its input, and the picture that warms it up."""
+    """Change a model's input to image files, and add an image for warm-up."""
     spec = replace(spec, inputs=(ENCODED,))
     if not spec.warmup:
         return spec, {}
-    # One batch: a file holds the elements of all of it.
+    # One image: the file holds the elements of a whole batch.
     spec = replace(spec, warmup=(1,), warmup_file="grey.bin")
     return spec, {"warmup/grey.bin": _grey(*bundle.manifest.preprocessing.input_size[1:])}
 
 
 def _grey(height: int, width: int) -> bytes:
-    """A grey PNG as an element of the server's BYTES tensors: its length, then the file."""
+    """A grey PNG as an element of a BYTES tensor: its length, then the file."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -358,7 +359,7 @@ def _numbered(tensors: tuple[TensorSpec, ...], kind: str) -> tuple[TensorSpec, .
 
 
 def _labels(bundle: Bundle) -> dict[str, bytes]:
-    """labels.txt: a class a line, so that clients may ask for the best few by name."""
+    """labels.txt: one class per line, so that clients can request the top classes by name."""
     classes = bundle.manifest.classes
     return {} if classes is None else {LABELS_NAME: "".join(" ".join(c.split()) + "\n" for c in classes).encode()}
 
@@ -368,10 +369,10 @@ def _versions(place: Path) -> list[int]:
 
 
 def _check_place(model: _Model, place: Path) -> None:
-    """Whether `model` may be a further version of what is at `place`.
+    """Check that `model` can be added as a version at `place`.
 
     Raises:
-        BundleError: it may not.
+        BundleError: if it cannot.
     """
     if not os.path.lexists(place):
         return
@@ -399,10 +400,10 @@ def _check_place(model: _Model, place: Path) -> None:
 
 
 def _publish(model: _Model, place: Path, version: int, bundle: Bundle) -> Path:
-    """Put a new model, or a new version of one, in place in one step; a server that polls sees all of it or nothing.
+    """Put a new model or version in place atomically, so that a polling server sees all of it or nothing.
 
     Returns:
-        The folder that is new: the model's or the version's.
+        The new folder: the model's or the version's.
     """
     text = to_text(model.config).encode()
     with building(_beside(place)) as folder:
@@ -421,14 +422,17 @@ def _publish(model: _Model, place: Path, version: int, bundle: Bundle) -> Path:
             put_in_place(folder, place)
             return place
         put_in_place(inside, place / str(version))
-        # Batch sizes may have changed with the engine.
+        # Preferred batch sizes may have changed with the engine.
         os.replace(folder / CONFIG_NAME, place / CONFIG_NAME)
     return place / str(version)
 
 
 def _beside(place: Path) -> Path:
-    """What to call the model while it is built: a server that polls takes every folder of a repository for a model,
-    hidden ones too, so it is built beside the repository. Where that is another disk, or not ours, inside it."""
+    """Where to build a model before moving it into place.
+
+    A polling server takes every folder in a repository for a model, hidden ones included, so build beside the
+    repository; inside it if that is on another disk or not writable.
+    """
     repository = place.parent
     parent = repository.parent
     if os.access(parent, os.W_OK | os.X_OK) and os.stat(parent).st_dev == os.stat(repository).st_dev:
