@@ -277,9 +277,9 @@ def check_target(out: str | Path, *, force: bool = False) -> None:
     if not os.path.lexists(out):
         return
     if not force:
-        raise BundleError(f"{out} is already there", fix="choose another name, or pass --force to replace it")
+        raise BundleError(f"{out} is already there", fix="choose another name, or pass `force=True` to replace it")
     if out.is_symlink() or not _looks_like_bundle(out):
-        # --force replaces a bundle, valid or broken, but never removes any other folder.
+        # force=True replaces a bundle, valid or broken, but never removes any other folder.
         raise BundleError(f"{out} is not a bundle", fix="remove it yourself or choose another name")
 
 

@@ -93,7 +93,7 @@ class Engine:
             raise InputError(
                 f"the batch has {shape[0]} images",
                 expected=f"{sizes.min} to {sizes.max}",
-                fix="split it, or export with another --max-batch",
+                fix="split it, or export with another `max_batch`",
             )
 
     def recorded(self) -> list[RecordedRun]:
@@ -168,7 +168,7 @@ def load(
         raise BundleIncompatibleError(
             f"{path} holds no dense baseline",
             expected="variant='reduced'",
-            fix="export again without --no-dense to have one",
+            fix="export again without `dense=False` to have one",
         )
     backend = _usable_backend(manifest)
     chosen = manifest.variants[variant]

@@ -109,9 +109,9 @@ def export_bundle(
         )
     if request.check is not None and request.check.data is not None and not model.description.num_classes:
         raise VpError(
-            "--data needs a classifier, and this model has no classes",
+            "`data` needs a classifier, and this model has no classes",
             expected="a model with classes",
-            fix="leave out --data to time it only",
+            fix="leave out `data` to time it only",
         )
     backend.check_precision(precision)
     backend.check_options(request.build)
@@ -126,7 +126,7 @@ def export_bundle(
             if request.classes is None and data.class_names is not None:
                 names = data.class_names
                 request = replace(request, classes=names)
-                progress.note(f"class names are taken from {data.root}: {some(names)}; --classes FILE names others")
+                progress.note(f"class names are taken from {data.root}: {some(names)}; `classes=FILE` names others")
     if not plan.reduces:
         progress.warn("the plan removes no token: the reduced engine will be the dense one")
 

@@ -76,7 +76,7 @@ def test_nothing_is_replaced_without_force(tmp_path: Path) -> None:
     out = tmp_path / "a.vpe"
     write_sample(out)
     before = tree(tmp_path)
-    with pytest.raises(BundleError, match="--force"):
+    with pytest.raises(BundleError, match="`force=True`"):
         write_sample(out, name="second")
     assert tree(tmp_path) == before
 
@@ -134,7 +134,7 @@ def test_target_can_be_checked_beforehand(tmp_path: Path) -> None:
         with pytest.raises(BundleError, match=r"file is not a folder; expected a folder for a.vpe"):
             check_target(tmp_path / "file" / below)
     write_sample(tmp_path / "a.vpe")
-    with pytest.raises(BundleError, match="--force"):
+    with pytest.raises(BundleError, match="`force=True`"):
         check_target(tmp_path / "a.vpe")
     check_target(tmp_path / "a.vpe", force=True)
 
@@ -408,7 +408,7 @@ def test_of_two_exports_without_force_one_wins(tmp_path: Path) -> None:
             write_sample(tmp_path / "a.vpe", name=f"n{number}")
             results.append(f"n{number}")
         except BundleError as error:
-            assert "--force" in str(error)  # noqa: PT017
+            assert "`force=True`" in str(error)  # noqa: PT017
 
     threads = [threading.Thread(target=export, args=(n,)) for n in range(4)]
     for thread in threads:

@@ -116,7 +116,7 @@ def test_a_missing_dense_variant_is_explained(tmp_path: Path, backend: FakeBacke
     variants = fields()["variants"]
     del variants["dense"]
     write_sample(tmp_path / "a.vpe", variants=variants)
-    with pytest.raises(BundleError, match=r"no dense baseline.*--no-dense"):
+    with pytest.raises(BundleError, match=r"no dense baseline.*`dense=False`"):
         vp_engines.load(tmp_path / "a.vpe", variant="dense")
 
 

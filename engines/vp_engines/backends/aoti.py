@@ -68,7 +68,7 @@ class AotInductorBackend(Backend):
         """
         super().check_options(options)
         if options.device == "cuda" and not require("torch", self.name, self.extra).cuda.is_available():
-            raise EngineUnavailableError("no CUDA device that torch can use", fix="build on the GPU, or --device cpu")
+            raise EngineUnavailableError("no CUDA device that torch can use", fix="build on the GPU, or `device=cpu`")
 
     def runs_kernels(self, options: BuildOptions) -> Availability:
         if options.device != "cuda":

@@ -192,7 +192,7 @@ class Backend(ABC):
     """An engine. Instances are stateless.
 
     Class attributes:
-        name: Value of --engine.
+        name: Name of the engine.
         source: Form of the lowered model that `build` reads.
         opset: ONNX opset for this engine (None for `source == "program"`).
         oldest_opset: Oldest opset that a user may request instead; None: no choice.
@@ -232,12 +232,12 @@ class Backend(ABC):
         if opset is None or opset == self.opset:
             return
         if self.opset is None:
-            raise BuildError(f"--opset is {opset} and engine '{self.name}' is not built from ONNX", fix="leave it out")
+            raise BuildError(f"`opset` is {opset} and engine '{self.name}' is not built from ONNX", fix="leave it out")
         if self.oldest_opset is None:
-            raise BuildError(f"--opset is {opset}", expected=f"{self.opset}, for engine '{self.name}'")
+            raise BuildError(f"`opset` is {opset}", expected=f"{self.opset}, for engine '{self.name}'")
         if not self.oldest_opset <= opset <= self.opset:
             raise BuildError(
-                f"--opset is {opset}", expected=f"{self.oldest_opset} to {self.opset}, for engine '{self.name}'"
+                f"`opset` is {opset}", expected=f"{self.oldest_opset} to {self.opset}, for engine '{self.name}'"
             )
 
     def needs(self, requirements: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -254,7 +254,7 @@ class Backend(ABC):
             raise BuildError(
                 f"engine '{self.name}' has no {precision}",
                 expected=f"one of {', '.join(self.precisions)}",
-                fix="choose another --precision or another --engine",
+                fix="choose another `precision` or another `engine`",
             )
 
     def check_options(self, options: BuildOptions) -> None:
@@ -267,7 +267,7 @@ class Backend(ABC):
             raise BuildError(
                 f"engine '{self.name}' was asked for device {options.device}",
                 expected=" or ".join(self.devices),
-                fix="choose another --device or another --engine",
+                fix="choose another `device` or another `engine`",
             )
 
     def check_source(self, source: BuildSource) -> None:

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU. The artefact is OpenVINO's IR: model.xml and model.bin.
 
 Precision: by default the CPU plugin computes in bf16 if the processor supports it. An fp32 bundle must compute in fp32,
-so the precision hint is always set to the bundle's precision; --precision bf16 selects the fast path. A processor
+so the precision hint is always set to the bundle's precision; precision bf16 selects the fast path. A processor
 without bf16 (or, for fp16, without AVX512-FP16 or AMX-FP16) computes such a bundle in fp32: correct, but no faster,
 with half the file size. fp16 is never requested if unsupported, since the plugin would use bf16, with three bits less.
 """
@@ -97,7 +97,7 @@ class OpenVinoBackend(Backend):
     ) -> Runner:
         if options.device not in (None, "cpu"):
             raise EngineUnavailableError(
-                f"engine 'openvino' was asked for device {options.device}", expected="cpu", fix="use another --engine"
+                f"engine 'openvino' was asked for device {options.device}", expected="cpu", fix="use another `engine`"
             )
         ov = require("openvino", self.name, self.extra)
         oldest = _oldest(requirements)

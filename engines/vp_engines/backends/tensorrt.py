@@ -125,7 +125,7 @@ class _Polygraphy(Backend):
         target = options.compute_capability or here
         if target is None:
             raise BuildError(
-                "no compute capability given and no GPU here to ask", fix="say it, as in --compute-capability 8.9"
+                "no compute capability given and no GPU here to ask", fix="say it, as in `compute_capability=8.9`"
             )
         if not re.fullmatch(r"\d{1,2}\.\d", target):
             raise BuildError(f"compute capability '{target}'", expected="two numbers, as in 8.9")
@@ -133,7 +133,7 @@ class _Polygraphy(Backend):
             raise BuildError(
                 f"compute capability {target}",
                 expected=f"{here}, this machine's GPU: TensorRT builds for no other",
-                fix="build on the target machine, or use --engine trt-rtx",
+                fix="build on the target machine, or use `engine=trt-rtx`",
             )
         return target
 

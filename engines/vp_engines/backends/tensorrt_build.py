@@ -144,7 +144,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
             raise BuildError(
                 f"TensorRT-RTX {trt.__version__} cannot build for compute capability {'.'.join(wanted)}",
                 expected=f"one of {', '.join('.'.join(pair) for pair in possible)}",
-                fix="use another --engine for this GPU",
+                fix="use another `engine` for this GPU",
             )
         config["compute_capabilities"] = [_numbers(wanted)]
     if request.get("plugins"):
@@ -199,7 +199,7 @@ def _check_plugins(trt: Any, network: Any, expected: int) -> None:
         raise BuildError(
             f"TensorRT {trt.__version__} made plugins of {found} vp nodes",
             expected=str(expected),
-            fix="use --kernels portable, and report this",
+            fix="use `kernels=portable`, and report this",
         )
 
 

@@ -26,11 +26,11 @@ from vp_engines.extras import missing_package
 
 # Options that are not named after the argument that they give.
 _OPTIONS = {
+    "args": "--model-arg",
     "batch_sizes": "--batch",
     "use_ema=False": "--no-ema",
-    "args": "--model-arg",
 }
-_METHOD_ARGUMENT = re.compile(r"method argument `([a-z_]+)`")
+_ARGUMENT_OF = re.compile(r"(method|model) argument `([^`]+)`")
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BUG = 70  # EX_SOFTWARE
 PULSE = 20.0  # seconds: in a log, long work is heard of so often
@@ -231,7 +231,7 @@ def _stop_if_interrupted() -> None:
 
 def in_options(text: str) -> str:
     """A message of the library, its arguments as the options that give them."""
-    return command_line.in_options(_METHOD_ARGUMENT.sub(r"--method-arg \1", text), _OPTIONS)
+    return command_line.in_options(_ARGUMENT_OF.sub(r"--\1-arg \2", text), _OPTIONS)
 
 
 def _fail(text: str) -> None:

@@ -243,7 +243,7 @@ class ImageFolder:
         if self._strict:
             raise DataError(
                 f"{name} in {self.root} cannot be decoded: {reason}",
-                fix="repair or remove it, or leave out --strict to skip such files",
+                fix="repair or remove it, or leave out `strict=True` to skip such files",
             ) from cause
         self.skipped.append((name, reason))
         if name not in self._warned:

@@ -1,7 +1,7 @@
 """Class names: where they come from, and which class a folder of images is.
 
-The one place of both rules. Names come from, in this order: --classes, the model's own configuration (a hub or local
-folder's `label_names`; ImageNet for timm's pretrained models), the folders of --data where they are as many as the
+The one place of both rules. Names come from, in this order: the user, the model's own configuration (a hub or local
+folder's `label_names`; ImageNet for timm's pretrained models), the folders of images where they are as many as the
 classes and sort in one way only. A folder's class: `label_folders`.
 """
 
@@ -54,7 +54,7 @@ def read_names(path: Path) -> list[str]:
         VpError: unreadable, no names, or a number left out or given twice.
     """
     json_file = path.suffix.lower() == ".json"
-    expected, fix = "a JSON list of class names" if json_file else "a class name a line", "check --classes"
+    expected, fix = "a JSON list of class names" if json_file else "a class name a line", "check `classes`"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -161,7 +161,7 @@ def label_folders(folders: Sequence[str], classes: Sequence[str] | None, num_cla
             raise DataError(
                 f"folders that are no class of ImageNet's {num_classes}: {some(strangers)}",
                 expected=f"synsets such as {some(list(synsets))}",
-                fix="rename or remove those folders, or name the classes with --classes FILE",
+                fix="rename or remove those folders, or name the classes with `classes=FILE`",
             )
         return FolderLabels(
             {name: synsets[name] for name in folders},
@@ -176,7 +176,7 @@ def label_folders(folders: Sequence[str], classes: Sequence[str] | None, num_cla
             expected=f"{named}exactly {num_classes} folders, one per class",
             fix=f"these look like the parts of a data set: name {where / split}"
             if split
-            else "point to a folder laid out so, name the classes with --classes FILE, or point to a flat folder of "
+            else "point to a folder laid out so, name the classes with `classes=FILE`, or point to a flat folder of "
             "images to validate without labels",
         )
     natural = sorted(folders, key=_natural)
@@ -186,7 +186,7 @@ def label_folders(folders: Sequence[str], classes: Sequence[str] | None, num_cla
             f"the folders of {where} sort in two ways: class {at} is {folders[at]!r} by text, as torchvision sorts, "
             f"and {natural[at]!r} by its number, as timm does",
             expected="class names, to go by them",
-            fix="give --classes FILE, a name a line in the order of the logits",
+            fix="give `classes=FILE`, a name a line in the order of the logits",
         )
     numbered = all(name.isascii() and name.isdigit() for name in folders)
     return FolderLabels(

@@ -75,7 +75,7 @@ def _export(model: ReducedViT, opset: int) -> torch.onnx.ONNXProgram:
     if found != opset:  # the exporter goes on where its conversion to another opset fails
         raise BuildError(
             f"{model.description.name} cannot be written in opset {opset}: torch {torch.__version__} wrote {found}",
-            fix="choose another --opset",
+            fix="choose another `opset`",
         )
     return exported
 

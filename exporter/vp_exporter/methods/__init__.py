@@ -42,7 +42,7 @@ def build_plan(request: MethodRequest, description: ModelSpec) -> ReductionPlan:
         raise PlanError(
             f"method {method.name} removes no token of {description.name}",
             expected="at least one step",
-            fix="ask for more: a higher --r or a lower --keep-rate",
+            fix="ask for more: a higher `r` or a lower `keep_rate`",
         )
     by_paper = any(getattr(step, "proportional", False) for step in steps)
     wanted = request.proportional_attention

@@ -35,7 +35,7 @@ class Method(ABC):
     """A reduction method by its name.
 
     Attributes:
-        name: on the command line; also the reducer's, unless the method is a static mask.
+        name: as it is asked for; also the reducer's, unless the method is a static mask.
         options: fields of MethodOptions that it takes (preset and proportional_attention go without saying).
         amounts: groups of options and arguments; one group says how much goes.
         args: names that it takes in MethodOptions.args.
@@ -72,7 +72,7 @@ def acting_blocks(request: MethodOptions, model: ModelSpec, default: tuple[int, 
     blocks = default if request.blocks is None else request.blocks
     if blocks[-1] >= model.depth:
         raise PlanError(
-            f"--blocks names block {blocks[-1]}",
+            f"`blocks` names block {blocks[-1]}",
             expected=f"0 to {model.depth - 1}: {model.name} has {model.depth} blocks",
             fix="block numbers are 0-based",
         )

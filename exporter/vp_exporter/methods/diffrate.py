@@ -46,9 +46,9 @@ class DiffRateMethod(Method):
         first = next((block for block, share in zip(blocks, alive, strict=True) if share < 1), None)
         if first is None:
             raise PlanError(
-                f"the published rates remove nothing at --blocks {', '.join(map(str, blocks))}",
+                f"the published rates remove nothing at `blocks={', '.join(map(str, blocks))}`",
                 expected="a block behind the first twelfth of the model",
-                fix="leave out --blocks",
+                fix="leave out `blocks`",
             )
         return Family(
             at=lambda u: self._scaled(request, model, blocks, alive, _power(u)),

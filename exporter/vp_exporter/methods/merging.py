@@ -46,7 +46,7 @@ class MergingMethod(Method):
         if isinstance(request.r, tuple):
             if len(request.r) > len(blocks):
                 raise PlanError(
-                    f"--r lists {len(request.r)} values",
+                    f"`r` lists {len(request.r)} values",
                     expected=f"at most {len(blocks)}, one for each of the blocks {', '.join(map(str, blocks))}",
                 )
             return self._made(request, model, blocks, request.r)

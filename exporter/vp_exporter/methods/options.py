@@ -56,30 +56,30 @@ class MethodOptions:
         odd = [r for r in rows if r is not None and not _is_whole(r, low)]
         if odd:
             raise VpError(
-                f"--r is {odd[0]!r}",
+                f"`r` is {odd[0]!r}",
                 expected="a whole number from 1, such as 13, or a list with one for each acting block, such as 0,6,8",
             )
         if self.schedule is not None and self.schedule not in SHAPES:
-            raise VpError(f"--schedule is {self.schedule!r}", expected=f"one of {', '.join(SHAPES)}")
+            raise VpError(f"`schedule` is {self.schedule!r}", expected=f"one of {', '.join(SHAPES)}")
         if self.schedule is not None and isinstance(self.r, tuple):
-            raise VpError("--schedule is given with a list of r", expected="one number, whose blocks it shapes")
+            raise VpError("`schedule` is given with a list of r", expected="one number, whose blocks it shapes")
         if self.schedule is not None and self.keep_rate is not None:
             raise VpError(
-                "--schedule is given with --keep-rate", expected="--schedule with --r, whose blocks it shapes"
+                "`schedule` is given with `keep_rate`", expected="`schedule` with `r`, whose blocks it shapes"
             )
         if self.blocks is not None:
             bad = not self.blocks or any(not _is_whole(block, 0) for block in self.blocks)
             if bad or any(a >= b for a, b in zip(self.blocks, self.blocks[1:], strict=False)):
-                raise VpError(f"--blocks is {list(self.blocks)}", expected="ascending 0-based blocks, such as 3,6,9")
+                raise VpError(f"`blocks` is {list(self.blocks)}", expected="ascending 0-based blocks, such as 3,6,9")
         for name in ("keep_rate", "target_macs"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < 1):
                 what = "the share of patch tokens that stay" if name == "keep_rate" else "a share of the dense MACs"
                 raise VpError(f"{label(name)} is {value!r}", expected=f"{what}, above 0 and below 1, such as 0.7")
         if self.tau is not None and not (_is_number(self.tau) and self.tau >= 0):
-            raise VpError(f"--tau is {self.tau!r}", expected="a finite number, at least 0, such as 7e-5")
+            raise VpError(f"`tau` is {self.tau!r}", expected="a finite number, at least 0, such as 7e-5")
         if self.seed is not None and not _is_whole(self.seed, 0):
-            raise VpError(f"--seed is {self.seed!r}", expected="a whole number, at least 0")
+            raise VpError(f"`seed` is {self.seed!r}", expected="a whole number, at least 0")
 
     def _has(self, name: str) -> bool:
         return name in self.args or getattr(self, name, None) is not None
@@ -98,8 +98,8 @@ class MethodOptions:
 
 
 def label(name: str, *, arg: bool = False) -> str:
-    """A field or an argument as the command line has it."""
-    return f"--method-arg {name}" if arg else "--" + name.replace("_", "-")
+    """A field, or an argument of the method, as messages name it."""
+    return f"method argument `{name}`" if arg else f"`{name}`"
 
 
 def _is_whole(value: Any, low: int) -> bool:

@@ -61,7 +61,7 @@ class Preset:
             raise PlanError(
                 f"preset {self.name} is given for {model.name} with {model.depth} blocks and {model.patches} patches",
                 expected=f"{DEPTH} blocks and {PATCHES} patches, for which its token counts are published",
-                fix="say how much goes by --target-macs, --r or --keep-rate, as the method takes them",
+                fix="say how much goes by `target_macs`, `r` or `keep_rate`, as the method takes them",
             )
         settings = dict(self.settings)
         if "args" in settings:  # published with one prefix token, the class token

@@ -32,8 +32,8 @@ class MethodRequest(MethodOptions):
         self._check_amount(method)
         if "tau" in method.options and self.tau is None and self.preset is None:
             raise VpError(
-                f"--method {method.name} has no tau",
-                expected="--tau, the variance of the scores from which an image is pruned and not pooled",
+                f"`method={method.name}` has no tau",
+                expected="`tau`, the variance of the scores from which an image is pruned and not pooled",
                 fix="tau belongs to a model and a token count: preset ppt-deit-s uses 7e-5 (DeiT-S, 197 tokens)",
             )
 
@@ -57,7 +57,7 @@ class MethodRequest(MethodOptions):
             raise VpError(f"unknown preset {self.preset!r}", expected=every)
         if self.preset not in own:
             other = PRESETS[self.preset].method
-            raise VpError(f"preset {self.preset} is one of method {other}", expected=known, fix=f"--method {other}")
+            raise VpError(f"preset {self.preset} is one of method {other}", expected=known, fix=f"`method={other}`")
 
     def _check_amount(self, method: Method) -> None:
         """Exactly one thing says how much goes; a preset says everything that decides a token count."""
@@ -73,7 +73,7 @@ class MethodRequest(MethodOptions):
         for name in given[0]:
             if not self._has(name):
                 raise VpError(f"{label(name, arg=True)} is missing", expected=names[amounts.index(given[0])])
-        extra = ["--blocks"] * (self.blocks is not None) + ["--schedule"] * (self.schedule is not None)
+        extra = ["`blocks`"] * (self.blocks is not None) + ["`schedule`"] * (self.schedule is not None)
         extra += [label(name, arg=True) for name in self.args]
         if self.preset is not None and extra:
             raise VpError(

@@ -12,7 +12,7 @@ from vp_exporter.methods.schedule import rounded, share_of
 from vp_exporter.model.spec import ModelSpec
 
 # BAT's own split of what survives is not published (docs/reducers.md, methods): these two shares are ours. They lie in
-# the middle of the ranges that fit the method's figure; --method-arg clusters=... and pairs=... replace them.
+# the middle of the ranges that fit the method's figure; the arguments clusters and pairs replace them.
 CLUSTER_SHARE = 0.15
 PAIR_SHARE = 0.08
 
@@ -20,7 +20,7 @@ PAIR_SHARE = 0.08
 @dataclass(frozen=True)
 class StageMethod(Method):
     """Keeps ceil(keep rate x n) of the n patch tokens of a stage (evit: and one fused token, which counts as a patch
-    token of the next stage, as with its authors), or the counts that --method-arg tokens_out lists."""
+    token of the next stage, as with its authors), or the counts that the argument tokens_out lists."""
 
     def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         blocks = acting_blocks(request, model, stage_blocks(model.depth))

@@ -68,7 +68,7 @@ def solve(family: Family, model: ModelSpec, target: float) -> tuple[Steps, dict[
     found_shares = {u: value for u, value in seen.items() if value is not None}
     if not found_shares:
         raise PlanError(
-            f"--target-macs {target:g} is out of reach: no plan of this method fits the model",
+            f"`target_macs={target:g}` is out of reach: no plan of this method fits the model",
             fix=f"of the last one tried, {refused[-1]}" if refused else "choose a model with more patches",
         )
     best = min(found_shares, key=lambda u: (abs(found_shares[u] - target), u))
@@ -82,7 +82,7 @@ def solve(family: Family, model: ModelSpec, target: float) -> tuple[Steps, dict[
             )
             why = f"the least that it removes is {lost} tokens, at block {steps[0].block} first"
         raise PlanError(
-            f"--target-macs {target:g} is out of reach",
+            f"`target_macs={target:g}` is out of reach",
             expected=f"{least:.4f} to {most:.4f} of the dense MACs: {why}",
             fix="choose a share in reach",
         )

@@ -105,7 +105,7 @@ def _check_folder(folder: Path) -> None:
         fix = ""
         if isinstance(config, dict) and "model_type" in config:
             found += f": it is of transformers' {str(config['model_type'])!r}"
-            fix = f"name the timm model with --model, and its weights with --weights {folder / FOLDER_WEIGHTS[0]}"
+            fix = f"name the timm model with `model`, and its weights with `weights={folder / FOLDER_WEIGHTS[0]}`"
         raise UnsupportedModelError(found, expected=expected, fix=fix)
     if not timm.is_model(str(config["architecture"])):
         raise UnsupportedModelError(
@@ -130,7 +130,7 @@ def folder_weights(folder: Path) -> Path:
         if files:
             raise WeightsError(
                 f"{folder} holds {len(files)} files *{suffix}", expected="one, or model.safetensors",
-                fix=f"name one with --weights, such as {files[0]}",
+                fix=f"name one with `weights`, such as {files[0]}",
             )  # fmt: skip
     raise WeightsError(f"{folder} holds no weights", expected=" or ".join(FOLDER_WEIGHTS[:2]))
 

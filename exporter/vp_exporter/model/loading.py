@@ -52,14 +52,14 @@ def load_model(request: ModelRequest) -> LoadedModel:
     if sum(sources) != 1:
         raise WeightsError(
             f"{'no' if not any(sources) else 'more than one'} source of weights is named",
-            expected="one of --weights FILE, --pretrained (from timm's hub) or --random-init (latency studies only)",
+            expected="one of `weights=FILE`, `pretrained=True` (timm's hub) or `random_init=True` (latency only)",
         )
     name = parse_name(request.name)
     hidden = sorted({"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(request.args))
     if hidden:  # timm would load weights behind our back, a pickle perhaps, and the manifest would not know
-        raise WeightsError(f"--model-arg names {hidden[0]}", expected="weights by --weights or --pretrained only")
+        raise WeightsError(f"`args` names {hidden[0]}", expected="weights by `weights` or `pretrained=True` only")
     if request.use_ema is not None and request.weights is None and name.folder is None:
-        raise WeightsError("--use-ema or --no-ema is given without --weights", expected="--weights FILE")
+        raise WeightsError("`use_ema=True` or `use_ema=False` is given without `weights`", expected="`weights=FILE`")
     args = _arguments(request.args, request.img_size)
     file = request.weights
     if request.pretrained and name.folder is not None:
@@ -142,9 +142,9 @@ def _check_classes(request: ModelRequest, config: Any) -> None:
     has = config.get("num_classes") if isinstance(config, Mapping) else getattr(config, "num_classes", None)
     if request.num_classes and has is not None and has != request.num_classes:
         raise WeightsError(
-            f"--num-classes is {request.num_classes}, and the pretrained weights of {request.name} have {has}",
+            f"`num_classes` is {request.num_classes}, and the pretrained weights of {request.name} have {has}",
             expected=f"{has}, or 0 for features" if has else "0",
-            fix="a head of another size would be untrained: fine-tune the model and give --weights",
+            fix="a head of another size would be untrained: fine-tune the model and give `weights`",
         )
 
 
@@ -163,7 +163,7 @@ def _arguments(args: Mapping[str, Any], img_size: tuple[int, int] | None) -> dic
     if img_size is None:
         return dict(args)
     if "img_size" in args:
-        raise UnsupportedModelError("--img-size and --model-arg img_size are both given", expected="one of them")
+        raise UnsupportedModelError("`img_size` and model argument `img_size` are both given", expected="one of them")
     return {**args, "img_size": img_size}
 
 
@@ -177,7 +177,7 @@ def _check_size(description: ModelSpec, img_size: tuple[int, int] | None) -> Non
     for side, patch in zip(img_size, description.patch_size, strict=True):
         if side % patch:
             raise UnsupportedModelError(
-                f"--img-size {'x'.join(map(str, img_size))} leaves a part of a patch over",
+                f"`img_size` {'x'.join(map(str, img_size))} leaves a part of a patch over",
                 expected=f"multiples of {patch}, the patch size of {description.name}",
                 fix=f"give {side // patch * patch or patch} or {(side // patch + 1) * patch}",
             )
@@ -200,20 +200,20 @@ def _create(name: ModelName, args: Mapping[str, Any], *, pretrained: bool = Fals
                     f"{name.text} is no model of timm {timm.__version__}: its config.json names "
                     + ("no architecture" if isinstance(error, KeyError) else f"another, {first}"),
                     expected="a repository that timm wrote",
-                    fix="name the timm model with --model, and its weights with --weights FILE",
+                    fix="name the timm model, and its weights with `weights=FILE`",
                 ) from error
             if pretrained or name.source == "hf-hub":
                 what = "pretrained weights" if pretrained else "configuration"
                 raise WeightsError(
                     f"timm cannot fetch the {what} of {name.text}: {first}",
                     expected="a reachable hub or a filled cache",
-                    fix="download them elsewhere and name them with --weights",
+                    fix="download them elsewhere and name them with `weights`",
                 ) from error
             if "Invalid pretrained tag" in first:
                 tags = timm.list_pretrained(name.text.split(".", 1)[0] + ".*")
                 fix = f"it has {', '.join(tags[:5])}" if tags else "leave the tag out"
             else:
-                fix = "check --model-arg"
+                fix = "check `args`"
             raise UnsupportedModelError(
                 f"timm cannot create {name.text} with {dict(args)}: {first}", fix=fix
             ) from error

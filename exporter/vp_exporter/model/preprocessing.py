@@ -91,23 +91,23 @@ def preprocessing_of(
     config: dict[str, Any] = resolve_model_data_config(vit)
     crop_pct = config["crop_pct"] if overrides.crop_pct is None else overrides.crop_pct
     if not 0 < crop_pct <= 1:
-        raise VpError(f"--crop-pct is {crop_pct}", expected="above 0 and at most 1")
+        raise VpError(f"`crop_pct` is {crop_pct}", expected="above 0 and at most 1")
     interpolation = overrides.interpolation or config["interpolation"]
     if interpolation not in INTERPOLATIONS:
         interpolation = "bicubic" if overrides.interpolation is None else interpolation  # timm's "random" is training
     if interpolation not in INTERPOLATIONS:
-        raise VpError(f"--interpolation is {interpolation!r}", expected=f"one of {', '.join(INTERPOLATIONS)}")
+        raise VpError(f"`interpolation` is {interpolation!r}", expected=f"one of {', '.join(INTERPOLATIONS)}")
     for name, values in (("mean", overrides.mean), ("std", overrides.std)):
         if values is not None and len(values) != 3:
-            raise VpError(f"--{name} has {len(values)} values", expected="3, one for each channel, as 0.5,0.5,0.5")
+            raise VpError(f"`{name}` has {len(values)} values", expected="3, one for each channel, as 0.5,0.5,0.5")
         if values is not None and (not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0)):
-            raise VpError(f"--{name} is {list(values)}", expected="finite numbers, above 0 for --std")
+            raise VpError(f"`{name}` is {list(values)}", expected="finite numbers, above 0 for `std`")
     height, width = description.image_size
     # As timm.data.transforms_factory: floor, and one number (the shorter side) for a square input.
     scaled = (math.floor(height / crop_pct), math.floor(width / crop_pct))
     crop_mode = overrides.crop_mode or config.get("crop_mode") or "center"
     if crop_mode not in CROP_MODES:
-        raise VpError(f"crop_mode is {crop_mode!r}", expected=f"one of {', '.join(CROP_MODES)}")
+        raise VpError(f"`crop_mode` is {crop_mode!r}", expected=f"one of {', '.join(CROP_MODES)}")
     square = scaled[0] == scaled[1] and crop_mode == "center"
     return Preprocessing.model_validate(
         {

@@ -83,7 +83,7 @@ def find_weights(
     notes = []
     if len(fitting) > 1:
         rest = ", ".join(repr(each.prefix) for each in fitting if each is not place)
-        turn = "--no-ema" if place.averaged else "--use-ema"
+        turn = f"`use_ema={not place.averaged}`"
         choice = f"; {turn} takes the other" if any(each.averaged != place.averaged for each in fitting) else ""
         notes.append(f"weights: {place.prefix or 'the top level'!r} of {source} (also there: {rest}{choice})")
     translate = place.scheme.translate
@@ -147,9 +147,9 @@ def _choose(places: list[_Place], tensors: Mapping[str, Tensor], source: str, us
     averaged = [each for each in places if each.averaged]
     plain = [each for each in places if not each.averaged]
     if use_ema and not averaged:
-        raise WeightsError(f"{source} holds no averaged weights", expected="some", fix="leave out --use-ema")
+        raise WeightsError(f"{source} holds no averaged weights", expected="some", fix="leave out `use_ema=True`")
     if use_ema is False and not plain:
-        raise WeightsError(f"{source} holds averaged weights only", expected="others", fix="leave out --no-ema")
+        raise WeightsError(f"{source} holds averaged weights only", expected="others", fix="leave out `use_ema=False`")
     if use_ema is None:
         preferred = [each for each in averaged if not _MOMENTUM.search(each.prefix)]
         chosen = preferred or plain or averaged
@@ -261,7 +261,7 @@ def _check_positions(state: Mapping[str, Tensor], model: nn.Module, source: str)
         raise WeightsError(
             f"{source} has positions of {patches} patches, which are no square",
             expected=f"{rows} x {columns}, as the model has, or a square grid to resample",
-            fix="name the image size of the weights with --img-size HEIGHT,WIDTH, or the model that they belong to",
+            fix="name the image size of the weights with `img_size`, or the model that they belong to",
         )
 
 
@@ -293,7 +293,7 @@ def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor], model:
         side = round(patches**0.5)
         was = f"{side} x {side}" if side * side == patches else str(patches)
         size = side * model.patch_embed.patch_size[0]
-        keep = f"; --img-size {size} keeps them" if side * side == patches else ""
+        keep = f"; `img_size={size}` keeps them" if side * side == patches else ""
         notes.append(
             f"weights: position embeddings of {source} resampled from {was} to {grid[0]} x {grid[1]} patches, "
             f"as timm does{keep}"

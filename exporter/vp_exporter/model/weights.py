@@ -207,8 +207,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def _shape_hint(name: str) -> str:
     if name.startswith("head"):
-        return ", or its classes with --num-classes"
-    return ", or its image size with --img-size" if name == "pos_embed" else ""
+        return ", or its classes with `num_classes`"
+    return ", or its image size with `img_size`" if name == "pos_embed" else ""
 
 
 def _name_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
@@ -217,9 +217,9 @@ def _name_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
     if "lora_" in extra_text:
         return "; these are LoRA adapters: merge them into the model first (peft: merge_and_unload)"
     if "fc_norm." in extra_text and "fc_norm." not in missing_text:
-        return ", or give --model-arg global_pool=avg: these weights average the patches"
+        return ", or give model argument `global_pool=avg`: these weights average the patches"
     if "ls1.gamma" in extra_text and "ls1.gamma" not in missing_text:
-        return ", or give --model-arg init_values=1e-5: these weights have LayerScale"
+        return ", or give model argument `init_values=1e-5`: these weights have LayerScale"
     if "reg_token" in extra_text:
         return ", one with register tokens"
     return ""

@@ -226,7 +226,7 @@ def _check_pair(subjects: Sequence[Subject], batches: Sequence[int], device: str
         for batch in batches:
             if sizes is not None and not sizes.min <= batch <= sizes.max:
                 raise InputError(
-                    f"--batch {batch} with {subject.label}",
+                    f"`batch_sizes={batch}` with {subject.label}",
                     expected=f"{sizes.min} to {sizes.max}, which its engine was built for",
                 )
     engines = [f"{each.engine.name} {each.engine.precision}" for each in manifests]

@@ -39,13 +39,13 @@ def check_kernels(description: ModelSpec, head_dim: int) -> None:
         raise UnsupportedModelError(
             f"{description.name} has heads of {head_dim} channels",
             expected=f"{', '.join(map(str, HEAD_DIMS))} for the vp kernels",
-            fix="use --kernels portable",
+            fix="use `kernels=portable`",
         )
     if tokens > MAX_TOKENS:
         raise UnsupportedModelError(
             f"{description.name} has {tokens} tokens",
             expected=f"at most {MAX_TOKENS} for the vp kernels",
-            fix="use --kernels portable",
+            fix="use `kernels=portable`",
         )
 
 

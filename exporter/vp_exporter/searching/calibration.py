@@ -115,7 +115,7 @@ def split(images: int, batch_size: int, held_share: float) -> tuple[tuple[int, .
         raise SearchError(
             f"{images} calibration images",
             expected=f"at least {2 * batch_size}: one batch of {batch_size} to search on and one held out",
-            fix="give more images, or a smaller --search-batch",
+            fix="give more images, or a smaller `search_batch`",
         )
     count = -(-images // batch_size)
     held = min(count - 1, max(1, round(held_share * count)))
@@ -159,10 +159,10 @@ def load_calibration(
     """
     workers = workers or single()
     if augment not in AUGMENTS:
-        raise SearchError(f"--augment is {augment!r}", expected=" or ".join(AUGMENTS))
+        raise SearchError(f"`augment` is {augment!r}", expected=" or ".join(AUGMENTS))
     if not description.num_classes:
         raise SearchError(
-            f"{description.name} gives features, no classes", expected="a model with a head: --num-classes above 0"
+            f"{description.name} gives features, no classes", expected="a model with a head: `num_classes` above 0"
         )
     folder = ImageFolder(
         root, prepare, classes=classes, num_classes=description.num_classes, strict=strict, limit=limit,
@@ -229,6 +229,6 @@ def _dense_logits(
         if not torch.isfinite(part).all():
             raise SearchError(
                 "the dense model gives NaN or infinite logits on the calibration images", expected="finite logits",
-                fix="check the weights and the preprocessing (--mean, --std)",
+                fix="check the weights and the preprocessing (`mean`, `std`)",
             )  # fmt: skip
     return {batch: part.clone() for batch, part in zip(batches, logits, strict=True)}

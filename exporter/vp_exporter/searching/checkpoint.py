@@ -54,7 +54,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         raise SearchError(
             f"cannot write {path}: {error.strerror or error}", expected="a folder that can be written",
-            fix="free some space, or choose another --out",
+            fix="free some space, or choose another `out`",
         ) from error  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def _open(folder: Path, identity: Any) -> tuple[float, list[str]]:
     except OSError as error:
         raise SearchError(
             f"cannot use {folder} for the checkpoint: {error.strerror or error}",
-            expected="a folder that can be written", fix="choose another --out",
+            expected="a folder that can be written", fix="choose another `out`",
         ) from error  # fmt: skip
     path = folder / "identity.json"
     if not names:
@@ -235,19 +235,19 @@ def _open(folder: Path, identity: Any) -> tuple[float, list[str]]:
     if path.name not in names:
         raise SearchError(
             f"{folder} is not a checkpoint: it holds {names[0]}", expected="no such folder, or the one of this search",
-            fix="remove the folder, or choose another --out",
+            fix="remove the folder, or choose another `out`",
         )  # fmt: skip
     stored = _read_json(path, f"remove {folder}: the search starts again")
     if not isinstance(stored, dict) or stored.get("format") != FORMAT or stored.get("version") != VERSION:
         raise SearchError(
             f"{path} is not of a checkpoint that this version reads", expected=f"{FORMAT}, version {VERSION}",
-            fix="remove the folder, or choose another --out",
+            fix="remove the folder, or choose another `out`",
         )  # fmt: skip
     if difference := _difference(stored.get("identity"), identity):
         key, before, now = difference
         raise SearchError(
             f"the checkpoint {folder} is of another search: {key} was {before} and is {now}",
-            expected="the same search", fix="remove the folder, or choose another --out",
+            expected="the same search", fix="remove the folder, or choose another `out`",
         )  # fmt: skip
     seconds = 0.0
     if "clock.json" in names:

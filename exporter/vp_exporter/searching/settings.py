@@ -61,38 +61,35 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise SearchError(f"--method is {self.method!r}", expected=f"one of {', '.join(METHODS)}")
+            raise SearchError(f"`method` is {self.method!r}", expected=f"one of {', '.join(METHODS)}")
         if self.evaluations is None:
             object.__setattr__(self, "evaluations", EXCHANGES if self.method == STATIC else SCHEDULES)
         if (self.target_macs is None) == (self.target_latency is None):
             found = "no budget is named" if self.target_macs is None else "two budgets are named"
-            raise SearchError(found, expected="one of --target-macs SHARE and --target-latency SHARE")
+            raise SearchError(found, expected="one of `target_macs=SHARE` and `target_latency=SHARE`")
         for name in ("target_macs", "target_latency"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and 0 < value < 1):
-                raise SearchError(
-                    f"--{name.replace('_', '-')} is {value:g}", expected="a share of dense, above 0 and below 1"
-                )
+                raise SearchError(f"`{name}` is {value:g}", expected="a share of dense, above 0 and below 1")
         if self.target_latency is not None and self.method != STATIC:
             raise SearchError(
-                f"--target-latency is given with --method {self.method}", expected=f"--method {STATIC}",
-                fix="ask by --target-macs: a reducer's own work is not in the measured table",
+                f"`target_latency` is given with `method={self.method}`", expected=f"`method={STATIC}`",
+                fix="ask by `target_macs`: a reducer's own work is not in the measured table",
             )  # fmt: skip
         for name, low in (("min_tokens", 1), ("multiple", 1), ("evaluations", 0), ("tune_steps", 0), ("seed", 0)):
             if getattr(self, name) < low:
-                option = name.replace("_", "-")
-                raise SearchError(f"--{option} is {getattr(self, name)}", expected=f"at least {low}")
+                raise SearchError(f"`{name}` is {getattr(self, name)}", expected=f"at least {low}")
         if self.minutes is not None and not self.minutes > 0:
-            raise SearchError(f"--minutes is {self.minutes:g}", expected="above 0")
+            raise SearchError(f"`minutes` is {self.minutes:g}", expected="above 0")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise SearchError(f"--temperature is {self.temperature:g}", expected="a finite number above 0")
+            raise SearchError(f"`temperature` is {self.temperature:g}", expected="a finite number above 0")
         if self.targets not in TARGETS:
-            raise SearchError(f"--targets is {self.targets!r}", expected=f"one of {', '.join(TARGETS)}")
+            raise SearchError(f"`targets` is {self.targets!r}", expected=f"one of {', '.join(TARGETS)}")
         for name, known in (("strategies", STRATEGIES), ("tuning", TUNING)):
             strange = [value for value in getattr(self, name) if value not in known]
             if strange:
-                option = {"strategies": "--rearrange", "tuning": "--tune"}[name]
-                raise SearchError(f"{option} names {strange[0]!r}", expected=f"{', '.join(known)}, or none")
+                argument = {"strategies": "rearrange", "tuning": "tune"}[name]
+                raise SearchError(f"`{argument}` names {strange[0]!r}", expected=f"{', '.join(known)}, or none")
 
     @property
     def share(self) -> float:

@@ -13,7 +13,7 @@ from vp_engines.errors import VpError
 
 EXPECTED = "a bundle folder, a plan or a mask"
 PLAN_FORMAT = "vp-plan"  # vp_exporter.plan.FORMAT, without what its import costs
-_EXPORT = "vp-export makes a bundle of it: vp-export --model NAME --weights {} --plan PLAN.json --out NAME.vpe"
+_EXPORT = "`vp.export` makes a bundle of it: `model=NAME` `weights={}` `plan=PLAN.json` `out=NAME.vpe`"
 _ENGINE = "an engine is inspected in its bundle: vp-inspect NAME.vpe"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -67,7 +67,7 @@ def _folder(path: Path) -> tuple[str, str] | None:
         config = _json(path / "config.json")
         if isinstance(config, dict) and "architecture" in config:
             model = f"local-dir:{path}"
-            fix = f"vp-export makes a bundle of it: vp-export --model {model} --pretrained --plan FILE --out NAME.vpe"
+            fix = f"`vp.export` makes a bundle of it: `model={model}` `pretrained=True` `plan=FILE` `out=NAME.vpe`"
             return f"a folder of the timm model {config['architecture']}", fix
         if isinstance(config, dict) and "model_type" in config:
             return f"a folder of transformers' {config['model_type']!r}", _EXPORT.format(path / "model.safetensors")
@@ -81,7 +81,7 @@ def _folder(path: Path) -> tuple[str, str] | None:
     if not names:
         return "an empty folder", "check the path"
     if _holds_images(path, names):
-        return "a folder of images", "they are for --data of vp-export, vp-validate and vp-search"
+        return "a folder of images", "they are for `data` of `vp.export` and `vp.validate`, or for `vp.search`"
     weights = [name for name in names if name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx"))]
     if weights:
         return f"a folder without a manifest, with {weights[0]} in it", f"name {path / weights[0]} to hear what it is"
@@ -133,13 +133,13 @@ def _file(path: Path) -> tuple[str, str] | None:
     if path.suffix in (".json", ".npy", ".npz", ".safetensors"):
         return None  # damaged, perhaps: their own readers say how
     if b"\0" not in head:
-        return "a text file", "class names are for --classes" if path.suffix == ".txt" else ""
+        return "a text file", "class names are for `classes`" if path.suffix == ".txt" else ""
     return "no file of a kind that is known here", ""
 
 
 def _advice(what: str, path: Path) -> str:
     if "image" in what:
-        return "images are for --data, or engine.preprocess([...]) in Python"
+        return "images are for `data`, or engine.preprocess([...]) in Python"
     if "archive" in what:
         return "unpack it, and name what is inside"
     return _ENGINE if "engine" in what else ""
@@ -154,12 +154,12 @@ def _archive(path: Path) -> tuple[str, str] | None:
     if names and all(name.endswith(".npy") for name in names):
         known = {name.removesuffix(".npy") for name in names}
         if any(name.startswith(("Transformer/", "embedding/", "params/")) for name in known):
-            return "an archive of JAX weights", "convert them with timm and give --weights FILE.safetensors"
+            return "an archive of JAX weights", "convert them with timm and give `weights=FILE.safetensors`"
         return None
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         return (
             "a TorchScript model",
-            "give vp-export the timm model's name and its weights: --model NAME --weights FILE",
+            "give `vp.export` the timm model's name and its weights: `model=NAME` `weights=FILE`",
         )
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         return "a .pt2 package of torch.export or AOTInductor", _ENGINE
@@ -205,9 +205,9 @@ def _document(path: Path) -> tuple[str, str] | None:
     if "verdict" in data:
         return "a report of vp-validate", "name the bundle, or open report.html"
     if "architecture" in data or "model_type" in data:
-        return "the configuration of a model", f"name its folder: vp-export --model local-dir:{path.absolute().parent}"
+        return "the configuration of a model", f"name its folder: `model=local-dir:{path.absolute().parent}`"
     if "weight_map" in data:
-        return "the index of weights in several files", "join them into one .safetensors file for --weights"
+        return "the index of weights in several files", "join them into one .safetensors file for `weights`"
     return None
 
 

@@ -116,14 +116,14 @@ def check_runs_alike(own: str, manifest: Manifest, label: str, other: Manifest, 
         raise BundleError(
             f"{label} runs on {devices[1]}",
             expected=f"{devices[0]}, as {own}",
-            fix="compare bundles of one device, or name one that both run on with --device",
+            fix="compare bundles of one device, or name one that both run on with `device`",
         )
     common = common_batches(manifest, other)
     if common is not None and common[0] > common[1]:
         raise BundleError(
             f"{label} was built for batches of {_range(other.engine.batch)}",
             expected=f"one of {_range(manifest.engine.batch)}, which {own} was built for",
-            fix="export one of them again with the other's --min-batch and --max-batch",
+            fix="export one of them again with the other's `min_batch` and `max_batch`",
         )
 
 
@@ -155,7 +155,7 @@ def _check_answers(own: str, manifest: Manifest, label: str, other: Manifest) ->
         raise BundleError(
             f"{label} has the classes of {own} in another order",
             expected="one order of the logits",
-            fix="export one of them again with the other's --classes",
+            fix="export one of them again with the other's `classes`",
         )
     at = next(i for i, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
     raise BundleError(

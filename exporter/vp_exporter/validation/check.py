@@ -142,7 +142,7 @@ def check_bundle(
             raise BundleError(
                 "the bundle holds no dense baseline to compare with",
                 expected="a baseline",
-                fix="export again without --no-dense, or name another bundle with --against",
+                fix="export again without `dense=False`, or name another bundle with `against`",
             )
         warnings.append("The bundle holds no dense baseline: neither speed-up nor accuracy is measured.")
         probed = workers.from_leader(lambda: _probe(path, manifest, request, batches, progress))
@@ -227,7 +227,7 @@ def _statistics_doubt(manifest: Manifest, accuracy: Accuracy, request: CheckRequ
         return ""
     return (
         f"{baseline.name}'s top-1 is {top1:.2f}%, poor for a trained model, and mean and std are timm's defaults for "
-        f"{manifest.model.name}; if the weights ({source}) were trained with others, export with --mean and --std"
+        f"{manifest.model.name}; if the weights ({source}) were trained with others, export with their `mean` and `std`"
     )
 
 

@@ -78,9 +78,9 @@ def may_write(out: Path, force: bool) -> None:
     if not os.path.lexists(out):
         return
     if not force:
-        raise AotError(f"{out} exists; expected a new name, or --force to replace it")
+        raise AotError(f"{out} exists; expected a new name, or `force=True` to replace it")
     if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / INDEX).is_file()):
-        raise AotError(f"{out} is no folder of ahead-of-time builds; expected one (or an empty one) with --force")
+        raise AotError(f"{out} is no folder of ahead-of-time builds; expected one (or an empty one) with `force=True`")
 
 
 def _compiled(tasks: Sequence[Task], jobs: int) -> Iterator[Built]:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, rooms: Mapping[str, str] | None =
     try:
         return _run(_parser().parse_args(argv), rooms)
     except AotError as error:
-        print(f"vp_kernels.aot: {error}", file=sys.stderr)
+        print(f"vp_kernels.aot: {error}".replace("`force=True`", "--force"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("vp_kernels.aot: interrupted; nothing was written", file=sys.stderr)

@@ -53,5 +53,5 @@ def test_calibration_cuts_images_unless_told_not_to(folder: Path) -> None:
         assert torch.equal(mixed.images(batch), cutmix(plain.images(batch), (0, batch)))
         assert (mixed.dense(batch)[1::2] != plain.dense(batch)[1::2]).any()
         assert torch.equal(mixed.labels(batch), plain.labels(batch))
-    with pytest.raises(SearchError, match="--augment is 'mixup'; expected cutmix or none"):
+    with pytest.raises(SearchError, match="`augment` is 'mixup'; expected cutmix or none"):
         load(folder, augment="mixup")

@@ -94,7 +94,7 @@ def test_by_order() -> None:
     ],
 )
 def test_an_order_that_trainers_disagree_on(folders: list[str], says: str) -> None:
-    with pytest.raises(DataError, match=says + ".*--classes FILE"):
+    with pytest.raises(DataError, match=says + ".*`classes=FILE`"):
         labels(folders, None, len(folders))
     names = sorted(folders, reverse=True)
     assert labels(folders, names, len(folders)) == {name: i for i, name in enumerate(names)}

@@ -60,7 +60,7 @@ def test_any_target_on_a_larger_model(vit_l: ModelSpec, share: float, method: st
     if error is None:
         assert found == pytest.approx(share, abs=0.005)
     else:
-        assert "--target-macs" in error.found
+        assert "`target_macs=" in error.found
         low, high = (float(word) for word in error.expected.replace(" to ", " ").split()[:2])
         assert share < low or share > high
         assert "block" in error.expected
@@ -108,7 +108,7 @@ def test_diffrate_at_the_published_macs_is_the_published_curve(deit_s: ModelSpec
 @pytest.mark.parametrize(
     ("method", "share", "changes", "message"),
     [
-        ("ppt", 0.3, {}, r"--target-macs 0.3 is out of reach; expected 0.4963 to 0.9988 of the dense MACs: "
+        ("ppt", 0.3, {}, r"`target_macs=0.3` is out of reach; expected 0.4963 to 0.9988 of the dense MACs: "
                          r"block 3 can lose at most 98 of its 196 patch tokens; choose a share in reach"),
         ("evit", 0.1, {}, r"expected 0.30\d\d to 0.99\d\d .*: block 3 is the first to reduce and keeps at least 1"),
         ("tome", 0.6, {"blocks": (11,)}, r"expected 0.97\d\d to 0.99\d\d .*: block 11 can lose at most 98"),
@@ -116,7 +116,7 @@ def test_diffrate_at_the_published_macs_is_the_published_curve(deit_s: ModelSpec
         ("bat", 0.999, {"blocks": (3,), "args": {"pairs": 30}},
          r"expected 0.4\d* to 0.88\d\d .*: the least that it removes is 30 tokens, at block 3 first"),
         ("bat", 0.6, {"args": {"pairs": 30}}, r"no plan of this method fits .*pairs of the bat step at block \d is 30"),
-        ("diffrate", 0.6, {"blocks": (0,)}, r"the published rates remove nothing at --blocks 0; expected a block"),
+        ("diffrate", 0.6, {"blocks": (0,)}, r"the published rates remove nothing at `blocks=0`; expected a block"),
     ],
 )  # fmt: skip
 def test_out_of_reach(method: str, share: float, changes: Any, message: str, deit_s: ModelSpec) -> None:

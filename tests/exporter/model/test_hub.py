@@ -86,7 +86,7 @@ def test_another_size_of_a_local_folder(folder: Path) -> None:
     [
         (None, "holds no config.json"),
         ("{", "cannot read"),
-        ({"model_type": "vit"}, "names no timm architecture: it is of transformers' 'vit'; .*--weights"),
+        ({"model_type": "vit"}, "names no timm architecture: it is of transformers' 'vit'; .*`weights="),
         ({"architecture": "resnet_of_my_own"}, "has no model 'resnet_of_my_own'"),
     ],
 )
@@ -135,7 +135,7 @@ def test_out_of_reach_is_one_line(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)  # by which the hub's client waits between its retries
-    with pytest.raises(WeightsError, match=r"timm cannot fetch the .*--weights") as caught:
+    with pytest.raises(WeightsError, match=r"timm cannot fetch the .*`weights`") as caught:
         load(name)
     assert not slept
     assert "\n" not in str(caught.value)
@@ -155,7 +155,7 @@ def fill(cache: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "vit"}, "names no architecture; expected a repository that timm wrote; .*--weights FILE"),
+        ({"model_type": "vit"}, "names no architecture; expected a repository that timm wrote; .*`weights=FILE`"),
         ({"architecture": "vit_of_another_timm"}, r"names another, Unknown model \(vit_of_another_timm\)"),
     ],
 )
@@ -173,14 +173,14 @@ def test_what_is_cached_needs_no_hub(cache: Path, folder: Path) -> None:
     check(loaded, f"hf-hub:{HUB_NAME}")
     assert any("the hub does not answer: they are those of the cache" in note for note in loaded.notes)
     assert describe_by_name(f"hf-hub:{HUB_NAME}", {}).num_classes == 3
-    with pytest.raises(WeightsError, match=r"--num-classes is 5, and the pretrained weights of .* have 3"):
+    with pytest.raises(WeightsError, match=r"`num_classes` is 5, and the pretrained weights of .* have 3"):
         load(f"hf-hub:{HUB_NAME}", num_classes=5)
     assert load(f"hf-hub:{HUB_NAME}", num_classes=0).description.num_classes == 0
 
 
 def test_a_new_head_is_not_made_up(cache: Path) -> None:
     """timm gives a pretrained model random weights for another number of classes."""
-    with pytest.raises(WeightsError, match=r"--num-classes is 10, and the pretrained weights of .* have 1000"):
+    with pytest.raises(WeightsError, match=r"`num_classes` is 10, and the pretrained weights of .* have 1000"):
         load(NAME, num_classes=10)
 
 
@@ -192,7 +192,7 @@ def test_a_hub_that_answers_is_asked() -> None:
 
 
 def test_sizes_that_leave_a_part_of_a_patch() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"--img-size 40x32 .*multiples of 16, .*give 32 or 48"):
+    with pytest.raises(UnsupportedModelError, match=r"`img_size` 40x32 .*multiples of 16, .*give 32 or 48"):
         load_model(ModelRequest(NAME, {"depth": 1}, random_init=True, img_size=(40, 32)))
-    with pytest.raises(UnsupportedModelError, match="--img-size and --model-arg img_size are both given"):
+    with pytest.raises(UnsupportedModelError, match="`img_size` and model argument `img_size` are both given"):
         load_model(ModelRequest(NAME, ARGS, random_init=True, img_size=(64, 64)))

@@ -82,7 +82,7 @@ def test_timms_own_trainer(tmp_path: Path, trained: tuple[nn.Module, nn.Module])
     assert type(torch.load(path, weights_only=False)["args"]) is argparse.Namespace
     loaded = load(path)
     assert same(loaded, average)  # averaged weights where there are some, as timm has it
-    assert any("'state_dict_ema.'" in note and "--no-ema takes the other" in note for note in loaded.notes)
+    assert any("'state_dict_ema.'" in note and "`use_ema=False` takes the other" in note for note in loaded.notes)
     assert same(load(path, use_ema=True), average)
     assert same(load(path, use_ema=False), model)
 
@@ -92,12 +92,12 @@ def test_averaged_weights_that_are_asked_for_must_be_there(
 ) -> None:
     path = Trainer(trained[0], tmp_path).save()
     assert same(load(path), trained[0])
-    with pytest.raises(WeightsError, match=r"model_best\.pth\.tar holds no averaged weights; .*leave out --use-ema"):
+    with pytest.raises(WeightsError, match=r"model_best\.pth\.tar holds no averaged weights.*leave out `use_ema=True`"):
         load(path, use_ema=True)
     only = saved(tmp_path / "ema.pth", {"model_ema": trained[1].state_dict()})
-    with pytest.raises(WeightsError, match=r"averaged weights only; .*leave out --no-ema"):
+    with pytest.raises(WeightsError, match=r"averaged weights only; .*leave out `use_ema=False`"):
         load(only, use_ema=False)
-    with pytest.raises(WeightsError, match="without --weights"):
+    with pytest.raises(WeightsError, match="without `weights`"):
         load_model(ModelRequest(NAME, ARGS, random_init=True, use_ema=True))
 
 
@@ -206,7 +206,7 @@ def test_masked_autoencoder(tmp_path: Path) -> None:
     assert any("left out mask_token and 2 more" in note for note in loaded.notes)
     averaging = make(global_pool="avg")  # its fine-tuned models average the patches
     path = saved(tmp_path / "finetuned.pth", {"model": averaging.state_dict()})
-    with pytest.raises(WeightsError, match=r"finetuned\.pth .*--model-arg global_pool=avg"):
+    with pytest.raises(WeightsError, match=r"finetuned\.pth .*model argument `global_pool=avg`"):
         load(path)
     assert same(load(path, args={"global_pool": "avg"}), averaging)
 
@@ -333,7 +333,7 @@ def test_classes_of_the_file_are_said(tmp_path: Path) -> None:
     loaded = load(path)
     assert loaded.description.num_classes == 7
     assert any(f"w.pth has 7 classes, where {NAME} has 1000: taken from the file" in note for note in loaded.notes)
-    with pytest.raises(WeightsError, match=r"head\.\w+ in w\.pth .*--num-classes"):
+    with pytest.raises(WeightsError, match=r"head\.\w+ in w\.pth .*`num_classes`"):
         load(path, num_classes=5)
     headless = saved(tmp_path / "h.pth", make(num_classes=0).state_dict())
     assert any("no classes (features come out)" in note for note in load(headless).notes)
@@ -381,7 +381,7 @@ def test_the_resampling_says_how_to_keep_the_positions(tmp_path: Path) -> None:
     path = saved(tmp_path / "big.pth", make(img_size=64).state_dict())
     note = next(note for note in load(path).notes if "resampled" in note)
     assert note == (
-        "weights: position embeddings of big.pth resampled from 4 x 4 to 2 x 2 patches, as timm does; --img-size 64 "
+        "weights: position embeddings of big.pth resampled from 4 x 4 to 2 x 2 patches, as timm does; `img_size=64` "
         "keeps them"
     )
     kept = load_model(
@@ -395,7 +395,7 @@ def test_the_resampling_says_how_to_keep_the_positions(tmp_path: Path) -> None:
 def test_positions_of_no_grid(tmp_path: Path) -> None:
     state = make().state_dict()
     state["pos_embed"] = torch.zeros(1, 8, 16)  # 7 patches
-    with pytest.raises(WeightsError, match=r"w\.pth has positions of 7 patches, .*--img-size"):
+    with pytest.raises(WeightsError, match=r"w\.pth has positions of 7 patches, .*`img_size`"):
         load(saved(tmp_path / "w.pth", state))
 
 

@@ -122,11 +122,11 @@ UNFIT: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "other-image-size": (
         lambda s: changed(s, "pos_embed", torch.zeros(1, 10, 16)),
-        r"pos_embed in w\.st has shape \[1, 10, 16\]; .*or its image size with --img-size",
+        r"pos_embed in w\.st has shape \[1, 10, 16\]; .*or its image size with `img_size`",
     ),
     "other-classes": (
         lambda s: changed(s, "head.weight", torch.zeros(9, 16)),
-        r"head\.weight .* \[9, 16\]; expected \[5, 16\].*--num-classes",
+        r"head\.weight .* \[9, 16\]; expected \[5, 16\].*`num_classes`",
     ),
     "nan": (lambda s: poisoned(s, float("nan")), r"blocks\.0\.mlp\.fc1\.weight in w\.st holds NaN or infinity"),
     "infinity": (lambda s: poisoned(s, float("inf")), r"blocks\.0\.mlp\.fc1\.weight in w\.st holds NaN or infinity"),
@@ -308,7 +308,7 @@ def test_classes_come_from_the_weights(tmp_path: Path, classes: int) -> None:
 def test_classes_that_are_named_win(tmp_path: Path, state: State) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(state, path)
-    with pytest.raises(WeightsError, match=r"head\.\w+ .*expected \[7.*--num-classes"):
+    with pytest.raises(WeightsError, match=r"head\.\w+ .*expected \[7.*`num_classes`"):
         load(path, num_classes=7)
 
 
@@ -323,7 +323,7 @@ def test_classes_that_are_named_win(tmp_path: Path, state: State) -> None:
 def test_exactly_one_source(sources: dict[str, Any], says: str) -> None:
     with pytest.raises(WeightsError, match=says) as caught:
         load_model(ModelRequest(NAME, ARGS, **sources))
-    assert all(option in str(caught.value) for option in ("--weights", "--pretrained", "--random-init"))
+    assert all(option in str(caught.value) for option in ("`weights=", "`pretrained=", "`random_init="))
 
 
 def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(ModelRequest(NAME, pretrained=True))
     assert str(caught.value) == (
         f"timm cannot fetch the pretrained weights of {NAME}: Cannot reach the hub:; expected a reachable hub or a "
-        "filled cache; download them elsewhere and name them with --weights"
+        "filled cache; download them elsewhere and name them with `weights`"
     )
 
 
@@ -352,7 +352,7 @@ def test_unknown_model_without_near_names() -> None:
 
 
 def test_arguments_that_timm_refuses() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"timm cannot create .* with .*'depht': 2.*check --model-arg"):
+    with pytest.raises(UnsupportedModelError, match=r"timm cannot create .* with .*'depht': 2.*check `args`"):
         load_model(ModelRequest(NAME, {"depht": 2}, random_init=True))
 
 

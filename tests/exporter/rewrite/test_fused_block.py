@@ -171,7 +171,7 @@ def test_limits_are_those_of_the_operators() -> None:
 def test_refuses_other_heads() -> None:
     vit, description = tiny_vit()
     with pytest.raises(
-        UnsupportedModelError, match=r"heads of 16 channels; expected 32, 64, 80, 96, 128 .*--kernels portable"
+        UnsupportedModelError, match=r"heads of 16 channels; expected 32, 64, 80, 96, 128 .*`kernels=portable`"
     ):
         ReducedViT(vit, description, None, "vp")
 

@@ -155,7 +155,7 @@ def test_another_search_is_refused(tmp_path: Path, change: dict, words: str) -> 
         Checkpoint(tmp_path, {**IDENTITY, **change})
     message = str(caught.value)
     assert words in message
-    assert "expected the same search; remove the folder, or choose another --out" in message
+    assert "expected the same search; remove the folder, or choose another `out`" in message
     assert len(message) < 500
     assert "\n" not in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

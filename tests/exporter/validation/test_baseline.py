@@ -25,7 +25,7 @@ PAIRS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"outputs": [{"name": "features", "dtype": "float32", "shape": ["batch", 3]}]},
      r"b\.vpe gives features of 3; expected logits of 3"),
     ({"classes": ["x", "y", "z"]}, {"classes": ["x", "q", "z"]}, r"class 1 of b\.vpe is 'q'; expected 'y', as a\.vpe"),
-    ({"classes": ["x", "y", "z"]}, {"classes": ["y", "x", "z"]}, r"classes of a\.vpe in another order; .*--classes"),
+    ({"classes": ["x", "y", "z"]}, {"classes": ["y", "x", "z"]}, r"classes of a\.vpe in another order; .*`classes`"),
     ({}, {"preprocessing": {"mean": (0.485, 0.456, 0.406)}}, r"mean 0\.485, 0\.456, 0\.406; expected 0\.5, 0\.5, 0\.5"),
     ({}, {"preprocessing": {"std": (0.2, 0.2, 0.2)}}, r"with std 0\.2"),
     ({}, {"preprocessing": {"resize": 36}}, r"with resize 36; expected 32, as a\.vpe"),

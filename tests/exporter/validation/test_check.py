@@ -76,7 +76,7 @@ def test_wrong_engine_fails(tmp_path: Path, images: Path, monkeypatch: pytest.Mo
 def test_no_baseline_is_refused_where_one_is_needed(request_: dict, tmp_path: Path, images: Path, loaded: list) -> None:
     if "data" in request_:
         request_ = {"data": images}
-    with pytest.raises(BundleError, match=r"no dense baseline to compare with.*--against"):
+    with pytest.raises(BundleError, match=r"no dense baseline to compare with.*`against`"):
         check_bundle(make_bundle(tmp_path / "x", dense=False), CheckRequest(**request_, **QUICK))
     assert loaded == []
 
@@ -280,7 +280,7 @@ def test_own_weights_with_timms_statistics(
     monkeypatch.setattr(vp_engines, "load", lambda path, **options: FakeEngine(wrong=wrong))
     path = make_bundle(tmp_path / "x", preprocessing=spec, model={"weights_source": source})
     found = check_bundle(path, CheckRequest(data=images, statistics_stated=stated, **QUICK))
-    said = [line for line in found.warnings if "--mean and --std" in line]
+    said = [line for line in found.warnings if "`mean` and `std`" in line]
     assert bool(said) == warned
     assert not said or "timm's defaults for vit_x; if the weights (mine.pth) were trained with others" in said[0]
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from vp_engines.command_line import in_options
 from vp_engines.errors import EXIT_OK, VpError
 from vp_engines.serving.ray.options import PROXIES, Listen, RayOptions
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listen = Listen(**{name: given[name] for name in Listen.__dataclass_fields__})
         serve_bundle(given["bundle"], options, listen, lambda line: print(line, flush=True))
     except VpError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {in_options(' '.join(str(error).split()))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")

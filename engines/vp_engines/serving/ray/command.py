@@ -115,7 +115,7 @@ def _connected(listen: Listen) -> Any:
         raise ServingError(
             f"cannot {what}: {_first_line(error)}",
             expected="the address of a running one's head" if listen.address else "",
-            fix="start one with 'ray start --head', or leave --address out" if listen.address else "see Ray's logs",
+            fix="start one with 'ray start --head', or leave `address` out" if listen.address else "see Ray's logs",
         ) from None
     return ray
 
@@ -130,7 +130,7 @@ def _check_gpus(ray: Any, options: RayOptions) -> None:
         raise ServingError(
             f"{options.replicas} replicas of {options.gpus:g} GPUs on a cluster with {there:g}",
             expected=f"{wanted:g}",
-            fix="take fewer --replicas or a part of a GPU each with --gpus, or add nodes",
+            fix="take fewer `replicas` or a part of a GPU each with `gpus`, or add nodes",
         )
 
 
@@ -139,7 +139,7 @@ def _check_free(name: str) -> None:
 
     there = serve.status().applications
     if name in there or engines_name(name) in there:
-        raise ServingError(f"the cluster serves {name!r} already", fix="give another --name, or stop that one first")
+        raise ServingError(f"the cluster serves {name!r} already", fix="give another `name`, or stop that one first")
 
 
 def _probe(ray: Any, path: str, options: RayOptions, digest: str) -> None:
@@ -246,7 +246,7 @@ def _wait(name: str, listen: Listen, stop: _Stop) -> None:
             waiting = ", ".join(f"{each} {state.status.value.lower()}" for each, state in states.items())
             raise ServingError(
                 f"not every replica runs after {listen.start_s:g} s ({waiting})",
-                fix="look at 'ray status' and 'serve status', or wait longer with --start-s",
+                fix="look at 'ray status' and 'serve status', or wait longer with `start_s`",
             )
         stop.wait(_POLL_S)
 

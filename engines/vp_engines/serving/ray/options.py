@@ -109,7 +109,7 @@ class RayOptions:
             raise InputError(
                 f"the model name {name!r}",
                 expected="letters, digits and _ . - (at most 100)",
-                fix="give another with --name",
+                fix="give another with `name`",
             )
         built = manifest.engine.batch
         if built is not None and not built.min <= self.max_batch <= built.max:
@@ -178,7 +178,7 @@ def check_port(host: str, port: int) -> None:
         raise ServingError(
             f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}",
             expected="a free port",
-            fix="choose another with --port, or another --host",
+            fix="choose another with `port`, or another `host`",
         ) from None
 
 
@@ -209,7 +209,7 @@ def share_cores(cores: Sequence[float], options: RayOptions) -> int:
         raise ServingError(
             f"{options.replicas} replicas of {wanted} threads on nodes with {nodes} cores",
             expected=f"at most {room} of them",
-            fix="take fewer --replicas or --threads, or add nodes",
+            fix="take fewer `replicas` or `threads`, or add nodes",
         )
     return wanted
 

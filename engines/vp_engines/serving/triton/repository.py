@@ -240,7 +240,7 @@ def _models(bundle: Bundle, options: ServeOptions, max_batch: int) -> tuple[list
         raise InputError(
             f"the model name {name[:100]!r}",
             expected="at most 100 letters, digits and . _ - (a letter or digit first)",
-            fix="choose another one with --name",
+            fix="choose another one with `name`",
         )
     native = NATIVE.get(manifest.engine.name)
     backend = options.backend or ("python" if native is None or options.preprocess == "model" else native.backend)
@@ -273,7 +273,7 @@ def _native(spec: ModelSpec, bundle: Bundle, options: ServeOptions) -> _Model:
     if len(variant.files) > 1:
         raise BundleIncompatibleError(
             f"the engine has {len(variant.files)} files", expected="one, for a backend of the server",
-            fix="serve it with --backend python",
+            fix="serve it with `backend=python`",
         )  # fmt: skip
     if native.numbered:
         spec = replace(spec, inputs=_numbered(spec.inputs, "INPUT"), outputs=_numbered(spec.outputs, "OUTPUT"))
@@ -377,25 +377,25 @@ def _check_place(model: _Model, place: Path) -> None:
     if not os.path.lexists(place):
         return
     if place.is_symlink() or not (place / CONFIG_NAME).is_file():
-        raise BundleError(f"{place} is not a model of a repository", fix="choose another --name")
+        raise BundleError(f"{place} is not a model of a repository", fix="choose another `name`")
     there = from_text((place / CONFIG_NAME).read_text())
     old, new = signature(there), signature(model.config)
     if old != new:
         raise BundleError(
             f"the versions of {place.name!r} have {says(old)}, and this bundle has {says(new)}",
-            expected="the same inputs and outputs", fix="choose another --name",
+            expected="the same inputs and outputs", fix="choose another `name`",
         )  # fmt: skip
     kinds = [one.backend or one.platform for one in (there, model.config)]
     if kinds[0] != kinds[1]:
         raise BundleError(
             f"the versions of {place.name!r} run under {kinds[0]}, and this one would under {kinds[1]}",
-            expected="one backend a model", fix="choose another --name or --backend",
+            expected="one backend a model", fix="choose another `name` or `backend`",
         )  # fmt: skip
     labels = place / LABELS_NAME
     if (labels.read_bytes() if labels.is_file() else None) != model.beside.get(LABELS_NAME):
         raise BundleError(
             f"the versions of {place.name!r} have other class names", expected=f"those of {labels}",
-            fix="choose another --name",
+            fix="choose another `name`",
         )  # fmt: skip
 
 

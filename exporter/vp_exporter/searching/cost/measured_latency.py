@@ -194,7 +194,7 @@ def _rounds(runners: Sequence[Runner], images: np.ndarray, seconds: float) -> np
         quickest = min(quickest, time.perf_counter() - start)
         if any(nonfinite_rows(found, len(images)).any() for found in outputs):
             raise SearchError(
-                "a timed engine gives NaN or infinite outputs", expected="finite ones", fix="use a wider --precision"
+                "a timed engine gives NaN or infinite outputs", expected="finite ones", fix="use a wider `precision`"
             )
     rounds = int(np.clip(seconds / max(quickest, 1e-9), MIN_ROUNDS, MAX_ROUNDS))
     taken, rng = np.empty((rounds, len(runners))), np.random.default_rng(0)

@@ -160,7 +160,7 @@ def search_lifetimes(
             f"a budget of {_share(budget, costs)} cannot be reached",
             expected=f"{_share(least, costs, up=True)} or more with at least {min_tokens} patches a block"
             + (f" in multiples of {multiple}" if multiple > 1 else ""),
-            fix="lower --min-tokens" + (" or the multiple" if multiple > 1 else "") + ", or raise the budget",
+            fix="lower `min_tokens`" + (" or the multiple" if multiple > 1 else "") + ", or raise the budget",
         )
     if first_block_only:
         return _one_set(importance, costs, price, budget)
@@ -195,7 +195,7 @@ def _check(importance: np.ndarray, costs: Costs, budget: float, min_tokens: int,
     if not 1 <= min_tokens <= patches:
         raise SearchError(
             f"at least {min_tokens} patches a block", expected=f"1 to {patches}, the model's patches",
-            fix="change --min-tokens",
+            fix="change `min_tokens`",
         )  # fmt: skip
     if multiple < 1:
         raise SearchError(f"counts in multiples of {multiple}", expected="1 or more")

@@ -137,7 +137,7 @@ class Space:
         least = self.macs(self.most) / self.dense
         if not least <= self.target < 1:
             raise SearchError(
-                f"--target-macs {self.target:g} is out of reach for {self.method}",
+                f"`target_macs={self.target:g}` is out of reach for {self.method}",
                 expected=f"{least:.4f} to 1 (excluded) of the dense MACs, which schedules of {self.method} reach",
                 fix="choose a share in reach",
             )

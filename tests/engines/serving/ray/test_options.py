@@ -64,7 +64,7 @@ def test_options_survive_the_way_to_another_machine() -> None:
 
 def test_names_and_batches_are_held_to_the_bundle(tmp_path: Path) -> None:
     manifest = write_sample(tmp_path / "tiny.vpe")
-    with pytest.raises(InputError, match=r"the model name 'tiny żółw'; expected letters.*give another with --name"):
+    with pytest.raises(InputError, match=r"the model name 'tiny żółw'; expected letters.*give another with `name`"):
         RayOptions().checked(manifest)
     with pytest.raises(InputError, match="max_batch is 65; expected 1 to 64"):
         RayOptions(name="tiny", max_batch=65).checked(manifest)
@@ -111,7 +111,7 @@ def test_a_port_in_use() -> None:
         ),
     ):
         check_port("127.0.0.1", port)
-    with pytest.raises(ServingError, match="another --host"):
+    with pytest.raises(ServingError, match="another `host`"):
         check_port("no.such.host.invalid", port)
 
 

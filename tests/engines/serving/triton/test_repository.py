@@ -188,7 +188,7 @@ def test_names_that_the_server_cannot_take(bundle: Path, out: Path, name: str) -
 
 
 def test_the_bundles_own_name_may_not_do(tmp_path: Path, out: Path) -> None:
-    with pytest.raises(InputError, match=r"'tiny żółw'.*--name"):
+    with pytest.raises(InputError, match=r"'tiny żółw'.*`name`"):
         write_repository(write_linear(tmp_path / "a.vpe", name="tiny żółw"), out)
 
 

@@ -232,5 +232,5 @@ def test_a_timed_engine_that_answers_nan_is_refused() -> None:
             return {"logits": np.where(np.arange(len(images)) == 1, np.nan, 0.0)[:, None]}
 
     images = np.zeros((2, 3, 4, 4), dtype=np.float32)
-    with pytest.raises(SearchError, match=r"NaN or infinite outputs; .*--precision"):
+    with pytest.raises(SearchError, match=r"NaN or infinite outputs; .*`precision`"):
         _rounds([Answers((TensorSpec("images", "float32", ("batch", 3, 4, 4)),), ())], images, 0.01)

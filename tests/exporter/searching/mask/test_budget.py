@@ -226,7 +226,7 @@ def test_errors() -> None:
     budget = 0.7 * costs.dense
     least = costs.total((4, 4, 4)) / costs.dense
     with pytest.raises(
-        SearchError, match=r"cannot be reached; .* with at least 4 patches.*lower --min-tokens"
+        SearchError, match=r"cannot be reached; .* with at least 4 patches.*lower `min_tokens`"
     ) as caught:
         search_lifetimes(importance, costs, 0.3 * costs.dense, min_tokens=4)
     share = float(caught.value.expected.split("(")[1].split(" ")[0])
