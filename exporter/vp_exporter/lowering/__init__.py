@@ -1,4 +1,4 @@
-"""ReducedViT -> what the engines read: an exported program, or ONNX."""
+"""Lower a ReducedViT to an exported program or to ONNX."""
 
 from vp_exporter.lowering.onnx import lower_onnx, plugin_nodes
 from vp_exporter.lowering.program import export_program

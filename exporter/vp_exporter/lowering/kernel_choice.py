@@ -1,4 +1,4 @@
-"""Which lowering an engine gets: torch's own operations ("portable"), or the vp operators, by order or by the clock."""
+"""Choose the lowering for an engine, standard torch ("portable") or vp operators, on request or by timing."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vp_exporter.utils.progress import SILENT, Progress
 from vp_exporter.validation.latency import compare
 
 KernelsOption = Literal["portable", "vp", "auto"]
-SECONDS = 2.0  # of timed work for each batch size, when two builds are compared
+SECONDS = 2.0  # timed work per batch size when two builds are compared
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Lowerings to build for one variant, and why just these.
+    """Lowerings to build for one variant, and the reason.
 
     Attributes:
-        kernels: one, or two of which the faster is kept.
-        why: a line for the user where the choice was made for them; empty otherwise.
+        kernels: One, or two of which the faster is kept.
+        why: Note for the user if the choice was automatic; else empty.
     """
 
     kernels: tuple[Kernels, ...]
@@ -37,13 +37,13 @@ class Candidates:
 def candidates(
     option: KernelsOption, backend: Backend, build: BuildOptions, description: ModelSpec, head_dim: int
 ) -> dict[str, Candidates]:
-    """What to build for the variants "reduced" and "dense".
+    """Lowerings to build for the variants "reduced" and "dense".
 
-    Dense means the best dense engine: where the engine runs kernels, its dense baseline may have them too, whatever was
-    asked for the reduced model.
+    The dense baseline is the best dense engine: if the engine runs kernels, it may use them too, whatever is requested
+    for the reduced model.
 
     Raises:
-        UnsupportedModelError: "vp" was asked for, and its operators do not take the model.
+        UnsupportedModelError: if "vp" is requested and its operators do not support the model.
     """
     native = backend.runs_kernels(build)
     both: tuple[Kernels, ...] = ("portable", "vp")
@@ -78,14 +78,14 @@ def build_best(
     """Build every candidate and keep the fastest.
 
     Args:
-        lower: the model in one of the forms.
-        folder: where the kept build goes; it exists and is empty.
-        what: names the engine in the progress: "the dense engine".
-        batches: sizes to time at; the geometric mean of the ratios decides.
+        lower: Lowers the model in one of the forms.
+        folder: Existing, empty folder for the build that is kept.
+        what: Name of the engine in progress messages: "the dense engine".
+        batches: Batch sizes to time; the geometric mean of the ratios decides.
         image_shape: (C, H, W).
 
     Returns:
-        The build, its form, and a line that says what was chosen and why (empty where nothing was chosen).
+        The build, its form, and a line explaining the choice (empty if there was none).
     """
     if len(choice.kernels) == 1:
         (only,) = choice.kernels
@@ -126,7 +126,7 @@ def build_best(
         "portable": any(row.nonfinite_dense for row in rows),
         "vp": any(row.nonfinite_reduced for row in rows),
     }
-    # A build that answers with NaN is not the better one, however fast it is.
+    # A build that returns NaN is never preferred, however fast.
     chosen: Kernels = "vp" if broken["portable"] > broken["vp"] or (ratio > 1 and not broken["vp"]) else "portable"
     for name in built[chosen].files:
         target = folder / name

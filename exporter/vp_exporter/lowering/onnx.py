@@ -1,4 +1,4 @@
-"""ReducedViT -> ONNX, through torch.export (dynamo)."""
+"""Lower a ReducedViT to ONNX, through torch.export (dynamo)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vp_exporter.lowering.program import dynamic_batch, example_images
 from vp_exporter.lowering.signature import BATCH, INPUT, signature
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
-# protobuf cannot hold more than 2 GiB; above this the weights go into a file beside the graph.
+# protobuf is limited to 2 GiB; larger weights are written to a file beside the graph.
 MAX_INLINE_BYTES = 1_800_000_000
 PRODUCER = "vp-export"
 
@@ -29,19 +29,19 @@ def lower_onnx(
     """Write a prepared model (`ReducedViT.for_export`) as ONNX.
 
     Args:
-        path: the file to write; weights of models above 1.8 GB go to `path` + ".data" beside it.
-        opset: of the standard domain, 18 or newer; the form "sdpa" is one Attention node from 23 on. Functions of the
-            vp operators write attention out below 23.
-        functions: keep the nodes of domain `vp` of a model over the vp operators, each with its function body; False
-            writes the twin in standard operators alone, for runtimes that do not know functions.
-        plugins: keep the nodes, and say on each which TensorRT plugin it is (docs/plugins.md).
+        path: File to write; weights of models above 1.8 GB go to `path` + ".data" beside it.
+        opset: Opset of the standard domain, 18 or newer. The form "sdpa" is one Attention node from 23 on; function
+            bodies of vp operators spell out attention below 23.
+        functions: Keep nodes of domain `vp`, each with its function body; False inlines the bodies, for runtimes
+            without function support.
+        plugins: Keep the nodes, and name on each its TensorRT plugin (docs/plugins.md).
 
     Returns:
         `path`.
 
     Raises:
-        BuildError: the graph cannot be written in that opset; the result fails onnx.checker or shape inference, or lost
-            its dynamic batch.
+        BuildError: if the graph cannot be written in that opset, fails onnx.checker or shape inference, or lost its
+            dynamic batch.
     """
     exported = _export(model, opset)
     _name_nodes(exported.model)
@@ -58,7 +58,7 @@ def lower_onnx(
 
 def _export(model: ReducedViT, opset: int) -> torch.onnx.ONNXProgram:
     with _quiet():
-        # From the module and not from our exported program: only so does the batch axis keep its name.
+        # Export the module, not our exported program: otherwise the batch axis loses its name.
         exported = torch.onnx.export(
             model,
             (example_images(model),),
@@ -72,7 +72,7 @@ def _export(model: ReducedViT, opset: int) -> torch.onnx.ONNXProgram:
         )
     assert exported is not None
     found = exported.model.opset_imports.get("", 0)
-    if found != opset:  # the exporter goes on where its conversion to another opset fails
+    if found != opset:  # the exporter continues if its opset conversion fails
         raise BuildError(
             f"{model.description.name} cannot be written in opset {opset}: torch {torch.__version__} wrote {found}",
             fix="choose another `opset`",
@@ -81,17 +81,17 @@ def _export(model: ReducedViT, opset: int) -> torch.onnx.ONNXProgram:
 
 
 def plugin_nodes(path: Path) -> int:
-    """How many nodes of a file are for plugins."""
+    """Number of nodes in a file that need a plugin."""
     from vp_kernels.onnx import DOMAIN
 
     return sum(node.domain == DOMAIN for node in onnx.load(str(path), load_external_data=False).graph.node)
 
 
 def _finish_functions(path: Path, *, keep: bool, plugins: bool) -> None:
-    """Give the nodes of domain `vp` their bodies; without `keep`, put the bodies in their place."""
+    """Add the function bodies of domain `vp`; inline them unless `keep`."""
     from vp_kernels.onnx import add_functions, inline, name_plugins
 
-    model = onnx.load(str(path), load_external_data=False)  # weights in a file beside it stay there
+    model = onnx.load(str(path), load_external_data=False)  # external weights stay in their file
     add_functions(model)
     if plugins:
         name_plugins(model)
@@ -99,13 +99,13 @@ def _finish_functions(path: Path, *, keep: bool, plugins: bool) -> None:
 
 
 def check_onnx(path: Path, model: ReducedViT) -> None:
-    """Hold the file to the ONNX specification and to the model's signature.
+    """Check the file against the ONNX specification and the model's signature.
 
     Raises:
-        BuildError: what the checker or the shape inference says, or a batch axis that is no longer dynamic.
+        BuildError: with the message of the checker or of shape inference, or if a batch axis is not dynamic.
     """
     try:
-        onnx.checker.check_model(str(path), full_check=True)  # full: strict shape inference too
+        onnx.checker.check_model(str(path), full_check=True)  # full_check includes strict shape inference
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise BuildError(f"the ONNX file fails its check: {str(error).splitlines()[0]}") from error
     graph = onnx.load(str(path), load_external_data=False).graph
@@ -121,21 +121,21 @@ def check_onnx(path: Path, model: ReducedViT) -> None:
 
 
 def _name_nodes(model: object) -> None:
-    """Name every node after the part of the model that it belongs to: "blocks.3.reduce/TopK.1".
+    """Name every node after its part of the model: "blocks.3.reduce/TopK.1".
 
-    Profilers and viewers show these names: they tell what a reducer costs from what its block costs.
+    Profilers and viewers show these names, which separates the cost of a reducer from that of its block.
     """
     counts: Counter[str] = Counter()
     for node in model.graph:  # type: ignore[attr-defined]
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        scope = next((name for name in reversed(scopes[:-1]) if name), "model")  # the last one is the operator's own
+        scope = next((name for name in reversed(scopes[:-1]) if name), "model")  # the last scope is the operator's own
         stem = f"{scope}/{node.op_type}"
         node.name = f"{stem}.{counts[stem]}"
         counts[stem] += 1
 
 
 def _strip(model: object) -> None:
-    """Drop what the exporter notes for debugging: it holds paths of the exporting machine."""
+    """Remove the exporter's debug metadata, which contains paths of this machine."""
     graph = model.graph  # type: ignore[attr-defined]
     model.metadata_props.clear()  # type: ignore[attr-defined]
     graph.metadata_props.clear()
@@ -147,14 +147,14 @@ def _strip(model: object) -> None:
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
     for value in graph.initializers.values():
-        # Else the file states the shape of a weight a second time, as value_info. A quantizer puts another weight under
-        # that name, and shape inference then refuses the model.
+        # Otherwise the shape of a weight is repeated as value_info. A quantizer stores another weight under that name,
+        # and shape inference then fails.
         value.type = value.shape = None
 
 
 @contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def]
-    """The exporter prints and warns about things that a user of ours cannot act on."""
+    """Silence output and warnings of the exporter that users cannot act on."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""ReducedViT -> torch.export program with a dynamic batch."""
+"""Lower a ReducedViT to a torch.export program with a dynamic batch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.export import Dim, ExportedProgram
 from vp_exporter.lowering.signature import BATCH
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
-MAX_BATCH = 1024  # an upper bound that the exporter needs; no engine of ours reserves memory by it
+MAX_BATCH = 1024  # upper bound required by torch.export; does not affect memory use
 
 
 def export_program(model: ReducedViT) -> ExportedProgram:
-    """Trace a model that `ReducedViT.for_export` has prepared, on the device that it is on.
+    """Trace a model prepared by `ReducedViT.for_export`, on its device.
 
     Returns:
-        A program of one input, float32 [batch, C, H, W], and one output; its guards hold for 1 to MAX_BATCH images.
+        A program with one input, float32 [batch, C, H, W], and one output; guards allow 1 to MAX_BATCH images.
     """
     images = example_images(model).to(next(model.parameters()).device)
     with torch.no_grad():
@@ -26,10 +26,10 @@ def export_program(model: ReducedViT) -> ExportedProgram:
 
 
 def example_images(model: ReducedViT) -> Tensor:
-    """Images to trace with: two of them, because the exporter takes a batch of 1 for a constant."""
+    """Example inputs for tracing. Two images, since torch.export treats a batch of 1 as constant."""
     return torch.zeros(2, model.description.in_chans, *model.description.image_size)
 
 
 def dynamic_batch() -> tuple[dict[int, Any]]:
-    """The dynamic shapes of the one input: its axis 0 is called "batch"."""
+    """Dynamic shapes of the single input: axis 0 is "batch"."""
     return ({0: Dim(BATCH, min=1, max=MAX_BATCH)},)

@@ -1,4 +1,4 @@
-"""The inputs and outputs of a lowered model: float32 at every precision, batch dynamic."""
+"""Inputs and outputs of a lowered model: float32 at any precision, with a dynamic batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a method's name to a plan, without a plan file: schedules, published presets, MAC targets, static baselines."""
+"""Build a plan from a method's name: schedules, published presets, MAC targets, static baselines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["METHODS", "PRESETS", "MethodRequest", "Preset", "build_plan"]
 
 
 def build_plan(request: MethodRequest, description: ModelSpec) -> ReductionPlan:
-    """The plan that a request makes for a model.
+    """Build the plan for a request and a model.
 
-    Its `budget` is what was asked; its `provenance` names the preset and its paper, the seed, or what a MAC target
-    was solved to.
+    Its `budget` is the request; its `provenance` names the preset and its paper, the seed, or the solution found for a
+    MAC target.
 
     Raises:
-        PlanError: an amount that does not fit the model, naming the block and the limit; a preset for another depth or
-            number of patches; MACs out of reach; a model that lacks what the method needs.
+        PlanError: if an amount does not fit the model (names the block and the limit), a preset is for another depth or
+            number of patches, a MAC target is out of reach, or the model lacks something that the method needs.
     """
     method, settled = METHODS[request.method], request
     provenance: dict[str, Any] = {}

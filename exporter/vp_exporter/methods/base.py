@@ -1,4 +1,4 @@
-"""What a method is: it turns an amount into the steps of a plan, and offers a line of plans to search for a target."""
+"""Interface of a method: the steps for a given amount, and a family of plans to search for a MAC target."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Steps = tuple[Step, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """One line of plans, from the least reduction to the most.
+    """One-parameter family of plans, from least to most reduction.
 
     Attributes:
-        at: u from 0 (least) to 1 (most) -> steps; none at all where nothing is removed.
-        setting: u -> what it means, for the plan's provenance.
-        bound: what keeps it from removing more, naming the block.
+        at: Maps u in 0 (least) .. 1 (most) to steps; no steps if nothing is removed.
+        setting: Maps u to the equivalent option, for the plan's provenance.
+        bound: What limits the reduction, naming the block.
     """
 
     at: Callable[[float], Steps]
@@ -32,13 +32,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A reduction method by its name.
+    """A reduction method.
 
     Attributes:
-        name: as it is asked for; also the reducer's, unless the method is a static mask.
-        options: fields of MethodOptions that it takes (preset and proportional_attention go without saying).
-        amounts: groups of options and arguments; one group says how much goes.
-        args: names that it takes in MethodOptions.args.
+        name: Name of the method; also the reducer's, unless the method is a static mask.
+        options: Supported fields of MethodOptions (besides preset and proportional_attention).
+        amounts: Groups of options and arguments; exactly one group sets the amount of reduction.
+        args: Supported names in MethodOptions.args.
     """
 
     name: str
@@ -48,26 +48,26 @@ class Method(ABC):
 
     @abstractmethod
     def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
-        """The steps that a stated amount makes.
+        """Steps for a given amount.
 
         Raises:
-            PlanError: an amount that does not fit the model.
+            PlanError: if the amount does not fit the model.
         """
 
     @abstractmethod
     def family(self, request: MethodOptions, model: ModelSpec) -> Family:
-        """The plans among which a MAC target is searched."""
+        """Plans among which to search for a MAC target."""
 
     def step(self, block: int, values: Mapping[str, Any], model: ModelSpec) -> Step:
-        """A step of this method's reducer, as its authors' code has it where `values` says nothing else."""
+        """A step of this method's reducer; fields missing from `values` are set as in the authors' code."""
         return REDUCERS[self.name].new(block, values, model)
 
 
 def acting_blocks(request: MethodOptions, model: ModelSpec, default: tuple[int, ...]) -> tuple[int, ...]:
-    """The blocks that act, checked against the model's depth.
+    """Blocks with a step, checked against the model's depth.
 
     Raises:
-        PlanError: a block that the model does not have.
+        PlanError: if the model does not have a block.
     """
     blocks = default if request.blocks is None else request.blocks
     if blocks[-1] >= model.depth:
@@ -80,10 +80,10 @@ def acting_blocks(request: MethodOptions, model: ModelSpec, default: tuple[int, 
 
 
 def listed(name: str, values: Any, blocks: tuple[int, ...], *, low: int = 0) -> tuple[int, ...]:
-    """One whole number for each acting block.
+    """Check a list of one integer per acting block.
 
     Raises:
-        PlanError: not a list of whole numbers, or of another length.
+        PlanError: if it is not a list of integers, or has another length.
     """
     good = isinstance(values, list | tuple) and all(
         isinstance(value, int) and not isinstance(value, bool) and low <= value <= MOST for value in values
@@ -99,5 +99,5 @@ def listed(name: str, values: Any, blocks: tuple[int, ...], *, low: int = 0) -> 
 
 
 def stage_blocks(depth: int) -> tuple[int, ...]:
-    """Where stages stand by default: after a quarter, a half and three quarters of the blocks (3, 6, 9 of 12)."""
+    """Default blocks of stages: after a quarter, a half and three quarters of the depth (3, 6, 9 of 12)."""
     return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))

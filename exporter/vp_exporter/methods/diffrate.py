@@ -1,4 +1,4 @@
-"""DiffRate's per-layer counts: listed, or scaled from the published ones (Chen et al., ICCV 2023)."""
+"""DiffRate's counts per layer: given, or scaled from the published ones (Chen et al., ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vp_exporter.methods.options import MethodOptions, label
 from vp_exporter.methods.schedule import rounded
 from vp_exporter.model.spec import ModelSpec
 
-# Learned by the authors for DeiT-S at 2.905 GMACs (their repository's rates): tokens after dropping and after merging
-# in each of 12 blocks, of 197 with the class token.
+# Learned by the authors for DeiT-S at 2.905 GMACs (rates in their repository): tokens after dropping and after merging
+# in each of 12 blocks, out of 197 including the class token.
 PRUNE_TO = (197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3)
 MERGE_TO = (197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3)
 
 
 @dataclass(frozen=True)
 class DiffRateMethod(Method):
-    """Lists, or for a MAC target the published shape, scaled.
+    """Given counts or, for a MAC target, the published ones scaled.
 
-    The scaling is ours. m(x), the share of the patch tokens alive at relative depth x of the published rates, is
-    interpolated linearly and raised to a power s: s = 0 keeps every token, 1 is the published curve, more goes beyond.
-    Of what leaves at a block the share that is dropped, not merged, is the published one at that depth, too.
+    The scaling is our own. m(x), the share of patch tokens remaining at relative depth x in the published rates, is
+    interpolated linearly and raised to a power s: s = 0 keeps every token, 1 gives the published curve, larger values
+    remove more. The split into dropped and merged tokens at each depth is as published, too.
     """
 
     def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
@@ -77,17 +77,17 @@ class DiffRateMethod(Method):
 
 
 def _other(request: MethodOptions) -> dict[str, Any]:
-    """The arguments that are no counts."""
+    """Arguments other than counts."""
     return {key: value for key, value in request.args.items() if key not in ("prune_to", "merge_to")}
 
 
 def _power(u: float) -> float:
-    """0 to 1 -> 0 to infinity, with the published curve in the middle."""
+    """Map 0 .. 1 to 0 .. infinity, with the published curve in the middle."""
     return u / (1 - u) if u < 1 else 1e9
 
 
 def _curves() -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """(relative depth, share of patch tokens alive), (relative depth, share dropped of those that leave)."""
+    """(relative depth, share of patch tokens remaining), (relative depth, share of removed tokens that are dropped)."""
     alive, dropped, before = [(0.0, 1.0)], [(0.0, 0.0)], 197
     for i, (prune_to, merge_to) in enumerate(zip(PRUNE_TO, MERGE_TO, strict=True), start=1):
         depth = i / len(MERGE_TO)
@@ -101,17 +101,17 @@ _ALIVE, _DROPPED = _curves()
 
 
 def share_alive(depth: float) -> float:
-    """Share of the patch tokens alive at this relative depth, 0 to 1, of the published rates."""
+    """Share of patch tokens remaining at a relative depth, 0 to 1, in the published rates."""
     return _between(_ALIVE, depth)
 
 
 def share_dropped(depth: float) -> float:
-    """Share that is dropped of what leaves at this relative depth."""
+    """Share of the removed tokens that is dropped at a relative depth."""
     return _between(_DROPPED, depth)
 
 
 def _between(curve: Sequence[tuple[float, float]], x: float) -> float:
-    """Linear interpolation in a curve from 0 to 1; exact at its points."""
+    """Linear interpolation of a curve over 0 .. 1; exact at its points."""
     at = min(bisect_left(curve, (x - 1e-12,)), len(curve) - 1)
     (x1, y1) = curve[at]
     if at == 0 or abs(x1 - x) < 1e-12:

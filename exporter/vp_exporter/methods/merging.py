@@ -1,4 +1,4 @@
-"""Methods that remove r tokens at a block: tome, pitome and gtp at every block, ppt at stages."""
+"""Methods that remove r tokens per block: tome, pitome and gtp at every block, ppt at stages."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vp_exporter.methods.options import MethodOptions
 from vp_exporter.methods.schedule import counts_of, cut, share_of, slope
 from vp_exporter.model.spec import ModelSpec
 
-# How PiToMe matches in the two halves of the blocks: as its authors have it for DeiT, and for MAE.
+# PiToMe's matching in each half of the blocks: the authors' settings for DeiT, and for MAE.
 HALVES = {"bipartite-first": ("bipartite", "protect"), "protect-first": ("protect", "bipartite")}
 
 
 def half(patches: int) -> int:
-    """The most that bipartite matching can merge."""
+    """Maximum for bipartite matching."""
     return patches // 2
 
 
 def all_but_one(patches: int) -> int:
-    """The most that propagation can drop."""
+    """Maximum for propagation."""
     return patches - 1
 
 
@@ -32,8 +32,8 @@ class MergingMethod(Method):
     """Removes r patch tokens at each acting block.
 
     Attributes:
-        limit: patch tokens at hand -> the most that can leave.
-        staged: acts at the stage blocks by default, not at every block.
+        limit: Maps the number of patch tokens to the maximum that can be removed.
+        staged: Act at the stage blocks by default, rather than at every block.
     """
 
     limit: Callable[[int], int] = half
@@ -55,7 +55,7 @@ class MergingMethod(Method):
 
     def family(self, request: MethodOptions, model: ModelSpec) -> Family:
         blocks = self._blocks(request, model)
-        # The most that the shape can ask: as much as its first acting block can give.
+        # Scale so that the first acting block removes its maximum.
         weights = slope(request.schedule or "constant", len(blocks), 1.0)
         first = next(i for i, weight in enumerate(weights) if weight > 0)
         most = self.limit(model.patches) / weights[first]
@@ -72,7 +72,7 @@ class MergingMethod(Method):
 
     def _sloped(self, request: MethodOptions, model: ModelSpec, blocks: int, r: float) -> list[int]:
         shape = request.schedule or "constant"
-        # A slope's first count is not what the caller wrote: it is cut like the others.
+        # A slope's first count was not given by the caller, so it is clipped like the others.
         return cut(counts_of(shape, blocks, r), model.patches, self.limit, first=shape != "constant")
 
     @staticmethod
@@ -91,7 +91,7 @@ class MergingMethod(Method):
         )
 
     def _fields(self, request: MethodOptions, block: int, model: ModelSpec) -> dict[str, Any]:
-        """The reducer's fields besides r; what is left out has the reducer's own default."""
+        """Fields of the reducer besides r; others get the reducer's defaults."""
         values = dict(request.args)
         matching = values.get("matching")
         if isinstance(matching, str) and matching in HALVES:

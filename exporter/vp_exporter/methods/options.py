@@ -1,4 +1,4 @@
-"""What can be asked of a method: how much should go, where, and the method's own arguments."""
+"""Options of a method: amount, blocks, and the method's own arguments."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 from vp_engines.errors import VpError
 
 SHAPES = ("constant", "decreasing", "increasing")
-MOST = 1_000_000  # tokens, as in a plan: far above any ViT, and no float overflows
+MOST = 1_000_000  # tokens, as in a plan: far above any ViT, and safe from float overflow
 
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """A method's name and options, each within its range; `MethodRequest` says which of them go together.
+    """A method's name and options, each checked for its range; `MethodRequest` checks which can be combined.
 
-    Exactly one field says how much goes: `r`, `keep_rate`, `target_macs`, `preset`, or lists in `args`, as the method
-    takes them.
+    Exactly one field sets the amount of reduction: `r`, `keep_rate`, `target_macs`, `preset`, or lists in `args`,
+    depending on the method.
 
     Attributes:
-        method: a name in vp_exporter.methods.METHODS.
-        preset: a name in vp_exporter.methods.PRESETS; it fixes the token counts.
-        r: tokens that leave at a block: one number for every acting block (the mean, where `schedule` slopes), or one
-            for each, padded with 0.
+        method: A name in vp_exporter.methods.METHODS.
+        preset: A name in vp_exporter.methods.PRESETS; sets the token counts.
+        r: Tokens removed per block: one number for every acting block (the mean, if `schedule` is a slope), or a list,
+            padded with 0.
         schedule: "constant" (default), "decreasing" (2r to 0) or "increasing" (0 to 2r).
-        blocks: the blocks that act, 0-based and ascending; None: the method's own.
-        keep_rate: share of the patch tokens that a stage keeps, 0 to 1, both excluded.
-        tau: threshold of ppt on the variance of the scores.
-        target_macs: share of the dense model's MACs, 0 to 1, both excluded.
-        seed: of method "random"; 0 where it is None.
-        proportional_attention: None: as the method's paper.
-        args: the method's own arguments, JSON values.
+        blocks: Acting blocks, 0-based and ascending; None for the method's default.
+        keep_rate: Share of patch tokens that a stage keeps, in (0, 1).
+        tau: Threshold of ppt on the variance of the scores.
+        target_macs: Share of the dense model's MACs, in (0, 1).
+        seed: Seed of method "random"; None for 0.
+        proportional_attention: None for the paper's setting.
+        args: Arguments of the method, JSON values.
 
     Raises:
-        VpError: a value out of its range.
+        VpError: if a value is out of range.
     """
 
     method: str
@@ -85,7 +85,7 @@ class MethodOptions:
         return name in self.args or getattr(self, name, None) is not None
 
     def asked(self) -> dict[str, Any]:
-        """What was given, as JSON values: the plan's `budget`."""
+        """The options that are set, as JSON values: the plan's `budget`."""
         found: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -98,7 +98,7 @@ class MethodOptions:
 
 
 def label(name: str, *, arg: bool = False) -> str:
-    """A field, or an argument of the method, as messages name it."""
+    """Name of a field, or of an argument of the method, in messages."""
     return f"method argument `{name}`" if arg else f"`{name}`"
 
 

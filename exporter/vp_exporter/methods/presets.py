@@ -1,7 +1,7 @@
-"""Published settings by name, with the token counts and MACs that their papers state; a test holds ours to them.
+"""Published settings, with the token counts and MACs stated in the papers; a test compares ours with them.
 
-A preset is its token counts: it is for 12 blocks and 196 patches, whatever the width. Thresholds (tau) and rates were
-found on the weights that the paper names; on others they run just as fast, how well is for the validation to say.
+A preset sets token counts, for 12 blocks and 196 patches at any width. Thresholds (tau) and rates were tuned for the
+weights named in the paper; with others the cost is the same, but check the accuracy by validating.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COUNTS = ("tokens_out", "prune_to", "merge_to")  # arguments that count the cla
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper states for a backbone: its timm name, 10^9 MACs for one image, where it says so."""
+    """Reported cost on a backbone: timm name, 10^9 MACs per image, and where it is stated."""
 
     model: str
     gmacs: float
@@ -36,11 +36,11 @@ class Preset:
     """A published setting.
 
     Attributes:
-        settings: fields of MethodOptions.
-        paper: authors, year, arXiv or venue.
-        tokens: block -> tokens that leave it, class token included.
+        settings: Fields of MethodOptions.
+        paper: Authors, year, arXiv or venue.
+        tokens: Block -> tokens that leave it, class token included.
         published: MACs on each backbone.
-        note: what a reader of the figures must know.
+        note: Caveats about the figures.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Preset:
     note: str = field(default="")
 
     def apply(self, request: Options, model: ModelSpec) -> Options:
-        """The request with the preset's settings in place of its name.
+        """Replace the preset's name in a request by its settings.
 
         Raises:
-            PlanError: a model of another depth or number of patches.
+            PlanError: if the model has another depth or number of patches.
         """
         if (model.depth, model.patches) != (DEPTH, PATCHES):
             raise PlanError(
@@ -64,7 +64,7 @@ class Preset:
                 fix="say how much goes by `target_macs`, `r` or `keep_rate`, as the method takes them",
             )
         settings = dict(self.settings)
-        if "args" in settings:  # published with one prefix token, the class token
+        if "args" in settings:  # published for one prefix token, the class token
             more = model.prefix_tokens - 1
             settings["args"] = {
                 key: [value + more for value in values] if key in _COUNTS else values
@@ -76,7 +76,7 @@ class Preset:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where it comes from, for the plan."""
+        """Provenance of the preset, for the plan."""
         return {"preset": self.name, "source": self.paper}
 
 
@@ -87,8 +87,8 @@ _BAT_LOGS = "training logs of BWLONG/BeyondAttentiveTokens"
 
 
 def _bat(rate: float, gmacs: float, tokens: tuple[int, int, int]) -> Preset:
-    # The logs state MACs for a nominal keep rate. Only 0.7 gives them by ceil(rate x n); the tokens of the others are
-    # solved from the logged MACs (geometric, 8 MMACs allowed for the distances): inferred, not printed anywhere.
+    # The logs state MACs for a nominal keep rate. Only 0.7 matches ceil(rate x n); tokens of the other rates are
+    # inferred from the logged MACs (geometric, allowing 8 MMACs for the distances), not published.
     settings = {"keep_rate": rate} if rate == 0.7 else {"blocks": _STAGES, "args": {"tokens_out": list(tokens)}}
     return Preset(
         name=f"bat-{rate}", method="bat", settings=settings, paper=_BAT_PAPER,
@@ -99,9 +99,9 @@ def _bat(rate: float, gmacs: float, tokens: tuple[int, int, int]) -> Preset:
 
 _PRESETS: tuple[Preset, ...] = (
     Preset(
-        # The last stage leaves 49 and not the 47 of three times 50: matching merges at most half, 48 of 96 patches, and
-        # the published MACs say that the authors' code was cut there too (with 47: 2.931 and 11.22). Their 2.944
-        # counts the matching's own arithmetic, ours (2.941) does not.
+        # The last stage leaves 49 tokens rather than 47 (three times 50): matching merges at most half, 48 of 96
+        # patches. The published MACs confirm that the authors' code is limited the same way (with 47: 2.931 and 11.22).
+        # Their 2.944 includes the arithmetic of the matching, ours (2.941) does not.
         name="ppt-deit-s", method="ppt", settings={"r": 50, "blocks": _STAGES, "tau": 7e-5},
         paper="Wu et al. 2023, PPT: Token Pruning and Pooling, arXiv 2310.01812 (off the shelf)",
         tokens={3: 147, 6: 97, 9: 49},
@@ -119,8 +119,8 @@ _PRESETS: tuple[Preset, ...] = (
         published=(Published(_DEIT_S, 2.70, "facebookresearch/ToMe, issue 11; tokens: its README"),),
     ),
     Preset(
-        # The table prints two digits. The counts follow the authors' rule: ceil(0.7 n) patches and the fused token,
-        # which the next stage counts as a patch. Without the fused token: 139, 98, 69 and 2.997.
+        # The table has two digits. Counts follow the authors' rule: ceil(0.7 n) patches and the fused token, which the
+        # next stage counts as a patch. Without the fused token: 139, 98, 69 and 2.997.
         name="evit-0.7", method="evit", settings={"keep_rate": 0.7, "blocks": _STAGES},
         paper="Liang et al. 2022, EViT, ICLR, arXiv 2202.07800",
         tokens={3: 140, 6: 100, 9: 72},

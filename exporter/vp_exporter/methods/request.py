@@ -1,4 +1,4 @@
-"""A request for a plan by a method's name, held to the methods and presets that there are."""
+"""A request for a plan, checked against the known methods and presets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vp_exporter.methods.table import METHODS
 
 @dataclass(frozen=True)
 class MethodRequest(MethodOptions):
-    """A reduction method by its name, with options that go together: consistent in itself, whatever the model.
+    """A method with options that are consistent with each other, independent of the model.
 
-    Fields as of `MethodOptions`.
+    Fields as in `MethodOptions`.
 
     Raises:
-        VpError: an unknown method or preset, an option that the method does not take, a value out of its range,
-            nothing or too much that says how much goes, or no tau where it is needed.
+        VpError: if the method or preset is unknown, an option is not supported by the method or out of range, the
+            amount of reduction is not set exactly once, or a required tau is missing.
     """
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class MethodRequest(MethodOptions):
             raise VpError(f"preset {self.preset} is one of method {other}", expected=known, fix=f"`method={other}`")
 
     def _check_amount(self, method: Method) -> None:
-        """Exactly one thing says how much goes; a preset says everything that decides a token count."""
+        """Check that the amount is set exactly once; a preset sets everything that affects token counts."""
         amounts = (*method.amounts, ("target_macs",), ("preset",))
         given = [group for group in amounts if any(self._has(name) for name in group)]
         names = [" with ".join(label(name, arg=name in method.args) for name in group) for group in amounts]

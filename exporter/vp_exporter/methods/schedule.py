@@ -1,4 +1,4 @@
-"""Counts: how many tokens leave at each block, from one number."""
+"""Number of tokens to remove at each block, from a single number."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 
 def rounded(value: float) -> int:
-    """The nearest whole number; halves go up."""
+    """Round to the nearest integer, halves up."""
     return math.floor(value + 0.5)
 
 
 def slope(shape: str, blocks: int, r: float) -> list[float]:
-    """r at each of `blocks` acting blocks, its mean being `r` (ToMe, Bolya et al. 2023: constant, or linear).
+    """Tokens to remove at each of `blocks` acting blocks, with mean `r` (ToMe, Bolya et al. 2023: constant or linear).
 
-    "decreasing" runs from 2r at the first to 0 at the last, "increasing" the other way; one block alone gets r.
+    "decreasing" runs from 2r at the first block to 0 at the last, "increasing" the reverse; a single block gets r.
     """
     if shape == "constant" or blocks == 1:
         return [float(r)] * blocks
@@ -24,30 +24,30 @@ def slope(shape: str, blocks: int, r: float) -> list[float]:
 
 
 def counts_of(shape: str, blocks: int, r: float) -> list[int]:
-    """Tokens that leave each of `blocks` acting blocks.
+    """Integer number of tokens to remove at each of `blocks` acting blocks.
 
-    A slope is cut to whole numbers block by block, as ToMe's code does: its (16, -1) removes 187 tokens, not 192.
+    A slope is truncated block by block, as in ToMe's code: its (16, -1) removes 187 tokens, not 192.
     """
     values = slope(shape, blocks, r)
     return whole(values) if shape == "constant" or blocks == 1 else [max(0, int(value)) for value in values]
 
 
 def whole(values: Sequence[float]) -> list[int]:
-    """Whole numbers whose running sums are the rounded running sums: a total of 12 x 12.5 is 150, not 144 or 156."""
+    """Round so that running sums are the rounded running sums: 12 x 12.5 gives 150 in total, not 144 or 156."""
     counts, total, before = [], 0.0, 0
     for value in values:
         total += value
-        now = rounded(round(total, 9))  # the inner rounding hides the noise of the sum
+        now = rounded(round(total, 9))  # the inner rounding removes floating-point noise
         counts.append(now - before)
         before = now
     return counts
 
 
 def cut(counts: Sequence[int], patches: int, limit: Callable[[int], int], *, first: bool = False) -> list[int]:
-    """Counts that no block need refuse: each is cut to `limit` of the patch tokens that are left, as ToMe does.
+    """Clip each count to `limit` of the remaining patch tokens, as ToMe does.
 
-    The first acting block's count is cut only where `first` says so: otherwise it is a mistake of the caller's, and the
-    step says so.
+    The first acting block's count is only clipped if `first` is set; otherwise too large a value is the caller's
+    mistake, for the step to report.
     """
     done: list[int] = []
     for count in counts:
@@ -58,5 +58,5 @@ def cut(counts: Sequence[int], patches: int, limit: Callable[[int], int], *, fir
 
 
 def share_of(share: float, count: int) -> int:
-    """ceil(share * count), where 0.1 * 30 is 3 and not 3.0000000000000004."""
+    """ceil(share * count) without floating-point noise: 0.1 * 30 gives 3, not 4."""
     return max(1, math.ceil(round(share * count, 9)))

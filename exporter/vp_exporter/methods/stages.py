@@ -11,16 +11,18 @@ from vp_exporter.methods.options import MethodOptions, label
 from vp_exporter.methods.schedule import rounded, share_of
 from vp_exporter.model.spec import ModelSpec
 
-# BAT's own split of what survives is not published (docs/reducers.md, methods): these two shares are ours. They lie in
-# the middle of the ranges that fit the method's figure; the arguments clusters and pairs replace them.
+# BAT's split of the remaining tokens is not published (docs/reducers.md, methods). These two shares are our own, from
+# the middle of the ranges that fit the method's figure; the arguments clusters and pairs override them.
 CLUSTER_SHARE = 0.15
 PAIR_SHARE = 0.08
 
 
 @dataclass(frozen=True)
 class StageMethod(Method):
-    """Keeps ceil(keep rate x n) of the n patch tokens of a stage (evit: and one fused token, which counts as a patch
-    token of the next stage, as with its authors), or the counts that the argument tokens_out lists."""
+    """Keeps ceil(keep rate x n) of the n patch tokens at each stage, or the counts listed in the argument tokens_out.
+
+    evit keeps one more, the fused token, which counts as a patch token in the next stage, as in the authors' code.
+    """
 
     def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         blocks = acting_blocks(request, model, stage_blocks(model.depth))
@@ -37,7 +39,7 @@ class StageMethod(Method):
 
     def family(self, request: MethodOptions, model: ModelSpec) -> Family:
         blocks = acting_blocks(request, model, stage_blocks(model.depth))
-        least = 0.5 / model.patches  # ceil() makes 1 of it at every stage
+        least = 0.5 / model.patches  # ceil() makes this 1 at every stage
 
         def rate(u: float) -> float:
             return 1.0 - u * (1.0 - least)
@@ -53,7 +55,7 @@ class StageMethod(Method):
         for stage, block in enumerate(blocks):
             kept = share_of(rate, left)
             if kept >= left:
-                continue  # EViT's authors do so too: where every token stays, nothing is fused
+                continue  # as in EViT's code: nothing is fused if every token stays
             m = kept + int(self._fuses(request))
             steps.append(self._step(request, model, block, stage, left, m, len(blocks)))
             left = m
@@ -72,18 +74,18 @@ class StageMethod(Method):
         if self.name == "bat":
             said = {key: _of_stage(key, value, stage, stages) for key, value in values.items()}
             clusters = said.get("clusters")
-            known = isinstance(clusters, int) and 0 <= clusters <= m  # else the step refuses it
+            known = isinstance(clusters, int) and 0 <= clusters <= m  # else the step rejects it
             values["clusters"], values["pairs"] = bat_split(n, m, clusters if known else None)
             values |= said
         return self.step(block, {"tokens_out": model.prefix_tokens + m, **values}, model)
 
 
 def bat_split(n: int, m: int, clusters: int | None = None, pair_share: float = PAIR_SHARE) -> tuple[int, int]:
-    """BAT's clusters and pairs where n patch tokens become m: ours, no split is published.
+    """BAT's clusters and pairs to reduce n patch tokens to m. The split is our own, as none is published.
 
-    Clusters: 15% of m, at least 1, unless they are given. Pairs: `pair_share` of the n_a = m - clusters + pairs
-    attentive tokens, but at most half of the n - m that leave: near a keep rate of 1 no token would be left to cluster
-    otherwise.
+    Clusters: 15% of m, at least 1, unless given. Pairs: `pair_share` of the n_a = m - clusters + pairs attentive
+    tokens, but at most half of the n - m removed ones; otherwise, near a keep rate of 1, there would be no token left
+    to cluster.
     """
     if clusters is None:
         clusters = max(1, rounded(CLUSTER_SHARE * m))
@@ -93,7 +95,7 @@ def bat_split(n: int, m: int, clusters: int | None = None, pair_share: float = P
 
 
 def _of_stage(key: str, value: Any, stage: int, stages: int) -> Any:
-    """An argument that is one value for every stage or a list with one for each; its type is the step's to check."""
+    """An argument that is one value for all stages or a list with one per stage; the step checks its type."""
     if not isinstance(value, list | tuple):
         return value
     if len(value) != stages:

@@ -1,4 +1,4 @@
-"""Baselines that a method must beat: static masks at block 0 that look at no image."""
+"""Static baselines: masks at block 0 that do not depend on the image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vp_exporter.reducers import StaticStep
 
 @dataclass(frozen=True)
 class StaticMethod(Method):
-    """Keeps ceil(keep rate x patches) patches from the start: the others are never embedded."""
+    """Keeps ceil(keep rate x patches) patches at the input; the others are never embedded."""
 
     def steps(self, request: MethodOptions, model: ModelSpec) -> Steps:
         assert request.keep_rate is not None
@@ -44,27 +44,29 @@ class StaticMethod(Method):
 
 
 def random_patches(patches: int, count: int, seed: int) -> tuple[int, ...]:
-    """`count` of `patches` positions without replacement, ascending; fewer are a subset of more at the same seed."""
+    """Sample `count` of `patches` positions, ascending; with one seed, smaller samples are subsets of larger ones."""
     order = np.argsort(np.random.default_rng(seed).random(patches), kind="stable")
     return tuple(sorted(order[:count].tolist()))
 
 
 def grid_patches(grid: tuple[int, int], count: int) -> tuple[int, ...]:
-    """`count` positions spread evenly: as many in each row as in the others (but for 1), evenly within it, and every
-    other row shifted by half a gap, so that half of the patches is a chessboard."""
+    """Spread `count` positions evenly: equally many per row (within 1), evenly spaced in each row.
+
+    Every other row is shifted by half a gap, so half of the patches form a chessboard.
+    """
     rows, columns = grid
     keep = []
     for row in range(rows):
         here = (row + 1) * count // rows - row * count // rows
-        # (j + 1/4) or (j + 3/4) gaps of columns / here, in whole numbers.
+        # (j + 1/4) or (j + 3/4) gaps of columns / here, in integers.
         keep += [row * columns + (4 * j + (3 if row % 2 else 1)) * columns // (4 * here) for j in range(here)]
     return tuple(keep)
 
 
 def center_patches(grid: tuple[int, int], patch_size: tuple[int, int], count: int) -> tuple[int, ...]:
-    """The `count` positions nearest to the image's centre, measured in pixels; ties to the lowest position."""
+    """The `count` positions nearest to the image centre, in pixels; ties to the lowest position."""
     rows, columns = grid
-    y = patch_size[0] * (2 * np.arange(rows) - (rows - 1))  # twice the distance, to stay in whole numbers
+    y = patch_size[0] * (2 * np.arange(rows) - (rows - 1))  # twice the distance, to keep integers
     x = patch_size[1] * (2 * np.arange(columns) - (columns - 1))
     squared = (y[:, None] ** 2 + x[None, :] ** 2).reshape(-1)
     return tuple(sorted(np.argsort(squared, kind="stable")[:count].tolist()))

@@ -1,4 +1,4 @@
-"""The methods by name. A reducer that has no line here gets the method that its fields suggest."""
+"""Methods by name. A reducer that is not listed here gets a method based on its fields."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BASELINES: tuple[Method, ...] = (
 
 
 def _suggested(step: type[Step]) -> Method | None:
-    """`r`: so many tokens leave at every block; `tokens_out`: so many stay at a few stages; else none."""
+    """Method for a step with field `r` (removed per block) or `tokens_out` (kept at a few stages); else None."""
     names = tuple(field.name for field in fields(step) if field.name != "block")
     if "r" in names:
         return MergingMethod(step.reducer, _SLOPED, (("r",),), tuple(name for name in names if name != "r"))

@@ -1,4 +1,4 @@
-"""The plan of a family whose MACs are nearest to a target: token counts and MACs only, nothing is run."""
+"""Find the plan of a family whose MACs are closest to a target, from token counts alone."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.macs import count_macs
 
-TOLERANCE = 0.005  # share of the dense MACs
+TOLERANCE = 0.005  # as a share of the dense MACs
 _SAMPLES = 64
 _HALVINGS = 40
 
 
 def solve(family: Family, model: ModelSpec, target: float) -> tuple[Steps, dict[str, Any]]:
-    """Steps nearest to `target`, a share of the dense MACs (what count_macs counts: not the reducers' own arithmetic).
+    """Steps closest to `target`, a share of the dense MACs (those of count_macs, without the reducers' arithmetic).
 
-    A coarse sweep finds where the family crosses the target, bisection closes in. (Rounding makes MACs fall in small
-    steps along a family, where a token more may leave at one block and a token fewer at the next: hence the sweep, and
-    hence the nearest of all plans seen, not the last.)
+    A coarse sweep brackets the target, then bisection. Rounding makes the MACs non-monotonic along a family (one token
+    more removed at one block may mean one fewer at the next), hence the sweep, and hence the closest of all plans tried
+    is returned rather than the last.
 
     Returns:
-        the steps; and {family's own setting, "macs_share"} for the plan's provenance.
+        The steps, and {setting of the family, "macs_share"} for the plan's provenance.
 
     Raises:
-        PlanError: the target is out of the family's reach by more than `TOLERANCE`; it names the reach and the block.
+        PlanError: if the target is out of reach by more than `TOLERANCE`; names the reachable range and the block.
     """
 
     dense, target_model = count_macs(model).total, PlanModel.of(model)
@@ -37,7 +37,7 @@ def solve(family: Family, model: ModelSpec, target: float) -> tuple[Steps, dict[
     refused: list[PlanError] = []
 
     def share(u: float) -> float | None:
-        """None where the family has no plan, or one that removes nothing."""
+        """Share of the dense MACs; None if there is no plan at u, or it removes nothing."""
         if u not in seen:
             seen[u] = None
             try:
@@ -54,13 +54,13 @@ def solve(family: Family, model: ModelSpec, target: float) -> tuple[Steps, dict[
             low, high = (middle, high) if upwards(share(middle)) else (low, middle)
 
     samples = [i / _SAMPLES for i in range(_SAMPLES + 1)]
-    for low, high in pairwise(samples):  # where the plans begin and end
+    for low, high in pairwise(samples):  # find the ends of the valid range
         first, last = share(low), share(high)
         if first is None and last is not None:
             halve(low, high, lambda found: found is None)
         elif first is not None and last is None:
             halve(low, high, lambda found: found is not None)
-    for (low, first), (high, last) in pairwise(sorted(seen.items())):  # where they cross the target
+    for (low, first), (high, last) in pairwise(sorted(seen.items())):  # find where it crosses the target
         if first is not None and last is not None and (first > target) != (last > target):
             falls = first > target
             halve(low, high, partial(_towards, target, falls))
@@ -90,5 +90,5 @@ def solve(family: Family, model: ModelSpec, target: float) -> tuple[Steps, dict[
 
 
 def _towards(target: float, falls: bool, found: float | None) -> bool:
-    """Whether the target lies behind a plan with the share `found`, where shares fall (or rise) towards it."""
+    """Whether the target lies beyond a plan of share `found`, if shares fall (or rise) along the family."""
     return found is not None and (found > target) == falls

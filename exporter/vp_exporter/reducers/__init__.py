@@ -1,4 +1,4 @@
-"""The reducers by the word that names them in a plan. Each file of this folder that defines a `Step` is one."""
+"""Reducers by their name in a plan. Each file in this folder that defines a `Step` is one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vp_exporter.reducers.static import StaticStep
 
 __all__ = ["REDUCERS", "InnerStep", "StaticStep", "Step", "Tokens", "step_from_dict"]
 
-# What reducers share. Some of these files import torch, and a plan is read without it.
+# Modules shared by reducers. Some import torch, which reading a plan must not need.
 _SHARED = frozenset({"base", "fused", "graph", "matching", "ops", "stream"})
 
 
 def _found() -> dict[str, type[Step]]:
-    """Reducer -> its step; `static` first, the others in alphabetical order."""
+    """Reducer -> step class; `static` first, the others in alphabetical order."""
     steps: dict[str, type[Step]] = {StaticStep.reducer: StaticStep}
     for name in sorted(module.name for module in iter_modules(__path__)):
         if name not in _SHARED:
@@ -32,10 +32,10 @@ REDUCERS: Mapping[str, type[Step]] = _found()
 
 
 def step_from_dict(entry: Any) -> Step:
-    """Read one entry of a plan's `steps`.
+    """Parse one entry of a plan's `steps`.
 
     Raises:
-        PlanError: not a step, an unknown reducer, or wrong fields.
+        PlanError: if it is not a step, its reducer is unknown, or its fields are invalid.
     """
     if not isinstance(entry, Mapping):
         raise PlanError(f"a step is {entry!r}", expected="an object with block, reducer and the reducer's fields")

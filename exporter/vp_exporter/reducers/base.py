@@ -1,6 +1,6 @@
-"""What a reducer is to the rest of the exporter: a named step of a plan that knows its fields and its token count.
+"""Interface of a reducer: a step of a plan with its fields and token count.
 
-Plans are read where there is no torch, so reducers import it, `ops` and `stream` inside the functions that run.
+Plans can be read without torch, so reducers import torch, `ops` and `stream` inside functions.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from vp_exporter.reducers.fused import FusedOperators
 if TYPE_CHECKING:
     from vp_exporter.reducers.stream import AttentionStatistics, Stream, TokenMap
 
-# What a reducer may ask of its block's attention (the fields of vp_exporter.reducers.stream.AttentionStatistics).
+# Attention statistics that a reducer may request (fields of vp_exporter.reducers.stream.AttentionStatistics).
 Need = Literal["class_attention", "keys", "value_norm", "graph_score", "positions"]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens that a step meets.
+    """Tokens at the input of a step.
 
     Attributes:
-        prefix: class, distillation and register tokens; no reducer ever drops one.
-        patches: patch tokens (or tokens merged from them).
-        positions: where the patch tokens came from in the original patch grid, ascending; None once a reducer has
-            chosen by image, because then each image keeps other ones.
+        prefix: Number of class, distillation and register tokens; never dropped.
+        patches: Number of patch tokens (or tokens merged from them).
+        positions: Positions of the patch tokens in the original patch grid, ascending; None after a reducer that
+            chooses per image.
     """
 
     prefix: int
@@ -47,10 +47,9 @@ class Step(ABC):
     """One reduction at one block (0-based).
 
     Class attributes:
-        reducer: the word in the plan.
-        place: "input" acts on what enters the block; "inner" acts between its attention and its MLP.
-        later: fields that came after the first plans were written -> what a plan that lacks them means: what it meant
-            before there were such fields.
+        reducer: Name in the plan.
+        place: "input" acts on the block's input; "inner" acts between attention and MLP.
+        later: Fields added after format 1.0 -> value for plans without them, which preserves their meaning.
     """
 
     block: int
@@ -61,41 +60,41 @@ class Step(ABC):
 
     @classmethod
     def usual(cls, block: int, model: ModelSpec) -> Mapping[str, Any]:
-        """Fields of a new step that nobody laid down: what the authors' released code does at this block."""
+        """Default fields of a new step at this block, as in the authors' code."""
         return {}
 
     @classmethod
     def new(cls, block: int, fields: Mapping[str, Any], model: ModelSpec) -> Self:
-        """A step for a new plan: fields that are left out are the authors'.
+        """Create a step; omitted fields are set as in the authors' code.
 
         Raises:
-            PlanError: a field is missing, unknown or malformed.
+            PlanError: if a field is missing, unknown or malformed.
         """
         return cls.from_fields(block, {**cls.usual(block, model), **fields})
 
     @classmethod
     @abstractmethod
     def from_fields(cls, block: int, fields: Mapping[str, Any]) -> Self:
-        """Read the reducer's own fields of a plan; those of `later` may be missing.
+        """Create a step from the reducer's fields in a plan; those in `later` may be missing.
 
         Raises:
-            PlanError: a field is missing, unknown or malformed.
+            PlanError: if a field is missing, unknown or malformed.
         """
 
     @abstractmethod
     def fields(self) -> dict[str, Any]:
-        """The reducer's own fields, as JSON values; `from_fields` reads them back."""
+        """Fields of the reducer, as JSON values; the inverse of `from_fields`."""
 
     @abstractmethod
     def apply(self, tokens: Tokens) -> Tokens:
-        """The tokens that remain: a fixed count, whatever the image.
+        """Tokens that remain after the step. The count does not depend on the image.
 
         Raises:
-            PlanError: the step cannot act on these tokens.
+            PlanError: if the step cannot act on these tokens.
         """
 
-    def check_model(self, description: ModelSpec) -> None:  # noqa: B027  (most steps ask for nothing)
-        """Refuse a model that lacks what the step needs.
+    def check_model(self, description: ModelSpec) -> None:  # noqa: B027  (optional)
+        """Check that the model has what the step needs.
 
         Raises:
             PlanError: naming the block and what is missing.
@@ -103,17 +102,17 @@ class Step(ABC):
 
     @property
     def where(self) -> str:
-        """Names the step in messages."""
+        """Name of the step in messages."""
         return f"{self.reducer} step at block {self.block}"
 
 
 @dataclass(frozen=True)
 class InnerStep(Step):
-    """A step between attention and MLP, which chooses for each image.
+    """A step between attention and MLP that chooses tokens per image.
 
     Class attributes:
-        merges: tokens come to stand for several patches, so they have sizes.
-        proportional: whether its paper adds log(size) to the logits: the default of plans made for it.
+        merges: Tokens may stand for several patches, so they have sizes.
+        proportional: Whether the paper adds log(size) to the attention logits: the default for new plans.
     """
 
     place: ClassVar[Literal["input", "inner"]] = "inner"
@@ -122,22 +121,22 @@ class InnerStep(Step):
 
     @property
     def carries_size(self) -> bool:
-        """Whether a plan with this step carries the tokens' sizes."""
+        """Whether a plan with this step tracks token sizes."""
         return self.merges
 
     @property
     def pools_by_size(self) -> bool:
-        """Whether average pooling weighs the tokens that this step leaves by their sizes."""
+        """Whether average pooling weights tokens by size after this step."""
         return True
 
     @property
     def theta(self) -> float:
-        """Share of each head's attention map that its block keeps, the highest entries; 1: all."""
+        """Share of each head's attention map that is kept, the highest entries; 1 keeps all."""
         return 1.0
 
     @property
     def links(self) -> tuple[str, int] | None:
-        """The graph of the embedded patches that it reads: its kind and its number of neighbours."""
+        """Graph of the embedded patches that the step needs: its kind and number of neighbours."""
         return None
 
     def fields(self) -> dict[str, Any]:
@@ -146,24 +145,24 @@ class InnerStep(Step):
     @property
     @abstractmethod
     def needs(self) -> frozenset[Need]:
-        """What it asks of the block's attention."""
+        """Attention statistics that the step needs."""
 
     @abstractmethod
     def choose(self, stream: Stream, statistics: AttentionStatistics) -> TokenMap:
-        """Decide for each image which tokens stay and where the others go: index maps of a fixed shape."""
+        """Choose, per image, which tokens stay and where the others go: index tensors of static shape."""
 
     def fused(
         self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
     ) -> Stream | TokenMap | None:
-        """The same by a vp operator that does more than choose; None where there is none: then `choose` decides.
+        """Perform the step with a vp operator; None if there is none that does more than choose: `choose` is then used.
 
         Args:
-            statistics: with `head_keys` in place of `keys`.
-            operators: what to call.
-            carry_size: the plan carries sizes.
+            statistics: With `head_keys` in place of `keys`.
+            operators: Implementations of the operators.
+            carry_size: Track token sizes.
 
         Returns:
-            What leaves (without log sizes), or a map whose new tokens are made already.
+            The output tokens (without log sizes), or a map whose new tokens are already computed.
         """
         return None
 
@@ -177,7 +176,7 @@ class InnerStep(Step):
             )
 
     def _limit(self, name: str, value: int, low: int, high: int, tokens: Tokens, why: str) -> None:
-        """Refuse a count outside `low`..`high`, naming the block and the limit."""
+        """Check that a count is in `low`..`high`; the error names the block and the limit."""
         if low <= value <= high:
             return
         limit = f"{low} to {high}" if low <= high else "more tokens"
@@ -189,16 +188,16 @@ class InnerStep(Step):
 
 
 def after_choice(tokens: Tokens, patches: int) -> Tokens:
-    """The tokens behind a step that chooses by image."""
+    """Tokens after a step that chooses per image."""
     return Tokens(tokens.prefix, patches, None)
 
 
 class Fields:
-    """Reads a reducer's own fields of a plan, each with its type.
+    """Parses the fields of a reducer in a plan, with type checks.
 
     Args:
-        required: fields that must be there.
-        optional: fields that may be left out, with their defaults.
+        required: Required fields.
+        optional: Optional fields with their defaults.
 
     Raises:
         PlanError: naming what is missing, unknown or malformed.

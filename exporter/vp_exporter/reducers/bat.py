@@ -1,7 +1,7 @@
-"""BAT: decouple attentive from inattentive tokens, cluster the ones, pair the others (Long et al., CVPR 2023).
+"""BAT: pair similar attentive tokens, cluster the inattentive ones (Long et al., CVPR 2023).
 
-No public implementation exists and the equations reach us second-hand (SCE-MAE, CVPR 2024, eq. 2-3), so
-docs/reducers.md marks what is inferred: the density's scale, nearest-centre assignment, matching and weights.
+There is no public implementation, and the equations are taken from SCE-MAE (CVPR 2024, eq. 2-3). docs/reducers.md marks
+what is inferred: the density's scale, nearest-centre assignment, matching and weights.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ WEIGHTS = ("attention", "size")
 
 @dataclass(frozen=True)
 class BatStep(InnerStep):
-    """Leave `tokens_out` tokens: attentive ones after `pairs` merges, and `clusters` of the inattentive.
+    """Leaves `tokens_out` tokens: attentive ones after `pairs` merges, and `clusters` of the inattentive.
 
     Attributes:
-        tokens_out: tokens that leave the block, prefix included.
-        clusters: tokens that stand for the inattentive.
-        pairs: merges among the attentive.
-        weights: what weights the means: class "attention" or token "size".
+        tokens_out: Number of output tokens, prefix included.
+        clusters: Number of tokens that replace the inattentive ones.
+        pairs: Merges among attentive tokens.
+        weights: Weight means by class "attention" or token "size".
     """
 
     tokens_out: int = 0
@@ -59,7 +59,7 @@ class BatStep(InnerStep):
         return frozenset({"class_attention"})
 
     def attentive(self, prefix: int) -> int:
-        """n_a: attentive tokens, before pairs merge."""
+        """n_a: attentive tokens before pairs merge."""
         return self.tokens_out - prefix - self.clusters + self.pairs
 
     def apply(self, tokens: Tokens) -> Tokens:
@@ -87,7 +87,7 @@ class BatStep(InnerStep):
         prefix = stream.prefix
         scores = statistics.class_attention[:, prefix:]
         best, rest = ops.split(scores, self.attentive(prefix))
-        weight: Tensor | None = None  # [B, N]; None: every token weighs 1
+        weight: Tensor | None = None  # [B, N]; None for equal weights
         if self.weights == "attention":
             weight = statistics.class_attention.clamp_min(1e-12)
         elif stream.size is not None:
@@ -97,7 +97,7 @@ class BatStep(InnerStep):
         return TokenMap(keep, merge, pool=pool)
 
     def _match(self, stream: Stream, rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Merge | None]:
-        """Merge the most similar pairs of the attentive tokens at `rows` [B, n_a]."""
+        """Merge the most similar pairs of attentive tokens at `rows` [B, n_a]."""
         import torch
 
         from vp_exporter.reducers import ops
@@ -108,13 +108,13 @@ class BatStep(InnerStep):
             return ops.frame(rows, prefix), None
         a, b = rows[:, ::2], rows[:, 1::2]
         score, partner = ops.best(ops.cosines(ops.take_rows(stream.x, a), ops.take_rows(stream.x, b)))
-        # Of those that share a partner the best one is its pair; ties to the lowest index, hence the strict order.
+        # Among tokens with one partner, the most similar is paired; ties to the lowest index, hence the strict order.
         rivals = partner[:, :, None] == partner[:, None, :]
         n = a.shape[1]
         higher = score[:, None, :] > score[:, :, None]
         equal = (score[:, None, :] == score[:, :, None]) & ops.lower_triangle(n, score.device)
         beaten = (rivals & (higher | equal)).any(dim=2)
-        order = ops.ranking(score - 4.0 * beaten.float())  # cosines differ by 2 at most: every pair before any third
+        order = ops.ranking(score - 4.0 * beaten.float())  # cosines differ by at most 2: beaten tokens rank last
         source, single = order[:, : self.pairs], ops.ascending(order[:, self.pairs :])
         keep = ops.frame(torch.cat([ops.take(a, single), b], dim=1), prefix)
         into = ops.take(partner, source) + (stream.prefix + single.shape[1])
@@ -124,7 +124,7 @@ class BatStep(InnerStep):
         return keep, Merge(merged, into, ops.take(weight, merged), ops.take(weight, keep))
 
     def _cluster(self, stream: Stream, rows: Tensor, weight: Tensor | None) -> Pool:
-        """Density peaks among the inattentive tokens at `rows` [B, n_i]."""
+        """Cluster the inattentive tokens at `rows` [B, n_i] by density peaks."""
         from vp_exporter.reducers import ops
         from vp_exporter.reducers.stream import Pool
 
@@ -132,13 +132,13 @@ class BatStep(InnerStep):
         n, width = t.shape[1], t.shape[2]
         squared = ops.squared_distances(t)  # [B, n_i, n_i]
         distance = squared.sqrt()
-        # By logarithms: the density itself underflows where tokens lie far apart.
+        # In logarithms: the density itself underflows for distant tokens.
         density = squared.sum(dim=2) / -(n * width)
         denser = (density[:, None, :] > density[:, :, None]) | (
             (density[:, None, :] == density[:, :, None]) & ops.lower_triangle(n, t.device)
         )
         farthest = distance.amax(dim=2)
-        # The densest token has nobody above it: its distance is the largest of its row, not the infinite one.
+        # No token is denser than the densest: its distance is its row's maximum rather than infinity.
         nearest = distance.masked_fill(~denser, 1e30).amin(dim=2)
         delta = nearest.where(nearest < 1e29, farthest)
         centres = ops.highest(density + delta.log(), self.clusters)

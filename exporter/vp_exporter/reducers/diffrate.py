@@ -1,4 +1,4 @@
-"""DiffRate: prune the tail, merge the next tail, with counts for each layer (Chen et al., ICCV 2023)."""
+"""DiffRate: drop the lowest-ranked tokens, merge the next ones, with counts per layer (Chen et al., ICCV 2023)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ WEIGHTS = ("equal", "similarity")
 
 @dataclass(frozen=True)
 class DiffRateStep(InnerStep):
-    """Rank patch tokens by class attention; drop the last, merge the next to last into the most similar kept ones.
+    """Ranks patch tokens by class attention, drops the last ones and merges the next into the most similar kept tokens.
 
     Attributes:
-        prune_to: tokens after dropping, prefix included.
-        merge_to: tokens after merging, prefix included.
-        weights: "equal": a plain mean of the features, as the authors' code takes it; "similarity" (ours): weighted by
-            the sizes, a source's times its similarity. Either way the similarity scales the size that a source brings.
+        prune_to: Tokens after dropping, prefix included.
+        merge_to: Tokens after merging, prefix included.
+        weights: "equal": plain mean of the features, as in the authors' code; "similarity" (ours): weighted by size, a
+            source's times its similarity. In both, similarity scales the size that a source contributes.
     """
 
     prune_to: int = 0
@@ -67,7 +67,8 @@ class DiffRateStep(InnerStep):
         if stay == alive:
             return TokenMap(keep)
         source = order[:, stay:] + prefix
-        # Against the very rows that leave, prefix included, so that they are gathered once; its columns are cut off.
+        # Compare with all output rows, prefix included, so that they are gathered once; then cut off the prefix
+        # columns.
         rows, away = ops.take_rows(stream.x, keep).float(), ops.take_rows(stream.x, source).float()
         product = (away @ rows.transpose(1, 2)) / ops.norm(rows).clamp_min(1e-12)[:, None, :]
         similarity, partner = ops.best(product[:, :, prefix:])

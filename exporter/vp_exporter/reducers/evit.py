@@ -1,4 +1,4 @@
-"""EViT: keep the patches that the class token attends to, fuse the rest into one (Liang et al., ICLR 2022)."""
+"""EViT: keep the patches with the most class attention, fuse the rest into one token (Liang et al., ICLR 2022)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvitStep(InnerStep):
-    """Keep the best patch tokens by class attention.
+    """Keeps the patch tokens with the most class attention.
 
     Attributes:
-        tokens_out: tokens that leave the block, prefix and fused token included.
-        fuse: make one token of the others, the un-normalised sum of class attention times token (as the authors do).
+        tokens_out: Number of output tokens, prefix and fused token included.
+        fuse: Fuse the others into one token, the un-normalised sum of class attention times token (as the authors do).
     """
 
     tokens_out: int = 0
@@ -69,7 +69,7 @@ class EvitStep(InnerStep):
         scores, stay = statistics.class_attention[:, prefix:], self.tokens_out - prefix
         if not self.fuse:
             return TokenMap(ops.frame(operators.select(scores, stay), prefix, shift=prefix))
-        if carry_size:  # the fused token's size needs the list of what went into it
+        if carry_size:  # the fused token's size needs the list of its sources
             return None
         best, rest = operators.select_fuse(scores, stream.x, stay - 1)
         return TokenMap(ops.frame(best, prefix, shift=prefix), extra=rest)

@@ -1,21 +1,21 @@
-"""The vp operators that a reducer may be: what `InnerStep.fused` is given, so that no reducer imports how they run."""
+"""Protocol of the vp operators passed to `InnerStep.fused`, so that reducers need not import their implementation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # a plan is read where there is no torch
+if TYPE_CHECKING:  # plans can be read without torch
     from torch import Tensor
 
 
 class FusedOperators(Protocol):
-    """Operators of one launch or two, as vp_exporter.rewrite.operators has them."""
+    """Operators of one or two launches each; implemented by vp_exporter.rewrite.operators."""
 
     def select(self, scores: Tensor, k: int) -> Tensor:
-        """scores float32 [B, n] -> the k highest, int64 [B, k], ascending."""
+        """Indices of the k highest of scores, float32 [B, n]: int64 [B, k], ascending."""
 
     def select_fuse(self, scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The same, and the sum of the others' rows weighted by their scores, [B, 1, D]."""
+        """`select`, and the sum of the other rows weighted by their scores, [B, 1, D]."""
 
     def match_merge(
         self,
@@ -27,7 +27,7 @@ class FusedOperators(Protocol):
         scores: Tensor | None = None,
         tau: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Bipartite soft matching and merge: [B, N - r, D] and sizes; with scores, PPT's choice of two policies."""
+        """Bipartite soft matching and merge: [B, N - r, D] and sizes; with scores, prune or merge as in PPT."""
 
     def density_merge(
         self,

@@ -1,4 +1,4 @@
-"""GTP's graph of the embedded patches, made once and read by every later step (Xu et al., WACV 2024)."""
+"""GTP's graph of the embedded patches, built once and used by all later steps (Xu et al., WACV 2024)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vp_exporter.reducers import ops
 
 
 class TokenGraph(nn.Module):
-    """Which patches are neighbours, and how much of a dropped one each neighbour is given.
+    """Graph of neighbouring patches, with the weight that each neighbour receives of a dropped patch.
 
     Args:
-        places: of the embedded patches in the original grid, row-major.
-        columns: of that grid.
+        places: Positions of the embedded patches in the original grid, row-major.
+        columns: Columns of that grid.
         kind: "spatial", "semantic" or "mixed", as in GtpStep.
-        count: semantic neighbours of a patch, itself included.
-        prefix: tokens in front of the patches.
+        count: Semantic neighbours per patch, itself included.
+        prefix: Number of leading tokens before the patches.
     """
 
     beside: Tensor | None
@@ -34,14 +34,14 @@ class TokenGraph(nn.Module):
         self.register_buffer("itself", torch.eye(len(places), dtype=torch.bool)[None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weigh.
+        """Compute the weights.
 
         Args:
-            x: the embedded tokens [B, P + n, D].
+            x: Embedded tokens [B, P + n, D].
 
         Returns:
-            float32 [B, n, n], or [1, n, n] where it is the same for all images: at [i, j] the weight with which j
-            receives i, 1 / sqrt(d_i d_j) where i is a neighbour of j and d counts a patch's neighbours.
+            float32 [B, n, n], or [1, n, n] if equal for all images: at [i, j] the weight with which j receives i,
+            1 / sqrt(d_i d_j) if i is a neighbour of j, with d the number of neighbours.
         """
         linked = self.beside
         if self.kind != "spatial":
@@ -51,13 +51,13 @@ class TokenGraph(nn.Module):
             linked = near if linked is None else near | linked
         assert linked is not None
         graph = (linked & ~self.itself).float()
-        # A patch without neighbours has none to give to, nor to take from: no division by 0.
+        # Isolated patches neither give nor receive; avoid dividing by 0.
         scale = graph.sum(dim=2).clamp_min(1.0).rsqrt()
         return (graph * scale[:, :, None] * scale[:, None, :]).transpose(1, 2)
 
 
 def code_index(places: Sequence[int], columns: int) -> Tensor:
-    """The index of each embedded patch by its grid code (`ops.grid_codes`): int64 [1, codes]."""
+    """Index of each embedded patch by its grid code (`ops.grid_codes`): int64 [1, codes]."""
     codes = ops.grid_codes(list(places), columns)[0]
     table = torch.zeros(int(codes.max()) + 1, dtype=torch.int64)
     table[codes] = torch.arange(len(places))

@@ -1,4 +1,4 @@
-"""GTP: what a dropped token knew is propagated to its neighbours (Xu et al., WACV 2024)."""
+"""GTP: propagate dropped tokens to their neighbours (Xu et al., WACV 2024)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SCORES, GRAPHS, SOURCES = ("graph", "class"), ("mixed", "spatial", "semantic"), 
 
 @dataclass(frozen=True)
 class GtpStep(InnerStep):
-    """Drop the `r` patch tokens of lowest score and add `alpha` times each to its kept neighbours.
+    """Drops the `r` patch tokens of lowest score and adds `alpha` times each to its kept neighbours.
 
     Attributes:
-        score: "graph": the paper's, self-attention times received attention; it needs the whole attention map.
-            "class" (ours, faster): class attention, one row.
-        graph: neighbours in the patch grid ("spatial"), by cosine similarity ("semantic"), or either ("mixed").
-        neighbours: semantic neighbours of a token.
+        score: "graph": as in the paper, self-attention times received attention; needs the whole attention map. "class"
+            (ours, faster): class attention, one row.
+        graph: Neighbours in the patch grid ("spatial"), by cosine similarity ("semantic"), or either ("mixed").
+        neighbours: Semantic neighbours per token.
         graph_from: "patches": one graph of all embedded patches, normalised over all of them, as in the authors' code;
-            "keys" (ours): at each block anew from the keys at hand, normalised over the neighbours that are kept.
-        theta: share of each head's attention map that stays; the lower entries count as 0, in the attention's output
-            too. Below 1 the attention is computed without a fused operator.
+            "keys" (ours): a new graph at each block from its keys, normalised over the kept neighbours.
+        theta: Share of each head's attention map that is kept; lower entries are set to 0, also for the attention's
+            output. Below 1, attention is computed without a fused operator.
     """
 
     r: int = 0
@@ -83,7 +83,7 @@ class GtpStep(InnerStep):
 
     @property
     def pools_by_size(self) -> bool:
-        return self.graph_from == "keys"  # the authors' average pooling is a plain mean
+        return self.graph_from == "keys"  # the authors' average pooling is an unweighted mean
 
     def apply(self, tokens: Tokens) -> Tokens:
         self._limit("r", self.r, 1, tokens.patches - 1, tokens, "at least 1 patch token stays")
@@ -105,13 +105,13 @@ class GtpStep(InnerStep):
         else:
             kept, dropped = ops.ascending(kept), ops.ascending(dropped)
             share = self._of_neighbours(stream, statistics, kept, dropped)
-        # Prefix rows receive nothing: zero rows in front.
+        # Prefix rows receive nothing: prepend zero rows.
         mix = F.pad(share * self.alpha, (0, 0, prefix, 0))
         keep = ops.frame(kept, prefix, shift=prefix)
         return TokenMap(keep, propagation=Propagation(dropped + prefix, mix))
 
     def _of_graph(self, stream: Stream, kept: Tensor, dropped: Tensor) -> Tensor:
-        """What each kept token receives of each dropped one, by the graph of the patches: float32 [B, K, r]."""
+        """Weight with which each kept token receives each dropped one, from the graph of patches: float32 [B, K, r]."""
         import torch.nn.functional as F
 
         from vp_exporter.reducers import ops
@@ -129,11 +129,11 @@ class GtpStep(InnerStep):
         return ops.take_rows(given.transpose(1, 2), columns)
 
     def _of_neighbours(self, stream: Stream, statistics: AttentionStatistics, kept: Tensor, dropped: Tensor) -> Tensor:
-        """The same in equal parts to the kept neighbours, found among the tokens at hand."""
+        """Equal weights for the kept neighbours among the current tokens: float32 [B, K, r]."""
         from vp_exporter.reducers import ops
 
         prefix = stream.prefix
-        linked: Tensor | None = None  # [B, r, K] 1 where a kept token is a neighbour of the dropped one
+        linked: Tensor | None = None  # [B, r, K] 1 if a kept token is a neighbour of the dropped one
         if self.graph != "spatial":
             assert statistics.keys is not None
             keys = ops.unit(statistics.keys)

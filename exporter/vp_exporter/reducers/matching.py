@@ -1,4 +1,4 @@
-"""Bipartite soft matching of the patch tokens (Bolya et al., ICLR 2023, section 3), shared by ToMe and PPT."""
+"""Bipartite soft matching of the patch tokens (Bolya et al., ICLR 2023, section 3), used by ToMe and PPT."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from vp_exporter.reducers.stream import Merge
 
 
 def match(keys: Tensor, prefix: int, r: int, *, sort: bool = True) -> tuple[Tensor, Merge]:
-    """Merge the r patch tokens of A that resemble a token of B most.
+    """Merge the r patch tokens of A that are most similar to a token of B.
 
-    A holds the patch tokens at even positions of the sequence, B those at odd ones, as in the paper for a class token
-    at position 0. Ties go to the lowest index.
+    A are the patch tokens at even positions of the sequence, B those at odd positions, as in the paper for a class
+    token at position 0. Ties go to the lowest index.
 
     Args:
-        keys: float32 [B, N, d_h], the similarity's metric.
-        prefix: P, tokens in front that take no part.
-        r: tokens to merge, at most half of the patch tokens.
-        sort: the rest of A ascending; else by falling similarity.
+        keys: float32 [B, N, d_h], metric of the similarity.
+        prefix: P, number of leading tokens that are left alone.
+        r: Tokens to merge, at most half of the patch tokens.
+        sort: Order the rest of A by position; otherwise by descending similarity.
 
     Returns:
-        The rows that stay, int64 [B, N - r] (prefix, rest of A, B ascending), and what merges into them.
+        The rows that stay, int64 [B, N - r] (prefix, rest of A, B ascending), and the merges.
     """
     tokens = keys.shape[1]
     first_a, first_b = prefix + prefix % 2, prefix + (prefix + 1) % 2

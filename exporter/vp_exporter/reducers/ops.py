@@ -1,7 +1,7 @@
-"""The few tensor operations that reducers are written in: static shapes, no host sync, ties to the lowest index.
+"""Tensor operations for reducers: static shapes, no host synchronisation, ties to the lowest index.
 
-In an ONNX export each is one standard node, chosen for being native (and fast) in ONNX Runtime, OpenVINO and TensorRT:
-TopK breaks ties by the lowest index by specification, GatherND with one batch axis copies whole rows.
+In an ONNX export each is one standard node, chosen for native (and fast) support in ONNX Runtime, OpenVINO and
+TensorRT: TopK breaks ties by the lowest index by specification, GatherND with one batch axis copies whole rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OPSET = 18  # the version whose semantics the nodes below have; unchanged up to 23
+OPSET = 18  # opset that defines the nodes below; unchanged up to 23
 
 
 def ranking(scores: Tensor, k: int | None = None) -> Tensor:
@@ -18,7 +18,7 @@ def ranking(scores: Tensor, k: int | None = None) -> Tensor:
 
     Args:
         scores: float32 [..., n].
-        k: how many; None for all n.
+        k: Number of indices; None for all n.
 
     Returns:
         int64 [..., k].
@@ -30,19 +30,19 @@ def ranking(scores: Tensor, k: int | None = None) -> Tensor:
 
 
 def nth_highest(scores: Tensor, n: int) -> Tensor:
-    """The n-th highest score along the last axis, which is kept: [..., 1]."""
+    """The n-th highest score along the last axis, [..., 1]."""
     if torch.onnx.is_in_onnx_export():
         return _top(scores, n, largest=True)[0][..., -1:]
     return scores.topk(n, dim=-1).values[..., -1:]
 
 
 def best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest score along the last axis and its (lowest) index: [...], int64 [...]."""
+    """The highest score along the last axis and its lowest index: [...], int64 [...]."""
     return scores.amax(dim=-1), scores.argmax(dim=-1)
 
 
 def ones(index: Tensor) -> Tensor:
-    """float32 1 for every index: int64 [...] -> [...]. A comparison: ONNX's ones_like reads the shape at run time."""
+    """float32 ones in the shape of an int64 tensor. A comparison: ONNX's ones_like reads the shape at run time."""
     return (index >= 0).float()
 
 
@@ -61,15 +61,15 @@ def ascending(index: Tensor) -> Tensor:
 
 
 def split(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest (ties to the lowest index) and the rest, both as ascending indices: int64 [B, k], [B, n - k]."""
+    """Indices of the k highest scores (ties to the lowest) and of the rest, ascending: int64 [B, k], [B, n - k]."""
     order = ranking(scores)
     return ascending(order[:, :k]), ascending(order[:, k:])
 
 
 def frame(index: Tensor, prefix: int, after: range = range(0), *, scale: int = 1, shift: int = 0) -> Tensor:
-    """Rows of the sequence: the prefix 0 .. P-1, then `index * scale + shift`, then the rows of `after`.
+    """Row indices of the sequence: prefix 0 .. P-1, then `index * scale + shift`, then `after`.
 
-    Zeros are padded and a constant row is added: the constants need not be expanded to the batch.
+    Pads with zeros and adds a constant row, so that the constants need not be expanded to the batch.
 
     Args:
         index: int64 [B, k].
@@ -88,12 +88,12 @@ def frame(index: Tensor, prefix: int, after: range = range(0), *, scale: int = 1
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, N] at index int64 [B, K] -> [B, K]."""
+    """Gather values [B, N] at index int64 [B, K]: [B, K]."""
     return torch.gather(values, 1, index)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D] at index int64 [B, K] -> [B, K, D]."""
+    """Gather rows of x [B, N, D] at index int64 [B, K]: [B, K, D]."""
     if torch.onnx.is_in_onnx_export():
         rows: Tensor = torch.onnx.ops.symbolic(
             "GatherND",
@@ -108,7 +108,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def take_positions(table: Tensor, index: Tensor) -> Tensor:
-    """table int64 [B, n], or [1, n] for all images alike, at index int64 [B, K] -> [B, K]."""
+    """Gather from table int64 [B, n], or [1, n] shared by all images, at index int64 [B, K]: [B, K]."""
     if table.shape[0] == 1:
         return F.embedding(index, table.reshape(-1, 1)).squeeze(-1)
     return take(table, index)
@@ -135,17 +135,17 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, float32; a row of zeros stays so."""
+    """Normalise rows to length 1, in float32; zero rows stay zero."""
     x = x.float()
     if torch.onnx.is_in_onnx_export():
-        # Not LpNormalization, which ONNX Runtime has no kernel for before 1.25 (in opset 22 and later). OpenVINO fuses
-        # this spelling. The bound is F.normalize's, squared.
+        # Not LpNormalization, for which ONNX Runtime has no kernel before 1.25 (in opset 22 and later). OpenVINO fuses
+        # this pattern. The bound is that of F.normalize, squared.
         return x / (x * x).sum(dim=-1, keepdim=True).clamp_min(1e-24).sqrt()
     return F.normalize(x, dim=-1)
 
 
 def norm(x: Tensor) -> Tensor:
-    """Length of each row, [..., D] -> float32 [...]. Spelled out: ONNX Runtime's ReduceL2 takes twice as long."""
+    """Euclidean norm of rows, [..., D] -> float32 [...]. Spelled out: ONNX Runtime's ReduceL2 takes twice as long."""
     x = x.float()
     return (x * x).sum(dim=-1).sqrt()
 
@@ -170,9 +170,9 @@ def lower_triangle(n: int, device: torch.device) -> Tensor:
 
 
 def squared_distances(t: Tensor) -> Tensor:
-    """|t_i - t_j|^2 of rows: float32 [B, n, D] -> [B, n, n], exactly 0 on the diagonal, symmetric.
+    """|t_i - t_j|^2 between rows: float32 [B, n, D] -> [B, n, n], symmetric, exactly 0 on the diagonal.
 
-    Centred first: |t_i|^2 + |t_j|^2 - 2 t_i t_j cancels badly where tokens share a large mean, as they do in ViTs.
+    Centred first: |t_i|^2 + |t_j|^2 - 2 t_i t_j cancels badly if tokens share a large mean, as in ViTs.
     """
     t = t - t.mean(dim=1, keepdim=True)
     norm = t.square().sum(dim=2)
@@ -183,7 +183,7 @@ def squared_distances(t: Tensor) -> Tensor:
 
 
 def grid_codes(places: list[int], columns: int) -> Tensor:
-    """Row-major positions as row * 2 columns + column: in a grid so padded, neighbours are a difference of codes.
+    """Encode row-major positions as row * 2 columns + column; the padding makes `adjacent` a comparison of codes.
 
     Returns:
         int64 [1, n].
@@ -193,14 +193,14 @@ def grid_codes(places: list[int], columns: int) -> Tensor:
 
 
 def adjacent(codes: Tensor, others: Tensor, columns: int) -> Tensor:
-    """1 where two places of a grid differ by at most 1 in row and in column.
+    """1 where two positions differ by at most 1 in row and in column.
 
     Args:
-        codes, others: int64 [B, I], [B, J], of `grid_codes`.
-        columns: of the grid.
+        codes, others: int64 [B, I], [B, J], from `grid_codes`.
+        columns: Columns of the grid.
 
     Returns:
         float32 [B, I, J].
     """
-    apart = (codes[:, :, None] - others[:, None, :]).float().abs()  # 0, 1: same row; 2 columns +- 0, 1: the next one
+    apart = (codes[:, :, None] - others[:, None, :]).float().abs()  # 0, 1: same row; 2 columns +- 0, 1: next row
     return ((apart <= 1.0) | ((apart - 2.0 * columns).abs() <= 1.0)).float()

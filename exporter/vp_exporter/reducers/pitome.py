@@ -1,4 +1,4 @@
-"""PiToMe: merge where the energy is high, protect what stands alone (Tran et al., NeurIPS 2024)."""
+"""PiToMe: merge high-energy tokens, protect isolated ones (Tran et al., NeurIPS 2024)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MATCHINGS = ("bipartite", "protect")
 
 @dataclass(frozen=True)
 class PitomeStep(InnerStep):
-    """Merge `r` patch tokens, ranked by energy, into others.
+    """Merges `r` patch tokens, ranked by energy, into others.
 
-    A token's energy is the mean over the patch tokens of ELU(cosine of keys - `margin`): high inside large groups of
-    alike tokens.
+    A token's energy is the mean over patch tokens of ELU(cosine of keys - `margin`): high within large groups of
+    similar tokens.
 
     Attributes:
-        matching: "bipartite": of all patch tokens, even ranks against odd ones, the `r` most similar pairs merge (the
-            authors' first half of the blocks); "protect": of the 2r of highest energy each even rank merges into an
-            odd one, the others are left alone (their second half).
+        matching: "bipartite": all patch tokens, even ranks against odd ranks, the `r` most similar pairs merge (the
+            authors' first half of the blocks); "protect": of the 2r tokens of highest energy, each even rank merges
+            into an odd one, and all others are left alone (their second half).
     """
 
     r: int = 0
@@ -80,11 +80,11 @@ class PitomeStep(InnerStep):
         return TokenMap(keep, Merge(a + prefix, partner + (prefix + alone.shape[1])))
 
     def _by_energy(self, keys: Tensor) -> Tensor:
-        """Places of the patch tokens by descending energy, int64 [B, n]; keys: unit rows [B, n, d]."""
+        """Positions of the patch tokens by descending energy, int64 [B, n]; keys: unit rows [B, n, d]."""
         from vp_exporter.reducers import ops
 
-        # ELU(z) + 1 = max(z, 0) + exp(min(z, 0)). Only the ranks matter, so neither the 1 nor the mean is taken out;
-        # ONNX Runtime's Elu takes longer than all of this.
+        # ELU(z) + 1 = max(z, 0) + exp(min(z, 0)). Only ranks matter, so neither the 1 nor the mean is applied. ONNX
+        # Runtime's Elu takes longer than all of this.
         z = keys @ keys.transpose(1, 2) - self.margin
         above = z.relu()
         return ops.ranking(((z - above).exp() + above).sum(dim=-1))

@@ -1,4 +1,4 @@
-"""PPT: prune or pool, decided for each image and layer by how peaked the scores are (Wu et al., 2023)."""
+"""PPT: prune or pool per image and layer, depending on how peaked the scores are (Wu et al., 2023)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ORDERS = ("score", "position")
 
 @dataclass(frozen=True)
 class PptStep(InnerStep):
-    """Remove `r` tokens: merge similar ones where scores are flat (variance below `tau`), else drop the lowest.
+    """Removes `r` tokens: merges similar ones if scores are flat (variance below `tau`), else drops the lowest.
 
     Attributes:
-        tau: of a model and a number of tokens: scores sum to 1, so their variance falls with the token count.
-        order: of the tokens that an image keeps where it drops: by descending "score", as the authors' code leaves
-            them, or by "position" (ours). It decides which tokens a later step can pair.
+        tau: Depends on the model and the number of tokens: scores sum to 1, so the variance falls with the token count.
+        order: Order of the kept tokens if an image is pruned: by descending "score", as in the authors' code, or by
+            "position" (ours). Affects which tokens a later step can pair.
     """
 
     r: int = 0
@@ -71,7 +71,7 @@ class PptStep(InnerStep):
         if self.order == "position":
             kept = ops.ascending(kept)
         pruned = ops.frame(kept, prefix, shift=prefix)
-        # Both policies are maps of one shape: an image that prunes takes its own rows and merges with weight 0.
+        # Both policies have index lists of one shape: a pruned image takes its own rows and merges with weight 0.
         size = ops.ones(merge.source) if stream.size is None else ops.take(stream.size, merge.source)
         weight = pool.float() * size
         return TokenMap(pooled.where(pool, pruned), Merge(merge.source, merge.into, source_weight=weight))
@@ -79,7 +79,7 @@ class PptStep(InnerStep):
     def fused(
         self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
     ) -> Stream | None:
-        if self.order == "position":  # the operator keeps them by score
+        if self.order == "position":  # the operator orders them by score
             return None
 
         assert statistics.class_attention is not None

@@ -1,6 +1,6 @@
-"""Static reduction: the same patches leave for every image (a searched mask, compiled away).
+"""Static reduction: remove the same patches from every image (e.g. a searched mask).
 
-It costs nothing per image: the positions are constants of the graph, and what leaves before block 0 is never embedded.
+No cost per image: positions are constants of the graph, and what leaves before block 0 is never embedded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vp_exporter.reducers.base import Fields, Step, Tokens
 
 @dataclass(frozen=True)
 class StaticStep(Step):
-    """Keep the patches at `keep`, positions in the original patch grid (row-major, prefix tokens not counted)."""
+    """Keeps the patches at `keep`, positions in the original patch grid (row-major, prefix tokens not counted)."""
 
     keep: tuple[int, ...] = ()
 
@@ -54,7 +54,7 @@ class StaticStep(Step):
         return Tokens(tokens.prefix, len(self.keep), self.keep)
 
     def local_index(self, tokens: Tokens) -> tuple[int, ...]:
-        """Where the kept patches stand among the patch tokens that enter (0-based, prefix tokens not counted)."""
-        assert tokens.positions is not None  # apply() has refused the other case
+        """Indices of the kept patches among the entering patch tokens (0-based, prefix tokens not counted)."""
+        assert tokens.positions is not None  # ensured by apply()
         place = {position: index for index, position in enumerate(tokens.positions)}
         return tuple(place[position] for position in self.keep)

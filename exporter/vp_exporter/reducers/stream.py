@@ -1,8 +1,8 @@
-"""What flows through a reduced model, the attention statistics that a reducer reads, and the map it answers with.
+"""Data types of a reduced model: the token stream, the attention statistics for a reducer, and the map that it returns.
 
-Every reducer only *chooses*: it returns a `TokenMap` of index tensors with static shapes. `reduce_tokens` is the one
-place that moves tokens: one gather for what stays and one matrix product for what is merged, so no engine ever sees a
-scatter (whose order would be undefined where several tokens merge into one).
+A reducer only *chooses*: it returns a `TokenMap` of index tensors with static shapes. Tokens are moved by
+`reduce_tokens` alone: one gather for those that stay and one matrix product for those merged, so engines never see a
+scatter (whose order would be undefined if several tokens merge into one).
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from torch import Tensor
 
 from vp_exporter.reducers import ops
 
-LEAST_SIZE = 1e-6  # of a token
+LEAST_SIZE = 1e-6  # smallest token size
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The tokens between two blocks.
+    """Tokens between two blocks.
 
     Attributes:
         x: [B, N, D].
-        prefix: P, prefix tokens in front.
-        size: float32 [B, N], patches that each token stands for; None while every one stands for itself (or where the
-            plan does not carry sizes).
-        log_size: float32 [B, N], its logarithm, where attention is proportional.
-        positions: int64 [B, n] or [1, n], places of the patch tokens in the original grid, as `ops.grid_codes`; None
-            where no step asks.
-        columns: of that grid.
-        links: the graphs of the embedded patches that steps ask for, by `InnerStep.links`, as `TokenGraph` makes them.
-        code_index: int64 [1, codes], the row of `links` by the place's code.
+        prefix: P, number of prefix tokens.
+        size: float32 [B, N], number of patches in each token; None while all are 1, or if sizes are not tracked.
+        log_size: float32 [B, N], log of the sizes, for proportional attention.
+        positions: int64 [B, n] or [1, n], positions of the patch tokens in the original grid, as `ops.grid_codes`; None
+            if no step needs them.
+        columns: Columns of that grid.
+        links: Graphs of the embedded patches needed by steps, by `InnerStep.links`, as computed by `TokenGraph`.
+        code_index: int64 [1, codes], row in `links` of each grid code.
     """
 
     x: Tensor
@@ -46,20 +45,20 @@ class Stream:
 
     @property
     def patches(self) -> int:
-        """n, the patch tokens."""
+        """n, number of patch tokens."""
         return self.x.shape[1] - self.prefix
 
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """Statistics of a block's attention, all float32; None where the step did not ask (`InnerStep.needs`).
+    """Statistics of a block's attention, all float32; None if not requested (`InnerStep.needs`).
 
     Attributes:
-        class_attention: [B, N], the class token's attention, averaged over heads.
-        keys: [B, N, d_h], summed over heads (every use is a cosine, which knows no scale).
-        head_keys: [B, N, H, d_h], in the dtype of the model: what `keys` sums, for an operator that does so itself.
+        class_attention: [B, N], attention of the class token, mean over heads.
+        keys: [B, N, d_h], summed over heads (only used in cosines, so the scale does not matter).
+        head_keys: [B, N, H, d_h], in the dtype of the model: `keys` before the sum, for operators that do the sum.
         value_norm: [B, N], Euclidean norm of the value over all heads.
-        graph_score: [B, N], GTP's score of the whole attention map.
+        graph_score: [B, N], GTP's score from the whole attention map.
     """
 
     class_attention: Tensor | None = None
@@ -71,16 +70,15 @@ class AttentionStatistics:
 
 @dataclass(frozen=True)
 class Merge:
-    """Weighted means: source r joins output row `into[r]`.
+    """Weighted means: source r is merged into output row `into[r]`.
 
     Attributes:
-        source: int64 [B, R], rows of the entering sequence.
+        source: int64 [B, R], rows of the input sequence.
         into: int64 [B, R], rows of the output.
-        source_weight: [B, R]; None takes the tokens' sizes.
-        keep_weight: [B, K], of what stands in the output rows already. None takes their sizes: source_weight is then
-            also the size that a source brings.
-        source_size: [B, R], the size that each source brings where the mean is a plain one, of features that all
-            weigh the same; there are no weights then.
+        source_weight: [B, R]; None for the token sizes.
+        keep_weight: [B, K], weights of the output rows themselves. None for their sizes; source_weight is then also the
+            size that a source contributes.
+        source_size: [B, R], size that each source contributes to a plain, unweighted mean; excludes the weights.
     """
 
     source: Tensor
@@ -92,7 +90,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Propagation:
-    """Of what is dropped: output += mix @ x[source]. `source` int64 [B, R], `mix` float32 [B, K, R]."""
+    """Propagation of dropped tokens: output += mix @ x[source]. `source` int64 [B, R], `mix` float32 [B, K, R]."""
 
     source: Tensor
     mix: Tensor
@@ -100,13 +98,13 @@ class Propagation:
 
 @dataclass(frozen=True)
 class Pool:
-    """New tokens behind the kept ones: rows @ x[source].
+    """New tokens appended to the kept ones: rows @ x[source].
 
     Attributes:
-        source: int64 [B, R], rows of the entering sequence.
+        source: int64 [B, R], rows of the input sequence.
         rows: float32 [B, E, R], weights.
-        members: float32 [B, E, R], 1 where a source is part of the new token: whose sizes add up.
-        places: int64 [B, E], the entering rows whose grid positions the new tokens take.
+        members: float32 [B, E, R], 1 if a source is part of the new token; their sizes are summed.
+        places: int64 [B, E], input rows whose grid positions the new tokens inherit.
     """
 
     source: Tensor
@@ -117,10 +115,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """A reducer's answer: rows that stay (int64 [B, K], prefix included, in output order) and where others go.
+    """Result of a reducer: rows that stay (int64 [B, K], prefix included, in output order) and where others go.
 
-    `extra` are new tokens [B, E, D] behind them that an operator has made already (`InnerStep.fused`): they have no
-    sizes and no places.
+    `extra` are appended tokens [B, E, D] that an operator has already computed (`InnerStep.fused`), without sizes or
+    positions.
     """
 
     keep: Tensor
@@ -138,20 +136,20 @@ def merge_rows(
     source_weight: Tensor | None,
     keep_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted means of kept rows and the sources that join them: a gather and one matrix product.
+    """Weighted means of kept rows and the sources merged into them: a gather and one matrix product.
 
-    The mean as a correction of the row that stays: x_j + sum_i w_i (x_i - x_j) / sum w. Only the R sources and their
-    partners are touched, where weighting every kept row would be one more pass over the whole sequence.
+    Computed as a correction of the kept row: x_j + sum_i w_i (x_i - x_j) / sum w. This touches only the R sources and
+    their partners; weighting every kept row would take another pass over the whole sequence.
 
     Args:
         x: [B, N, D].
         keep: int64 [B, K], rows that stay.
-        source, into: int64 [B, R], rows that merge, and the output row that each joins.
-        source_weight: [B, R]; None: 1.
-        keep_weight: [B, K]; None: 1.
+        source, into: int64 [B, R], rows to merge, and the output row that each joins.
+        source_weight: [B, R]; None for 1.
+        keep_weight: [B, K]; None for 1.
 
     Returns:
-        Rows [B, K, D], and the weight of each [B, K].
+        Rows [B, K, D], and the total weight of each [B, K].
     """
     member = ops.one_hot(into, keep.shape[1])
     weighted = member if source_weight is None else member * source_weight[:, None, :]
@@ -161,16 +159,16 @@ def merge_rows(
     return ops.take_rows(x, keep) + share.to(x.dtype) @ change, mass
 
 
-# What can stand in for `merge_rows`: the operator vp::merge_rows.
+# Signature of `merge_rows`, shared by the operator vp::merge_rows.
 MergeRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool, merge: MergeRows = merge_rows) -> Stream:
-    """Carry out a map.
+    """Apply a map to the tokens.
 
     Args:
-        carry_size: compute the new tokens' sizes.
-        merge: carries out its merges.
+        carry_size: Track token sizes.
+        merge: Implementation of merging.
     """
     size = None if stream.size is None else ops.take(stream.size, chosen.keep)
     if chosen.merge is None:
@@ -191,7 +189,7 @@ def reduce_tokens(stream: Stream, chosen: TokenMap, *, carry_size: bool, merge: 
 
 
 def sizes_without_merge(stream: Stream, x: Tensor, chosen: TokenMap, *, carry_size: bool) -> Stream:
-    """What leaves where the rows `x` [B, K + E, D] were gathered already and nothing merged into one of them."""
+    """Output stream for rows `x` [B, K + E, D] that were already gathered, with nothing merged into a kept row."""
     size = None
     if carry_size:
         size = None if stream.size is None else ops.take(stream.size, chosen.keep)
@@ -206,17 +204,17 @@ def _moved(stream: Stream, x: Tensor, size: Tensor | None, chosen: TokenMap) -> 
 
 
 def _with_pool(stream: Stream, keep: Tensor, size: Tensor | None, pool: Pool) -> Tensor:
-    """Sizes [B, K + E] of the kept rows and the new ones."""
+    """Sizes [B, K + E] of the kept and the new rows."""
     kept = ops.ones(keep) if size is None else size
     return torch.cat([kept, _size_of(stream, pool.members, pool.source)], dim=1)
 
 
 def _merge(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge, run: MergeRows) -> tuple[Tensor, Tensor]:
-    """The rows [B, K, D] and their sizes [B, K]."""
+    """Merge rows; returns [B, K, D] and their sizes [B, K]."""
     if merge.source_size is not None:
         x, _ = run(stream.x, keep, merge.source, merge.into, None, None)
         brought = (ops.one_hot(merge.into, keep.shape[1]) @ merge.source_size[:, :, None]).squeeze(-1)
-        # What a source brings may be below 0 (DiffRate's similarities are): no logarithm may fail for it.
+        # Contributions may be negative (DiffRate's similarities): clamp for the logarithm.
         return x, (brought + (1.0 if size is None else size)).clamp_min(LEAST_SIZE)
     weight = merge.source_weight
     if weight is None and stream.size is not None:
@@ -230,7 +228,7 @@ def _merge(stream: Stream, keep: Tensor, size: Tensor | None, merge: Merge, run:
 
 
 def _size_of(stream: Stream, rows: Tensor, source: Tensor) -> Tensor:
-    """What the tokens at `source` [B, R] add to each row's size: rows [B, K, R] times their sizes -> [B, K]."""
+    """Sum the sizes of the tokens at `source` [B, R] by membership rows [B, K, R] -> [B, K]."""
     if stream.size is None:
         return rows.sum(-1)
     return (rows @ ops.take(stream.size, source)[:, :, None]).squeeze(-1)

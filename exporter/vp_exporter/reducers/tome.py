@@ -18,11 +18,11 @@ ORDERS = ("position", "similarity")
 
 @dataclass(frozen=True)
 class TomeStep(InnerStep):
-    """Merge the `r` patch tokens that have the most similar partner into it, size-weighted.
+    """Merges the `r` patch tokens with the most similar partner into it, weighted by size.
 
     Attributes:
-        order: of those at even positions that stay: by "position", or by falling "similarity" to their partner, as the
-            authors' code leaves them where there is no class token to bring back to the front.
+        order: Order of the unmerged tokens at even positions: by "position", or by descending "similarity" to their
+            partner, as in the authors' code if there is no class token to move back to the front.
     """
 
     r: int = 0
@@ -64,7 +64,7 @@ class TomeStep(InnerStep):
     def fused(
         self, stream: Stream, statistics: AttentionStatistics, operators: FusedOperators, *, carry_size: bool
     ) -> Stream | None:
-        if self.order == "similarity":  # the operator sorts them
+        if self.order == "similarity":  # the operator sorts them by position
             return None
         assert statistics.head_keys is not None
         x, size = operators.match_merge(stream.x, statistics.head_keys, stream.size, self.r, stream.prefix)

@@ -19,10 +19,10 @@ SCORES = ("class", "ats")
 
 @dataclass(frozen=True)
 class TopKStep(InnerStep):
-    """Keep the best patch tokens, drop the others.
+    """Keeps the highest-scoring patch tokens, drops the others.
 
     Attributes:
-        tokens_out: tokens that leave the block, prefix included.
+        tokens_out: Number of output tokens, prefix included.
         score: "class": class attention; "ats": class attention times the norm of the value.
     """
 
@@ -53,7 +53,7 @@ class TopKStep(InnerStep):
         return TokenMap(ops.frame(kept, stream.prefix, shift=stream.prefix))
 
     def _scores(self, stream: Stream, statistics: AttentionStatistics) -> Tensor:
-        """Of the patch tokens, [B, n]."""
+        """Scores of the patch tokens, [B, n]."""
         assert statistics.class_attention is not None
         scores = statistics.class_attention
         if self.score == "ats":

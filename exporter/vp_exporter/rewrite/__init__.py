@@ -1,1 +1,1 @@
-"""A timm ViT rewritten to run a plan."""
+"""Rewrite a timm ViT to run a plan."""

@@ -1,4 +1,4 @@
-"""The one attention of the reduced model: softmax(q k^T / sqrt(d) + key_bias) v, in the forms that engines like."""
+"""Attention with a key bias, softmax(q k^T / sqrt(d) + key_bias) v, in the form that suits each engine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# "sdpa": torch's fused attention; the ONNX exporter turns it into one Attention node on [B, H, N, d], which TensorRT
-#   fuses with the qkv projection's bias (the packed form costs it 24 kernels more).
-# "packed": ONNX Runtime's MultiHeadAttention on [B, N, H * d], without the transposes and slices of the other: 3 to 6%
-#   faster there. Not the standard Attention, which is as fast: it is in opset 23 alone, and ONNX Runtime's quantizers
-#   and symbolic shape inference take it for their own operator of that name. The mask is repeated for every query,
-#   because the kernel does not broadcast it.
+# "sdpa": torch's fused attention, exported to ONNX as one Attention node on [B, H, N, d], which TensorRT fuses with the
+#   qkv bias (the packed form costs 24 more kernels there).
+# "packed": ONNX Runtime's MultiHeadAttention on [B, N, H * d], without transposes and slices: 3 to 6% faster there. The
+#   standard Attention would be as fast, but exists only from opset 23, and ONNX Runtime's quantizers and symbolic shape
+#   inference confuse it with their own operator of that name. The mask is repeated for every query, because the
+#   kernel does not broadcast it.
 # "explicit": MatMul, Softmax, MatMul, for engines without the operator.
 AttentionForm = Literal["sdpa", "packed", "explicit"]
 
@@ -23,11 +23,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, form: At
 
     Args:
         q, k, v: [B, H, N, d].
-        key_bias: float32 [1 or B, N], added to every query's logit of that key; -inf removes the key; None is zero.
+        key_bias: float32 [1 or B, N], added to the logits of each key; -inf masks the key. None is zero.
         form: "sdpa" or "explicit".
 
     Returns:
-        [B, N, H * d], contiguous, as the output projection reads it.
+        [B, N, H * d], contiguous, as input of the output projection.
     """
     heads, tokens, width = q.shape[1], q.shape[2], q.shape[3]
     mask = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype)
@@ -36,16 +36,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, form: At
     else:
         logits = (q * width**-0.5) @ k.transpose(-2, -1)
         out = torch.softmax(logits if mask is None else logits + mask, dim=-1) @ v
-    # -1 for the batch keeps a dynamic batch out of the exported graph: no Shape node.
+    # -1 keeps the dynamic batch out of the graph: no Shape node.
     return out.transpose(1, 2).reshape(-1, tokens, heads * width)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, key_bias: Tensor | None) -> Tensor:
-    """The same on tensors whose heads lie side by side, as the projection wrote them.
+    """`attention` on packed heads, as written by the projection.
 
     Args:
         q, k, v: [B, N, H * d].
-        key_bias: as for `attention`.
+        key_bias: As for `attention`.
 
     Returns:
         [B, N, H * d].

@@ -1,7 +1,7 @@
-"""Statistics of a block's attention for its reducer, computed beside the fused attention and never from its map.
+"""Attention statistics for reducers, computed alongside the fused attention rather than from the attention map.
 
-Scores need one row: softmax(q_class k^T) costs N * d multiply-accumulates, where the map costs N^2 * d and would take
-the block off the fused path. All in fp32: matching under bf16 doubles the error of the whole model.
+Scores need one row: softmax(q_class k^T) takes N * d multiply-accumulates, against N^2 * d and the loss of the fused
+kernel for the whole map. Computed in fp32: matching in bf16 doubles the error of the whole model.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from vp_exporter.reducers.stream import AttentionStatistics
 
 
 class CollectStatistics(nn.Module):
-    """The statistics that `needs` names, from the heads of a block's attention.
+    """Computes the statistics named in `needs` from the heads of a block's attention.
 
-    A module of its own so that the nodes it becomes carry its name in an exported graph.
+    A module, so that its nodes carry its name in an exported graph.
 
     Args:
-        needs: of the block's step.
-        heads: H, of the attention.
+        needs: Statistics that the block's step needs.
+        heads: H, number of heads.
     """
 
     def __init__(self, needs: frozenset[Need], heads: int) -> None:
@@ -32,12 +32,12 @@ class CollectStatistics(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weights: Tensor | None = None
     ) -> AttentionStatistics:
-        """Compute them.
+        """Compute the statistics.
 
         Args:
-            q, k, v: [B, H, N, d], or "packed" [B, N, H * d], of which nothing is transposed.
-            bias: float32 [1 or B, N], the key bias of that attention.
-            weights: its map float32 [B, H, N, N], where the block computes it; "graph_score" needs it.
+            q, k, v: [B, H, N, d], or "packed" [B, N, H * d], which avoids transposes.
+            bias: float32 [1 or B, N], key bias of the attention.
+            weights: Attention map float32 [B, H, N, N], if the block computes it; needed for "graph_score".
         """
         needs, heads = self.needs, self.heads
         packed = q.ndim == 3
@@ -61,7 +61,7 @@ class CollectStatistics(nn.Module):
 
 
 def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """The class token's row of the attention, averaged over heads: [B, H, N, d] -> float32 [B, N]."""
+    """Attention of the class token, mean over heads: [B, H, N, d] -> float32 [B, N]."""
     logits = (q[:, :, :1].float() * q.shape[3] ** -0.5) @ k.float().transpose(2, 3)  # [B, H, 1, N]
     if bias is not None:
         logits = logits + bias[:, None, None, :]
@@ -69,8 +69,10 @@ def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def class_attention_packed(q: Tensor, k: Tensor, heads: int, bias: Tensor | None) -> Tensor:
-    """The same on [B, N, H * d]: the query is spread over H rows, row h holding head h alone, so that one product with
-    all of k gives every head's logits."""
+    """`class_attention` on packed heads, [B, N, H * d].
+
+    Uses a block-diagonal query of H rows, with head h in row h: one product with k gives the logits of all heads.
+    """
     width = q.shape[2] // heads
     own = torch.eye(heads, device=q.device).repeat_interleave(width, dim=1) * width**-0.5  # [H, H * d]
     logits = (q[:, :1].float() * own) @ k.float().transpose(1, 2)  # [B, H, N]
@@ -80,18 +82,18 @@ def class_attention_packed(q: Tensor, k: Tensor, heads: int, bias: Tensor | None
 
 
 def needs_map(step: InnerStep) -> bool:
-    """Whether a step needs its block's whole attention map: it is computed once then, and not by a fused operator."""
+    """Whether a step needs the whole attention map, which is then computed once, without a fused operator."""
     return "graph_score" in step.needs or step.theta < 1
 
 
 def attention_map(q: Tensor, k: Tensor, bias: Tensor | None, theta: float = 1.0) -> Tensor:
-    """The softmax of every head.
+    """Attention map of every head.
 
     Args:
         q, k: [B, H, N, d].
         bias: float32 [1 or B, N].
-        theta: share of each head's map that stays (GTP, Xu et al., WACV 2024). Of its N^2 entries those below the
-            int((1 - theta) N^2)-th lowest become 0; rows then add up to less than 1, as in the authors' code.
+        theta: Share of each head's map that is kept (GTP, Xu et al., WACV 2024). Of its N^2 entries, those below the
+            int((1 - theta) N^2)-th lowest become 0; rows then sum to less than 1, as in the authors' code.
 
     Returns:
         float32 [B, H, N, N].
@@ -100,7 +102,7 @@ def attention_map(q: Tensor, k: Tensor, bias: Tensor | None, theta: float = 1.0)
     weights = torch.softmax(logits if bias is None else logits + bias[:, None, None, :], dim=-1)
     heads, tokens = q.shape[1], q.shape[2]
     lowest = int(tokens * tokens * (1 - theta))
-    if lowest < 2:  # nothing is below the lowest of all
+    if lowest < 2:  # no entry is below the lowest
         return weights
     threshold = ops.nth_highest(weights.reshape(-1, heads, tokens * tokens), tokens * tokens - lowest + 1)
     return weights * (weights >= threshold[:, :, :, None]).float()
@@ -110,7 +112,7 @@ def graph_score(weights: Tensor) -> Tensor:
     """GTP's score: max over heads of a_jj times max over heads of sum_i a_ij.
 
     Args:
-        weights: the attention map, float32 [B, H, N, N].
+        weights: Attention map, float32 [B, H, N, N].
 
     Returns:
         float32 [B, N].

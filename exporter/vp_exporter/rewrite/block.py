@@ -1,6 +1,6 @@
-"""The parts of a reduced model, each a view over the timm module whose parameters it shares.
+"""Modules of a reduced model. Each wraps the timm module whose parameters it shares.
 
-Training-time noise (dropout, drop path, patch drop) is left out: a reduced model is the inference form.
+Training-time regularisation (dropout, drop path, patch drop) is omitted: a reduced model is for inference.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from vp_exporter.rewrite.attention_statistics import CollectStatistics, attentio
 
 
 class PatchEmbedding(nn.Module):
-    """Images to tokens, embedding only the patches at `keep`.
+    """Image to tokens, embedding only the patches at `keep`.
 
-    A patch embedding is a convolution whose stride is its kernel, so each patch is one matrix product: cut the image
-    into patches, take the surviving ones, multiply. What is dropped is never computed.
+    A patch embedding is a convolution with stride equal to its kernel, so each patch is one matrix product: cut the
+    image into patches, select the kept ones, multiply. Dropped patches are never computed.
 
     Args:
-        vit: the timm model; parameters stay shared.
-        keep: patch positions to embed, ascending; None for all.
+        vit: The timm model; parameters are shared.
+        keep: Patch positions to embed, ascending; None for all.
     """
 
     index: Tensor | None
@@ -37,7 +37,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, vit: nn.Module, keep: tuple[int, ...] | None) -> None:
         super().__init__()
-        self.vit = [vit]  # in a list: the parameters belong to ReducedViT.vit, and are registered there once
+        self.vit = [vit]  # in a list: parameters are registered once, by ReducedViT.vit
         embed = vit.patch_embed
         self.grid, self.patch, self.chans = embed.grid_size, embed.patch_size, embed.proj.in_channels
         self.prefix = vit.num_prefix_tokens
@@ -46,7 +46,7 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("weight", None, persistent=False)
 
     def freeze(self) -> None:
-        """Compute once what depends on parameters alone, so that an exported graph holds it as a constant."""
+        """Precompute what depends on parameters alone, so that an exported graph holds it as a constant."""
         with torch.no_grad():
             self.table, self.weight = self.position_table(), self.patch_weight()
 
@@ -56,7 +56,7 @@ class PatchEmbedding(nn.Module):
         return weight.reshape(weight.shape[0], -1).t().contiguous()
 
     def position_table(self) -> Tensor:
-        """What is added to the tokens [1, prefix + kept, D]: prefix tokens and position embeddings."""
+        """Table added to the tokens, [1, prefix + kept, D]: prefix tokens and position embeddings."""
         vit = self.vit[0]
         prefix = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
         prefix = [token for token in prefix if token is not None]
@@ -64,7 +64,7 @@ class PatchEmbedding(nn.Module):
         position = vit.pos_embed
         if position is None:
             position = vit.patch_embed.proj.weight.new_zeros(1, self.grid[0] * self.grid[1], width)
-        first = position.shape[1] - self.grid[0] * self.grid[1]  # 0 where prefix tokens have no position (DeiT-3)
+        first = position.shape[1] - self.grid[0] * self.grid[1]  # 0 if prefix tokens have no position (DeiT-3)
         patches = position[:, first:]
         if self.index is not None:
             patches = patches.index_select(1, self.index)
@@ -77,7 +77,7 @@ class PatchEmbedding(nn.Module):
         """[B, C, H, W] -> [B, prefix + kept, D]."""
         (gh, gw), (ph, pw) = self.grid, self.patch
         vit = self.vit[0]
-        if images.shape[-2:] != (gh * ph, gw * pw):  # a stride that does not divide the image ignores the remainder
+        if images.shape[-2:] != (gh * ph, gw * pw):  # ignore the remainder if the stride does not divide the image
             images = images[..., : gh * ph, : gw * pw]
         patches = images.reshape(-1, self.chans, gh, ph, gw, pw).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(-1, gh * gw, self.chans * ph * pw)
@@ -88,7 +88,7 @@ class PatchEmbedding(nn.Module):
         if vit.patch_embed.proj.bias is not None:
             x = x + vit.patch_embed.proj.bias
         x = vit.patch_embed.norm(x)
-        # Zero rows plus a table, not a concatenation: the class token need not be expanded to the batch.
+        # Zero rows plus a table rather than a concatenation: the class token need not be expanded to the batch.
         if self.prefix:
             x = F.pad(x, (0, 0, self.prefix, 0))
         x = x + (self.position_table() if self.table is None else self.table)
@@ -96,16 +96,16 @@ class PatchEmbedding(nn.Module):
 
 
 class ReducedBlock(nn.Module):
-    """A transformer block under a plan: a gather at its input, a key bias, a reducer between attention and MLP.
+    """Transformer block under a plan: a gather at its input, a key bias, and a reducer between attention and MLP.
 
     Args:
         block: timm's Block or EvaBlock.
-        index: positions in the entering sequence (prefix tokens included) that stay; None for all.
-        key_bias: one logit for each token in the attention; None for zero.
-        step: the reducer that acts between attention and MLP.
-        proportional: add the log of the tokens' sizes to the logits.
-        carry_size: hand on the sizes that `step` makes.
-        carry_positions: hand on the places in the grid, for a later step.
+        index: Positions in the input sequence (prefix tokens included) to keep; None for all.
+        key_bias: One attention logit per token; None for zero.
+        step: Reducer between attention and MLP.
+        proportional: Add the log of token sizes to the logits.
+        carry_size: Track the token sizes that result from `step`.
+        carry_positions: Track grid positions, for a later step.
     """
 
     index: Tensor | None
@@ -139,7 +139,7 @@ class ReducedBlock(nn.Module):
     def forward(self, stream: Stream) -> Stream:
         """[B, N, D] -> [B, kept, D]."""
         block = self.block[0]
-        if self.index is not None:  # static steps come before every other: no sizes yet, and no positions by image
+        if self.index is not None:  # static steps precede all others: no sizes or per-image positions yet
             stream = replace(stream, x=stream.x.index_select(1, self.index))
         out, statistics = self._attend(block.norm1(stream.x), self._bias(stream))
         stream = replace(stream, x=stream.x + self._scale(out, 1))
@@ -150,16 +150,16 @@ class ReducedBlock(nn.Module):
         return replace(stream, x=x + self._scale(block.mlp(block.norm2(x)), 2))
 
     def _bias(self, stream: Stream) -> Tensor | None:
-        """What is added to the logits, float32 [1 or B, N]."""
+        """Bias of the attention logits, float32 [1 or B, N]."""
         if stream.log_size is None:
             return self.key_bias
         return stream.log_size if self.key_bias is None else stream.log_size + self.key_bias
 
     def _attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionStatistics | None]:
-        """The attention's output [B, N, D], and the statistics that the reducer asked for."""
+        """Output of the attention [B, N, D], and the statistics that the reducer needs."""
         layer = self.block[0].attn
         heads, width, tokens = layer.num_heads, layer.head_dim, x.shape[1]
-        separate = layer.qkv is None  # EVA-02's projections
+        separate = layer.qkv is None  # separate projections of EVA-02
         if self.attention_form == "packed" and not self.maps:
             q, k, v = (
                 (project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
@@ -198,7 +198,7 @@ class ReducedBlock(nn.Module):
         return x * scale.gamma if isinstance(scale, LayerScale) else x
 
     def fold_scales(self) -> None:
-        """Multiply LayerScale into the projection before it; changes the timm block, so only on a copy."""
+        """Fold LayerScale into the preceding projection. Modifies the timm block, so use it on a copy only."""
         block = self.block[0]
         eva = isinstance(block, EvaBlock)
         pairs = ((block.attn.proj, "gamma_1", "ls1"), (block.mlp.fc2, "gamma_2", "ls2"))
@@ -215,13 +215,13 @@ class ReducedBlock(nn.Module):
 
 
 class Reduce(nn.Module):
-    """A step at work between attention and MLP; a module so that its nodes carry its name in an exported graph.
+    """Applies a step between attention and MLP. A module, so that its nodes carry its name in an exported graph.
 
     Args:
-        step: chooses for each image.
-        proportional: make the log sizes that later attentions add to their logits.
-        carry_size: hand on the sizes that tokens have afterwards.
-        carry_positions: hand on their places in the grid.
+        step: Chooses tokens per image.
+        proportional: Compute log sizes for the logits of later attentions.
+        carry_size: Track token sizes.
+        carry_positions: Track grid positions.
     """
 
     def __init__(self, step: InnerStep, *, proportional: bool, carry_size: bool, carry_positions: bool) -> None:
@@ -241,12 +241,12 @@ class Reduce(nn.Module):
 
 
 class PoolAndHead(nn.Module):
-    """The sequence to logits (or to pooled features where the model has no classes).
+    """Pooling and classifier: sequence to logits (or to pooled features if the model has no classes).
 
     Args:
-        vit: the timm model.
-        include_prefix: whether the pooling reads the prefix tokens too (ModelSpec.pool_include_prefix).
-        by_size: averages weight tokens by their sizes, where they have some.
+        vit: The timm model.
+        include_prefix: Whether pooling includes the prefix tokens (ModelSpec.pool_include_prefix).
+        by_size: Weight tokens by size in averages, if they have sizes.
     """
 
     def __init__(self, vit: nn.Module, include_prefix: bool, *, by_size: bool = True) -> None:
@@ -260,15 +260,15 @@ class PoolAndHead(nn.Module):
         """[B, N, D] -> [B, classes] (or [B, D]).
 
         Args:
-            size: float32 [B, N], patches that each token stands for: averages weight tokens by it.
-            proportional: add log(size) to the logits of an attention pooling.
+            size: float32 [B, N], number of patches in each token; weights of averages.
+            proportional: Add log(size) to the logits of attention pooling.
         """
         vit = self.vit[0]
-        if self.distilled:  # forward_head of timm: the mean of the two classifiers
+        if self.distilled:  # as timm's forward_head: mean of the two classifiers
             x = vit.norm(x[:, :2])
             return (vit.head(x[:, 0]) + vit.head_dist(x[:, 1])) / 2
         if vit.attn_pool is None and vit.global_pool == "token":
-            x = vit.norm(x[:, 0])  # the norm is by token, so the other tokens need none
+            x = vit.norm(x[:, 0])  # the norm is per token, so other tokens need none
         else:
             x = vit.norm(x)
             first = 0 if self.include_prefix else self.prefix
@@ -280,7 +280,7 @@ class PoolAndHead(nn.Module):
         return vit.head(vit.fc_norm(x))
 
     def _attention_pool(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """timm's AttentionPoolLatent. One query a head: plain matrix products, the query a constant."""
+        """timm's AttentionPoolLatent. One query per head: plain matrix products with a constant query."""
         pool = self.vit[0].attn_pool
         heads, width, tokens = pool.num_heads, pool.head_dim, x.shape[1]
         q = pool.q_norm(pool.q(pool.latent).reshape(1, pool.latent_len, heads, width).transpose(1, 2))
@@ -298,7 +298,7 @@ class PoolAndHead(nn.Module):
 
 
 def qkv_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """The projection to queries, keys and values, [B, N, D] -> [B, N, 3 * H * d]."""
+    """Projection to queries, keys and values, [B, N, D] -> [B, N, 3 * H * d]."""
     bias = layer.qkv.bias
     if getattr(layer, "q_bias", None) is not None:  # EVA: the key has no bias
         bias = torch.cat((layer.q_bias, layer.k_bias, layer.v_bias))
@@ -313,7 +313,7 @@ def _norm_heads(norm: nn.Module, x: Tensor, heads: int, width: int) -> Tensor:
 
 
 def _pool(x: Tensor, kind: str, size: Tensor | None) -> Tensor:
-    """Average (each token counted as often as it stands for a patch) or maximum over tokens."""
+    """Average (weighted by size) or maximum over tokens."""
     if kind == "max":
         return x.amax(dim=1)
     if size is None:

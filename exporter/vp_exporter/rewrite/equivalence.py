@@ -1,12 +1,13 @@
-"""Whether a user's module computes what its rewritten form computes: by its numbers, not by its class.
+"""Numerical check that a user's module computes the same as its rewritten form.
 
-A subclass of timm's class may have changed anything, and so may hooks, replaced methods and exchanged layers of a
-module whose class is timm's own. Two questions are asked with two random images, of the form that is exported:
+Subclasses of timm's classes may change anything, and so may hooks, replaced methods and exchanged layers in a module of
+timm's own class. The exported form is run on two random images to check that:
 
-1. With no plan, does it answer as the module's own `forward`?
-2. Does it treat tokens apart outside of attention, so that a token which has left is missed by nobody? With patches
-   dropped it must equal itself with all patches, those masked out of every attention. (Asked where something in it is
-   not timm's or torch's own: what is treats tokens apart.)
+1. Without a plan, it gives the same output as the module's own `forward`.
+2. Tokens only interact in attention, so that dropping one does not affect the others otherwise. With patches dropped,
+it
+   must equal itself with the same patches masked out of every attention. Skipped if all layers are timm's or torch's
+   own, which treat tokens separately.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
-# Roundings of the largest value that two ways to compute a model may differ by: 6e-5 in fp32, where 1.4e-6 is the most
-# that was seen. Where all images give nearly the same (a LayerScale of 1e-5), what they differ by is what counts.
+# Tolerance, in roundings of the largest value: 6e-5 in fp32, where at most 1.4e-6 was observed. If the outputs of all
+# images are nearly equal (a LayerScale of 1e-5), it is relative to their difference.
 MOST_STEPS, LEAST_STEPS = 512, 32
 MOST_OF_SPREAD = 0.01
 MASKED = -3e4  # exp(-3e4) is 0 in fp32
@@ -33,21 +34,21 @@ _DROPPED = 0.4
 
 
 def check_equivalent(vit: nn.Module, spec: ModelSpec) -> None:
-    """Refuse a module whose rewritten form computes something else.
+    """Check that the rewritten form of a module computes the same.
 
     Args:
-        vit: a timm ViT, or of a class derived from one; in eval mode, fp32, on the CPU.
-        spec: of it.
+        vit: A timm ViT or an instance of a subclass, in eval mode, fp32, on the CPU.
+        spec: Its spec.
 
     Raises:
-        UnsupportedModelError: it cannot be run or rewritten, or the two differ; the message says by how much.
+        UnsupportedModelError: if it cannot be run or rewritten, or the outputs differ; the message says by how much.
     """
     name = type(vit).__name__
     images = _images(spec)
     with torch.no_grad():
         own = _own_answer(vit, images, name)
         if float(_spread(own)) <= LEAST_STEPS * _rounding(own):
-            # A head of zeros, say: what came before it would be compared as nothing with nothing.
+            # E.g. a head of zeros, which would hide any difference before it.
             vit = _without_zeros(vit)
             own = _own_answer(vit, images, name)
         try:
@@ -56,7 +57,7 @@ def check_equivalent(vit: nn.Module, spec: ModelSpec) -> None:
             tokens = None if _is_plain(vit) else _with_a_drop(vit, spec, images)
         except UnsupportedModelError:
             raise
-        except Exception as error:  # a layer of another kind raises whatever it likes
+        except Exception as error:  # unknown layers may raise anything
             raise UnsupportedModelError(
                 f"{name} cannot be rewritten: {type(error).__name__}: {_first_line(error)}",
                 expected="the layers of timm's class that it derives from",
@@ -89,7 +90,7 @@ _GO_ON = "undo what it changes (hooks, replaced methods, adapters that are not m
 
 
 def _images(spec: ModelSpec) -> Tensor:
-    """float32 [2, C, H, W]: noise, and a smooth picture beyond the range of pixels."""
+    """float32 [2, C, H, W]: noise, and a smooth image beyond the range of pixel values."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, spec.in_chans, *spec.image_size, generator=generator)
     small = 3 * torch.randn(1, spec.in_chans, 4, 4, generator=generator)
@@ -97,7 +98,7 @@ def _images(spec: ModelSpec) -> Tensor:
 
 
 def _is_plain(vit: nn.Module) -> bool:
-    """Whether all of a module is timm's and torch's, with nothing hooked in or put in a method's place."""
+    """Whether a module consists of timm's and torch's layers only, without hooks or replaced forward methods."""
     return all(
         type(part).__module__.startswith(("timm.", "torch.nn."))
         and "forward" not in vars(part)
@@ -110,7 +111,7 @@ def _is_plain(vit: nn.Module) -> bool:
 def _own_answer(vit: nn.Module, images: Tensor, name: str) -> Tensor:
     try:
         answer = vit(images)
-    except Exception as error:  # the user's code raises whatever it likes
+    except Exception as error:  # user code may raise anything
         raise UnsupportedModelError(
             f"{name} does not run on images of {list(images.shape[1:])}: {type(error).__name__}: {_first_line(error)}",
             expected="forward(images), float32 on the CPU",
@@ -128,7 +129,7 @@ def _own_answer(vit: nn.Module, images: Tensor, name: str) -> Tensor:
 
 
 def _without_zeros(vit: nn.Module) -> nn.Module:
-    """A copy in which parameters that are zero throughout are not."""
+    """Copy with all-zero parameters replaced by random ones."""
     twin, generator = copy.deepcopy(vit), torch.Generator().manual_seed(1)
     for parameter in twin.parameters():
         if not parameter.any():
@@ -137,7 +138,7 @@ def _without_zeros(vit: nn.Module) -> nn.Module:
 
 
 def _kept(spec: ModelSpec) -> list[int]:
-    """Positions in the sequence, prefix tokens included, of what the trial plan keeps."""
+    """Positions in the sequence, prefix tokens included, that the trial plan keeps."""
     return [*range(spec.prefix_tokens), *(spec.prefix_tokens + patch for patch in _kept_patches(spec))]
 
 
@@ -147,7 +148,7 @@ def _kept_patches(spec: ModelSpec) -> list[int]:
 
 
 def _with_a_drop(vit: nn.Module, spec: ModelSpec, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens at the end: with patches dropped before block 0, and with the same ones masked and left out there."""
+    """Final tokens with patches dropped before block 0, and with the same patches masked and then removed."""
     kept, model = _kept_patches(spec), PlanModel.of(spec)
     row = torch.full((spec.prefix_tokens + spec.patches,), MASKED)
     row[_kept(spec)] = 0.0
@@ -163,12 +164,12 @@ def _rounding(values: Tensor) -> Tensor:
 
 
 def _spread(values: Tensor) -> Tensor:
-    """What the images differ by."""
+    """Largest difference between the images."""
     return (values[0] - values[1]).abs().max()
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference as a share of the largest expected value."""
+    """Largest difference as a share of the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
 
 

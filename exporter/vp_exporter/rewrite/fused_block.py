@@ -1,11 +1,11 @@
-"""The block of a reduced model over the vp operators (vp_kernels): the form that CUDA runs.
+"""Block of a reduced model on the vp operators (vp_kernels), as run on CUDA.
 
-Beside `blocks.ReducedBlock` it saves passes over the tokens, and nothing else differs:
+Differs from `block.ReducedBlock` only in the number of passes over the tokens:
 
-- attention reads the projection's output where it lies, and gives the scores in the same pass;
-- rows that stay are gathered, added to the attention's output and normalised in one pass;
-- a reducer that has an operator of its own (`InnerStep.fused`) is one or two launches; all others choose as they do in
-  the portable form and their merge is one launch.
+- attention reads the projection's output in place, and returns the scores in the same pass;
+- kept rows are gathered, added to the attention's output and normalised in one pass;
+- a reducer with an operator of its own (`InnerStep.fused`) is one or two launches; all others choose as in the portable
+  form, and merge in one launch.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from vp_exporter.rewrite import operators
 from vp_exporter.rewrite.attention_statistics import attention_map, graph_score
 from vp_exporter.rewrite.block import ReducedBlock, qkv_of
 
-HEAD_DIMS = (32, 64, 80, 96, 128)  # of vp::attention; a test holds this to vp_kernels
+HEAD_DIMS = (32, 64, 80, 96, 128)  # of vp::attention; a test checks this against vp_kernels
 MAX_TOKENS = 1024
 
 
 def check_kernels(description: ModelSpec, head_dim: int) -> None:
-    """Refuse a model that the operators do not take.
+    """Check that the operators support a model.
 
     Raises:
-        UnsupportedModelError: naming what they take.
+        UnsupportedModelError: naming what they support.
     """
     tokens = description.prefix_tokens + description.patches
     if head_dim not in HEAD_DIMS:
@@ -50,7 +50,7 @@ def check_kernels(description: ModelSpec, head_dim: int) -> None:
 
 
 class FusedBlock(ReducedBlock):
-    """A `ReducedBlock` over the vp operators; same arguments."""
+    """`ReducedBlock` on the vp operators; same arguments."""
 
     fused_reduce: FusedReduce | None
 
@@ -92,10 +92,10 @@ class FusedBlock(ReducedBlock):
         return replace(stream, x=stream.x + self._scale(block.mlp(normed), 2))
 
     def _attend_packed(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionStatistics]:
-        """The attention's output [B, N, D], and its statistics."""
+        """Output of the attention [B, N, D], and its statistics."""
         layer = self.block[0].attn
         heads, width, tokens = layer.num_heads, layer.head_dim, x.shape[1]
-        if layer.qkv is None:  # EVA-02's projections
+        if layer.qkv is None:  # separate projections of EVA-02
             parts = [
                 project(x).reshape(-1, tokens, heads, width) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
             ]
@@ -108,7 +108,7 @@ class FusedBlock(ReducedBlock):
         needs, weights = self.needs, None
         if "graph_score" in needs or self.theta < 1:
             weights = attention_map(qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2), bias, self.theta)
-        if weights is not None and self.theta < 1:  # no operator leaves entries of the map out
+        if weights is not None and self.theta < 1:  # no operator omits entries of the map
             v = qkv[:, :, 2].transpose(1, 2)
             out = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(-1, tokens, heads * width)
             row = weights[:, :, 0].mean(dim=1)
@@ -127,7 +127,7 @@ class FusedBlock(ReducedBlock):
 
 
 class FusedReduce(nn.Module):
-    """A step at work in a `FusedBlock`, from the attention's output to what the MLP reads; arguments as of `Reduce`."""
+    """Applies a step in a `FusedBlock`, from the attention's output to the MLP's input; arguments as for `Reduce`."""
 
     def __init__(self, step: InnerStep, *, proportional: bool, carry_size: bool, carry_positions: bool) -> None:
         super().__init__()
@@ -140,16 +140,16 @@ class FusedReduce(nn.Module):
         """Add the attention's output, reduce, normalise.
 
         Args:
-            stream: what entered the attention, [B, N, D].
-            out: the attention's output, [B, N, D].
-            statistics: with `head_keys` in place of `keys`.
-            norm: what follows.
+            stream: Input of the attention, [B, N, D].
+            out: Output of the attention, [B, N, D].
+            statistics: With `head_keys` in place of `keys`.
+            norm: The norm that follows.
 
         Returns:
-            What leaves, [B, N', D], and its norm.
+            The reduced stream, [B, N', D], and its normalised tokens.
         """
         added = replace(stream, x=stream.x + out)
-        # Places in the grid follow an index map, which an operator of its own does not show.
+        # Tracking grid positions takes an index map, which a fused operator does not return.
         found = (
             None if self.carry_positions else self.step.fused(added, statistics, operators, carry_size=self.carry_size)
         )
@@ -175,7 +175,7 @@ class FusedReduce(nn.Module):
     def _keep(
         self, stream: Stream, out: Tensor, added: Tensor, chosen: TokenMap, norm: nn.Module
     ) -> tuple[Stream, Tensor]:
-        """Rows that stay, and new ones behind them: nothing is merged into a row that stays."""
+        """Keep rows and append new ones, without merging into kept rows."""
         extra = chosen.extra
         if chosen.pool is not None:
             extra = chosen.pool.rows.to(added.dtype) @ ops.take_rows(added, chosen.pool.source)
@@ -186,7 +186,7 @@ class FusedReduce(nn.Module):
 def gather_and_norm(
     x: Tensor, index: Tensor, norm: nn.Module, residual: Tensor | None = None, extra: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of x (+ residual), then extra, and their norm: one operator where the norm is a LayerNorm."""
+    """Gather rows of x (+ residual), append extra, normalise: one operator if the norm is a LayerNorm."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if isinstance(norm, nn.LayerNorm) and weight is not None and bias is not None:
         return operators.gather_norm(x, index, weight, bias, float(norm.eps), residual, extra)

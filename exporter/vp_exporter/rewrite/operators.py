@@ -1,7 +1,7 @@
-"""The vp operators as a reduced model calls them: a node of domain `vp` in an ONNX export, torch's own op otherwise.
+"""vp operators for use in a reduced model: a node of domain `vp` during ONNX export, else the torch operator.
 
-One line each, so that `fused_block.py` and the reducers read the same in every lowering. vp_kernels is imported inside:
-a model in the portable form never loads it.
+Lets `fused_block.py` and reducers use one name in every lowering. vp_kernels is imported on call, so portable models
+never load it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Importance = Literal["none", "class", "mean"]
 
 
 def attention(qkv: Tensor, key_bias: Tensor | None, importance: Importance) -> tuple[Tensor, Tensor | None]:
-    """qkv [B, N, 3, H, d] -> [B, N, H * d], and the importance float32 [B, N] that was asked for."""
+    """Attention on qkv [B, N, 3, H, d]: [B, N, H * d], and the requested importance, float32 [B, N]."""
     if torch.onnx.is_in_onnx_export():
         from vp_kernels.attention.function import attention_node
 
@@ -34,7 +34,7 @@ def gather_norm(
     residual: Tensor | None = None,
     extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows of x (+ residual) at index, then extra; and their LayerNorm."""
+    """Gather rows of x (+ residual) at index, append extra; also returns their LayerNorm."""
     if torch.onnx.is_in_onnx_export():
         from vp_kernels.gather_norm.function import gather_norm_node
 
@@ -45,7 +45,7 @@ def gather_norm(
 
 
 def select(scores: Tensor, k: int) -> Tensor:
-    """scores float32 [B, n] -> the k highest, int64 [B, k], ascending."""
+    """Indices of the k highest of scores, float32 [B, n]: int64 [B, k], ascending."""
     if torch.onnx.is_in_onnx_export():
         from vp_kernels.select.function import select_node
 
@@ -56,7 +56,7 @@ def select(scores: Tensor, k: int) -> Tensor:
 
 
 def select_fuse(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same, and the sum of the others' rows weighted by their scores, [B, 1, D]."""
+    """`select`, and the sum of the other rows weighted by their scores, [B, 1, D]."""
     if torch.onnx.is_in_onnx_export():
         from vp_kernels.select.function import select_fuse_node
 
@@ -74,7 +74,7 @@ def merge_rows(
     source_weight: Tensor | None,
     keep_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted means [B, K, D] of kept rows and the sources that join them, and their weights [B, K]."""
+    """Weighted means [B, K, D] of kept rows and the sources merged into them, and their total weights [B, K]."""
     if torch.onnx.is_in_onnx_export():
         from vp_kernels.merge_rows.function import merge_rows_node
 
@@ -93,7 +93,7 @@ def match_merge(
     scores: Tensor | None = None,
     tau: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching and merge: [B, N - r, D] and sizes; with scores, PPT's choice between two policies."""
+    """Bipartite soft matching and merge: [B, N - r, D] and sizes; with scores, prune or merge per image as in PPT."""
     if torch.onnx.is_in_onnx_export():
         from vp_kernels.match_merge.function import match_merge_node
 

@@ -1,4 +1,4 @@
-"""ReducedViT: a timm ViT that runs a reduction plan over its own parameters."""
+"""ReducedViT: a timm ViT that runs a reduction plan."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ReducedViT(nn.Module):
-    """A ViT under a plan; with no plan, the dense model in the same form (the baseline that it is compared with).
+    """A ViT under a plan; without a plan, the dense model in the same form (the baseline for comparisons).
 
-    It holds no parameters of its own: training or loading `vit` changes it too. For a plan with static steps it
-    equals the dense model in which removed tokens are masked out of every later attention.
+    Has no parameters of its own: training or loading `vit` affects it too. With static steps it equals the dense model
+    with the removed tokens masked out of every later attention.
 
     Args:
-        vit: the timm model, in eval mode.
-        description: of that model (vp_exporter.model.describe.describe).
-        plan: what to drop where.
-        kernels: "portable" writes blocks in torch's own operations, "vp" over the operators of vp_kernels.
+        vit: The timm model, in eval mode.
+        description: Description of that model (vp_exporter.model.describe.describe).
+        plan: What to remove where.
+        kernels: "portable" uses standard torch operations, "vp" the operators of vp_kernels.
 
     Raises:
-        PlanError: the plan is for another model.
-        UnsupportedModelError: the vp operators do not take the model's heads.
+        PlanError: if the plan is for another model.
+        UnsupportedModelError: if the vp operators do not support the model's heads.
     """
 
     places: Tensor | None
@@ -74,7 +74,7 @@ class ReducedViT(nn.Module):
             bias = plan.key_bias.get(number) if plan else None
             index = None
             if at_input is not None:
-                assert isinstance(at_input, StaticStep)  # the only reducer that acts on a block's input
+                assert isinstance(at_input, StaticStep)  # the only reducer at a block's input
                 if number == 0:
                     keep = at_input.keep
                 else:
@@ -82,7 +82,7 @@ class ReducedViT(nn.Module):
                 alive = at_input.apply(alive)
             if within is not None:
                 assert isinstance(within, InnerStep)
-                places = list(alive.positions or ()) if places is None else places  # as the first inner step finds them
+                places = list(alive.positions or ()) if places is None else places  # as the first inner step sees them
                 alive = within.apply(alive)
             blocks.append(
                 block_of(
@@ -106,9 +106,9 @@ class ReducedViT(nn.Module):
         )
 
     def _build_graphs(self, inner: Sequence[InnerStep], embedded: Sequence[int]) -> None:
-        """The graphs of the embedded patches that steps read."""
+        """Build the graphs of the embedded patches that steps need."""
         description = self.description
-        # The authors' code counts M + 1 neighbours where there is no class token.
+        # The authors' code counts M + 1 neighbours if there is no class token.
         more = 1 if description.prefix_tokens else 2
         self.asked = tuple(sorted({step.links for step in inner if step.links is not None}))
         self.graphs = nn.ModuleList(
@@ -120,33 +120,33 @@ class ReducedViT(nn.Module):
 
     @property
     def fused_attentions(self) -> int:
-        """Blocks whose attention is one operator: a step that needs the whole map takes its block's apart."""
+        """Number of blocks with fused attention: a step that needs the whole map prevents it in its block."""
         return sum(not block.maps for block in self.blocks)
 
     @property
     def output_name(self) -> Literal["logits", "features"]:
-        """What `forward` returns."""
+        """Name of the output of `forward`."""
         return "logits" if self.description.num_classes else "features"
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify.
+        """Classify images.
 
         Args:
             images: float32 [B, C, H, W], preprocessed.
 
         Returns:
-            float32 [B, classes], or [B, embed_dim] pooled features where the model has no classes; float32 whatever
-            the precision of the weights, so that every engine has the same signature.
+            float32 [B, classes], or [B, embed_dim] pooled features if the model has no classes; float32 at any
+            precision of the weights, so that every engine has the same signature.
         """
         *_, last = self._streams(images)
         return self.head(last.x, last.size, proportional=self.proportional).float()
 
     def block_tokens(self, images: Tensor) -> list[Tensor]:
-        """The tokens [B, N_b, D] that leave each block, in order (for checks and for studies)."""
+        """Tokens [B, N_b, D] after each block, in order (for checks and analysis)."""
         return [stream.x for stream in self._streams(images)]
 
     def _streams(self, images: Tensor) -> Iterator[Stream]:
-        """What leaves each block."""
+        """Stream after each block."""
         x = self.embed(images.to(self.vit.patch_embed.proj.weight.dtype))
         links = {asked: graph(x) for asked, graph in zip(self.asked, self.graphs, strict=True)}
         stream = Stream(
@@ -162,12 +162,12 @@ class ReducedViT(nn.Module):
             yield stream
 
     def for_export(self, precision: str = "fp32", form: AttentionForm = "sdpa", kernels: Kernels | None = None) -> Self:
-        """A copy that is ready to lower: weights cast, LayerScale folded, constants computed in fp32 beforehand.
+        """Copy the model for lowering: weights cast, LayerScale folded, constants precomputed in fp32.
 
         Args:
             precision: "fp32", "fp16" or "bf16".
-            form: how attention is written in the portable form (vp_exporter.rewrite.attention).
-            kernels: "portable" or "vp"; None as this model.
+            form: Form of attention in portable blocks (vp_exporter.rewrite.attention).
+            kernels: "portable" or "vp"; None for that of this model.
         """
         twin = type(self)(copy.deepcopy(self.vit).float(), self.description, self.plan, kernels or self.kernels)
         for block in twin.blocks:
