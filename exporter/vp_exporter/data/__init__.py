@@ -1,1 +1,1 @@
-"""Images and their class names, as a folder has them."""
+"""Image folders and class names."""

@@ -1,8 +1,8 @@
-"""Calibration images that the model was not trained on: parts of two photographs in one (CutMix, Yun et al. 2019).
+"""CutMix augmentation of calibration images (Yun et al. 2019).
 
-A search mostly has the training images, and a model that has seen them answers so surely that hardly any plan moves its
-answer: a plan's loss on them says little of its loss on new images. Half of one photograph in another brings the model
-between its classes, where new and hard images put it too.
+A search usually has only training images, on which the model is so confident that hardly any plan changes its output,
+so the loss of a plan on them says little about new images. Pasting part of one photograph into another moves the model
+closer to its decision boundaries, as new and hard images do.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import numpy as np
 from torch import Tensor
 
 AUGMENTS = ("cutmix", "none")
-SHARES = (0.3, 0.5)  # of the area that the second image covers: the first one stays the larger
+SHARES = (0.3, 0.5)  # of the area covered by the second image; the first keeps the larger part
 
 
 def cutmix(images: Tensor, seed: tuple[int, ...]) -> Tensor:
-    """Every second image of a batch gets a rectangle of another image of the batch, at the same place.
+    """Paste a rectangle from another image of the batch into every second image, at the same position.
 
-    The rectangle has the image's aspect ratio, an area drawn uniformly from SHARES and a place drawn uniformly. What is
-    pasted comes from an unaltered image (of even number), so no image holds three.
+    The rectangle has the image's aspect ratio, an area drawn uniformly from SHARES and a uniform position. Sources are
+    unaltered (even-numbered) images, so no image contains parts of three.
 
     Args:
-        images: [b, 3, H, W]; not changed.
-        seed: of what is drawn.
+        images: [b, 3, H, W]; not modified.
+        seed: Seed of the random choices.
 
     Returns:
-        [b, 3, H, W]: images 0, 2, 4, ... as they were; with one image alone, it.
+        [b, 3, H, W]; images 0, 2, 4, ... are unchanged, as is a single image.
     """
     rng, mixed = np.random.default_rng(seed), images.clone()
     height, width = images.shape[2:]

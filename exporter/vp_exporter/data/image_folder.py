@@ -1,4 +1,4 @@
-"""Labelled or unlabelled image folders, decoded ahead of use."""
+"""Labelled or unlabelled image folders, decoded in the background."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vp_exporter.utils.progress import SILENT, Progress
 
 
 class Batch(NamedTuple):
-    """Images float32 [B, 3, H, W], labels int64 [B] (None: unlabelled), and the B files that they came from."""
+    """Images float32 [B, 3, H, W], labels int64 [B] (None if unlabelled), and the B files."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -30,36 +30,36 @@ class Batch(NamedTuple):
 
 
 class ImageFolder:
-    """An ImageNet-style folder (one sub-folder per class, images below it at any depth), or a flat folder of images.
+    """An ImageNet-style folder (one sub-folder per class, with images at any depth), or a flat folder of images.
 
-    Labels come from the folder names, by the rules of `vp_exporter.data.labels.label_folders`. A flat folder has no
-    labels: dense and reduced model can still be compared with each other on it. Hidden files and folders are passed
-    over. Images are files of the suffixes that Pillow reads here.
+    Labels come from the folder names, see `vp_exporter.data.labels.label_folders`. A flat folder has no labels, but can
+    still be used to compare the dense and the reduced model. Hidden files and folders are ignored. Files count as
+    images by the suffixes that Pillow can read here.
 
-    A file that cannot be decoded is named, skipped and counted, so that one bad download does not cost an hour.
+    Files that cannot be decoded are reported, skipped and counted, so that one bad file does not abort a long run.
 
     Attributes:
-        paths: the files, sorted, after `limit`.
+        paths: Image files, sorted, after `limit`.
         labels: int64 [len(paths)], or None for a flat folder.
-        labelled: whether there are labels.
-        num_classes: classes of the model.
-        class_names: all names in the order of the logits, where the folders give them; else None.
-        notes: how the labels were found and what was left out, one line each.
-        skipped: (file relative to `root`, reason) of each file that the latest pass could not decode.
+        labelled: Whether there are labels.
+        num_classes: Number of classes of the model.
+        class_names: All class names in the order of the logits, if known from the folders; else None.
+        notes: How labels were determined and what was left out, one line each.
+        skipped: (file relative to `root`, reason) of each file that could not be decoded in the latest pass.
 
     Args:
-        root: the folder.
-        prepare: image file -> float32 [3, H, W], preprocessed as the engine wants it; called from several threads.
-        classes: the model's class names in the order of its logits; None where they are unknown.
-        num_classes: how many logits the model has.
-        strict: raise on the first file that cannot be decoded.
-        need_labels: False takes class folders that fit no rule as images without labels.
-        limit: take this many files, evenly spaced over the sorted list, so that every class is met.
-        workers: decoding threads; None takes up to four.
+        root: The folder.
+        prepare: Maps an image file to float32 [3, H, W], preprocessed for the engine; called from several threads.
+        classes: Class names of the model in the order of its logits; None if unknown.
+        num_classes: Number of logits.
+        strict: Raise on the first file that cannot be decoded.
+        need_labels: If False, treat class folders that fit no rule as unlabelled images.
+        limit: Use this many files, evenly spaced over the sorted list so that every class is covered.
+        workers: Number of decoding threads; None for up to four.
 
     Raises:
-        DataError: the folder is missing, not a folder, unreadable or holds no image; the class folders do not fit
-            the model; `limit` is below 1.
+        DataError: if the folder is missing, not a folder, unreadable or without images, the class folders do not match
+            the model, or `limit` is below 1.
     """
 
     def __init__(
@@ -123,28 +123,29 @@ class ImageFolder:
         return self.labels is not None
 
     def __len__(self) -> int:
-        """Files listed; a pass yields as many images, less the skipped ones."""
+        """Number of files; a pass yields this many images, minus those skipped."""
         return len(self.paths)
 
     def part(self, rank: int, world: int, batch_size: int) -> ImageFolder:
-        """One process's share of the files: a run of whole batches, so that each holds the images that it holds in a
-        single pass (as far as none is skipped).
+        """One process's share of the files.
+
+        A share is a run of whole batches, so that batches are the same as in a single pass (unless files are skipped).
 
         Args:
-            rank: of the process, from 0; the shares follow each other in the order of ranks.
-            world: how many processes there are.
-            batch_size: of the pass.
+            rank: Rank of the process, from 0; shares are in the order of ranks.
+            world: Number of processes.
+            batch_size: Batch size of the pass.
 
         Returns:
-            A folder with `skipped` of its own. It may be empty, or hold no sound file: a pass over it then yields
-            nothing and raises nothing, because only all shares together can tell (`rejoin`).
+            A folder with its own `skipped`. If it is empty or has no valid file, a pass yields nothing without raising,
+            because only all shares together can tell (`rejoin`).
 
         Raises:
-            DataError: the batch size is below 1.
+            DataError: if the batch size is below 1.
         """
         _check_batch_size(batch_size)
         batches = -(-len(self) // batch_size)
-        # Rounded up: no share is larger than the leader's, whose progress bar stands for all.
+        # Rounded up, so that the leader, which shows the progress bar, has the largest share.
         start, stop = (batch_size * -(-each * batches // world) for each in (rank, rank + 1))
         share = copy.copy(self)
         share.paths = self.paths[start:stop]
@@ -153,23 +154,24 @@ class ImageFolder:
         return share
 
     def rejoin(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """End a pass that was made in shares.
+        """Finish a pass made in shares.
 
         Args:
-            skipped: what the shares skipped, in the order of ranks.
+            skipped: Files skipped by all shares, in the order of ranks.
 
         Raises:
-            DataError: no file could be decoded, as `batches` has it.
+            DataError: if no file could be decoded, as in `batches`.
         """
         self.skipped[:] = skipped
         if len(self.skipped) == len(self):
             raise self._none_sound()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """One pass over the files in order; every batch but the last is full, whatever is skipped.
+        """Iterate over the files in order; every batch but the last is full, even if files are skipped.
 
         Raises:
-            DataError: no file could be decoded, or (strict) one could not; `prepare` gave arrays that do not fit.
+            DataError: if no file could be decoded, or (strict) any could not, or `prepare` returned arrays of the wrong
+                shape or dtype.
         """
         _check_batch_size(batch_size)
         self.skipped.clear()
@@ -198,7 +200,7 @@ class ImageFolder:
         return digest.hexdigest()
 
     def _decoded(self, ahead: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, float32 [3, H, W]) of the sound images in order, with at most `ahead` decoded and not yet taken."""
+        """Yield (index, float32 [3, H, W]) of valid images in order, with at most `ahead` decoded in advance."""
         shape: tuple[int, ...] | None = None
         todo = iter(enumerate(self.paths))
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="vp-decode")
@@ -210,7 +212,7 @@ class ImageFolder:
                 if not waiting:
                     return
                 i, future = waiting.popleft()
-                # Decoders raise nearly anything on a broken file (OSError, SyntaxError, struct.error, ...).
+                # Decoders raise many types on a broken file (OSError, SyntaxError, struct.error, ...).
                 try:
                     image = future.result()
                 except Exception as error:
@@ -260,7 +262,7 @@ class ImageFolder:
     def _label_folders(
         self, names: list[str], classes: Sequence[str] | None, need_labels: bool
     ) -> dict[str, int] | None:
-        """Label of each class folder; None where they fit no rule and none are needed."""
+        """Label of each class folder; None if they fit no rule and labels are not needed."""
         try:
             found = label_folders(names, classes, self.num_classes, self.root)
         except DataError as error:
@@ -280,13 +282,15 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _list(root: Path) -> tuple[dict[str, list[Path]], list[Path], list[Path]]:
-    """Sorted images below each class folder of `root` (folders sorted, empty ones kept), those directly in it, and
-    images that Pillow cannot read here."""
+    """Sorted images of each class folder of `root`, images directly in `root`, and images that Pillow cannot read here.
+
+    Class folders are sorted; empty ones are included.
+    """
     if not root.exists():
         raise DataError(f"no folder {root}", fix="check the path")
     if not root.is_dir():
         raise DataError(f"{root} is a file", expected="a folder of images")
-    # Links that lead back to the root or above it are not followed, nor is any folder entered twice for one class.
+    # Do not follow links to the root or above, nor enter a folder twice for one class.
     above = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
     folders: dict[str, list[Path]] = {}
     loose: list[Path] = []
@@ -317,12 +321,12 @@ def _images_below(top: Path, seen: set[tuple[int, int]], unread: list[Path]) -> 
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries that are not hidden, sorted, so that what is found does not hang on the file system's order."""
+    """Entries that are not hidden, sorted, so that the result does not depend on the file system."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        # Leaving an unreadable class folder out would change the accuracy silently.
+        # Ignoring an unreadable class folder would silently change the accuracy.
         raise DataError(
             f"cannot read folder {folder}: {error.strerror or error}", fix="check its permissions"
         ) from error
@@ -347,7 +351,7 @@ def _left_out(unread: Sequence[Path]) -> str:
 
 
 def _is_image(entry: os.DirEntry[str], unread: list[Path]) -> bool:
-    """A regular file, or a broken link (so that it is counted as skipped); never a pipe or device, which would hang."""
+    """Whether an entry is a regular file or a broken link (to be counted as skipped); pipes and devices would block."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if suffix not in readable_suffixes():
         if suffix in IMAGE_SUFFIXES:
@@ -360,5 +364,5 @@ def _is_image(entry: os.DirEntry[str], unread: list[Path]) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file could not be decoded. Our own errors say it in a sentence; others need the name of their kind."""
+    """Reason why a file could not be decoded; errors other than our own are prefixed by their type."""
     return error.found if isinstance(error, VpError) else f"{type(error).__name__}: {error}"

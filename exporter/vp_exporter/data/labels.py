@@ -1,8 +1,8 @@
-"""Class names: where they come from, and which class a folder of images is.
+"""Class names, and the class of each image folder.
 
-The one place of both rules. Names come from, in this order: the user, the model's own configuration (a hub or local
-folder's `label_names`; ImageNet for timm's pretrained models), the folders of images where they are as many as the
-classes and sort in one way only. A folder's class: `label_folders`.
+Class names come from, in this order: the user, the model's own configuration (`label_names` of a hub or local folder;
+ImageNet for timm's pretrained models), the folders of images if their number matches and their order is unambiguous.
+`label_folders` determines the class of each folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from vp_engines.errors import VpError
 from vp_exporter.errors import DataError
 
-_SYNSET = re.compile(r"n\d{8}")  # a WordNet noun, as ImageNet names its folders
+_SYNSET = re.compile(r"n\d{8}")  # a WordNet noun, as in ImageNet's folder names
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
@@ -28,9 +28,9 @@ class FolderLabels:
     """The class of each folder.
 
     Attributes:
-        label_of: folder name -> index of its logit.
-        note: how that was found; "" where it needs no word.
-        names: all class names, in the order of the logits, where the folders give them.
+        label_of: Folder name -> index of its logit.
+        note: How it was determined; "" if not worth a note.
+        names: All class names in the order of the logits, if known from the folders.
     """
 
     label_of: dict[str, int]
@@ -39,7 +39,7 @@ class FolderLabels:
 
 
 def class_names(given: Sequence[str] | str | os.PathLike[str] | None) -> Sequence[str] | None:
-    """Class names as they are given, or from a file.
+    """Class names as given, or read from a file.
 
     Raises:
         VpError: as `read_names`.
@@ -48,10 +48,10 @@ def class_names(given: Sequence[str] | str | os.PathLike[str] | None) -> Sequenc
 
 
 def read_names(path: Path) -> list[str]:
-    """Class names from a file: one a line; or JSON, a list of names, {"0": name} or {name: 0}.
+    """Read class names from a file: one per line, or JSON with a list of names, {"0": name} or {name: 0}.
 
     Raises:
-        VpError: unreadable, no names, or a number left out or given twice.
+        VpError: if it is unreadable or has no names, or an index is missing or duplicated.
     """
     json_file = path.suffix.lower() == ".json"
     expected, fix = "a JSON list of class names" if json_file else "a class name a line", "check `classes`"
@@ -93,7 +93,7 @@ def _from_json(path: Path, text: str, expected: str, fix: str) -> list[str]:
 
 
 def known_names(vit: Any, num_classes: int, *, pretrained: bool) -> tuple[str, ...] | None:
-    """The class names that a timm model's configuration gives; None where it gives none."""
+    """Class names in the configuration of a timm model, or None."""
     config = getattr(vit, "pretrained_cfg", None) or {}
     names = config.get("label_names")
     if names and len(names) == num_classes:
@@ -108,7 +108,7 @@ def known_names(vit: Any, num_classes: int, *, pretrained: bool) -> tuple[str, .
 
 
 def _imagenet(num_classes: int) -> Any:
-    """timm's list of the ImageNet subset of this many classes; None where it knows none."""
+    """timm's class list of the ImageNet subset with this many classes, or None."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": num_classes})
@@ -116,24 +116,27 @@ def _imagenet(num_classes: int) -> Any:
 
 
 def label_folders(folders: Sequence[str], classes: Sequence[str] | None, num_classes: int, where: Path) -> FolderLabels:
-    """The class of each folder of images. The first rule that fits:
+    """Determine the class of each folder of images, by the first of these rules that applies:
 
-    1. The class names are known and hold all the folders (some classes may have none): by name. Case, and `_` or `-`
-       for a space, make no difference where that leaves one class for each folder.
+    1. The class names are known and include all folders (classes may have no folder): by name. Case, and `_` or `-`
+    instead
+       of a space, are ignored if that is unambiguous.
     2. All folders are numbers from 0 to num_classes - 1, with or without leading zeros: by number.
-    3. All folders are ImageNet synsets (n01440764) and the model has as many classes as a subset of ImageNet that timm
-       knows: by timm's list.
-    4. As many folders as classes, whose order is the same by text (torchvision) and by numbers in the text (timm): in
-       that order.
+    3. All folders are ImageNet synsets (n01440764), and timm knows a subset of ImageNet with the model's number of
+    classes:
+       by timm's list.
+    4. There are as many folders as classes, and their order is the same alphabetically (torchvision) and by natural
+    sort
+       (timm): in that order.
 
     Args:
-        folders: their names.
-        classes: the model's class names in the order of its logits; None where they are unknown.
-        num_classes: how many logits the model has.
-        where: the folder that holds them, for messages.
+        folders: Names of the folders.
+        classes: Class names of the model in the order of its logits; None if unknown.
+        num_classes: Number of logits.
+        where: Parent folder, for messages.
 
     Raises:
-        DataError: no rule fits, or the names fit in part.
+        DataError: if no rule applies, or only some of the names match.
     """
     folders = sorted(folders)
     strangers: list[str] = []
@@ -142,7 +145,7 @@ def label_folders(folders: Sequence[str], classes: Sequence[str] | None, num_cla
         if found is not None:
             return found
         if len(strangers) < len(folders):
-            # Some names fit: going by order now would score a misspelt folder as if nothing were wrong.
+            # Only some names match: falling back to order would score a misspelt folder under a wrong class.
             raise DataError(
                 f"folders that are no class of the model: {some(strangers)}",
                 expected=f"class names such as {some([name for name in classes if name not in folders] or classes)}",
@@ -197,7 +200,7 @@ def label_folders(folders: Sequence[str], classes: Sequence[str] | None, num_cla
 
 
 def _by_name(folders: Sequence[str], classes: Sequence[str]) -> tuple[FolderLabels | None, list[str]]:
-    """The labels by name, or the folders that are no class."""
+    """Labels by name, or the folders that match no class."""
     exact = {name: i for i, name in enumerate(classes)}
     strangers = [name for name in folders if name not in exact]
     if not strangers:
@@ -221,7 +224,7 @@ def _plain(name: str) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """The order that timm's readers sort class folders in: without case, runs of digits as numbers."""
+    """Sort key of timm's readers for class folders: case-insensitive natural sort."""
     parts = re.split(r"(\d+)", name.lower())
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
@@ -232,5 +235,5 @@ def some(names: Sequence[str], count: int = 3) -> str:
 
 
 def printable(text: str) -> str:
-    """File names may hold bytes that are no UTF-8: they must not break a terminal or a report."""
+    """Make file names printable: they may contain bytes that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

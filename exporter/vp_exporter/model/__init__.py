@@ -1,1 +1,1 @@
-"""The timm model: which ones we take, from a name or from a file of weights, and how its images are prepared."""
+"""timm models: supported architectures, loading by name or from weights, and preprocessing."""

@@ -1,8 +1,8 @@
-"""Which timm Vision Transformers we take apart, how, and a named reason for each one that we refuse.
+"""Supported timm Vision Transformers, and the reason for each unsupported one.
 
-We rewrite a model's forward pass, so we must know every line of it: a class counts as known only when it is exactly
-that class (`type(x) is`), because a subclass may compute something else. Where a module is checked by its numbers
-afterwards (`vp_exporter.rewrite.equivalence`), subclasses are let through.
+The forward pass is rewritten, so all of it must be known. A class is supported only if it is exactly a known class
+(`type(x) is`), because a subclass may compute something else. Subclasses are accepted if the module is checked
+numerically afterwards (`vp_exporter.rewrite.equivalence`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ POOLS = ("token", "avg", "avgmax", "max", "map")
 
 
 def describe(model: nn.Module, name: str, *, subclasses: bool = False) -> ModelSpec:
-    """Take stock of a timm model.
+    """Describe a timm model.
 
     Args:
-        subclasses: take a class that derives from a known one for that one.
+        subclasses: Treat subclasses of a known class like that class.
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -58,7 +58,7 @@ def describe(model: nn.Module, name: str, *, subclasses: bool = False) -> ModelS
         embed_dim=vit.embed_dim,
         num_heads=vit.blocks[0].attn.num_heads,
         pool=vit.global_pool,
-        # Eva's attention pooling reads the prefix tokens too; a VisionTransformer says so itself.
+        # Eva's attention pooling includes the prefix tokens; VisionTransformer has an attribute for it.
         pool_include_prefix=vit.attn_pool is not None if isinstance(vit, Eva) else vit.pool_include_prefix,
         num_classes=vit.num_classes,
         blocks=tuple(
@@ -75,7 +75,7 @@ def describe(model: nn.Module, name: str, *, subclasses: bool = False) -> ModelS
 
 
 def refusal(model: nn.Module, *, subclasses: bool = False) -> str | None:
-    """Why a timm model cannot be reduced, as a short phrase; None where it can. `subclasses`: as of `describe`."""
+    """Why a timm model is not supported, as a short phrase, or None. `subclasses` as for `describe`."""
 
     def known(part: object, *kinds: type) -> bool:
         return isinstance(part, kinds) if subclasses else type(part) in kinds
@@ -119,7 +119,7 @@ def _block_refusal(block: nn.Module, known: Callable[..., bool]) -> str | None:
 
 
 def _linear_macs(module: nn.Module | None) -> int:
-    """Multiply-accumulates per token of the linear layers inside a module."""
+    """Multiply-accumulates per token in the linear layers of a module."""
     if module is None:
         return 0
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))

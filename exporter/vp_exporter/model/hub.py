@@ -1,4 +1,4 @@
-"""Model names as timm takes them: its own, `timm/NAME`, `hf-hub:org/name` and `local-dir:FOLDER`."""
+"""Model names of timm: plain, `timm/NAME`, `hf-hub:org/name` and `local-dir:FOLDER`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import timm
 from vp_exporter.errors import UnsupportedModelError, WeightsError
 
 CONFIG = "config.json"
-# Weights in a model's folder, in timm's order of preference.
+# Weight files in a model's folder, in timm's order of preference.
 FOLDER_WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -26,17 +26,17 @@ FOLDER_WEIGHTS = (
     "open_clip_pytorch_model.bin",
 )
 _SOURCES = {"hf-hub": "hf-hub", "hf_hub": "hf-hub", "local-dir": "local-dir", "local_dir": "local-dir"}
-_TIMEOUT = 5.0  # seconds to wait for the hub's first answer
+_TIMEOUT = 5.0  # seconds to wait for the hub's first response
 
 
 @dataclass(frozen=True)
 class ModelName:
-    """A name that timm.create_model takes.
+    """A name for timm.create_model.
 
     Attributes:
-        text: for timm.
-        source: "hf-hub", "local-dir", or None for a model of timm's own.
-        place: the hub's id or the folder; "" for a model of timm's own.
+        text: The name to pass to timm.
+        source: "hf-hub", "local-dir", or None for timm's own models.
+        place: Hub id or folder; "" for timm's own models.
     """
 
     text: str
@@ -49,10 +49,10 @@ class ModelName:
 
 
 def parse_name(name: str) -> ModelName:
-    """Read a model's name.
+    """Parse a model's name.
 
     Raises:
-        UnsupportedModelError: timm does not know it; with the nearest names, or the prefix that is missing.
+        UnsupportedModelError: if timm does not know it; suggests similar names, or a missing prefix.
     """
     prefix, colon, rest = name.partition(":")
     if colon and prefix.lower() in _SOURCES:
@@ -65,7 +65,7 @@ def parse_name(name: str) -> ModelName:
             return ModelName(f"{source}:{folder}", source, str(folder))
         return ModelName(f"{source}:{rest}", source, rest)
     if name.startswith("timm/") and timm.is_model(name.removeprefix("timm/")):
-        return ModelName(name.removeprefix("timm/"))  # timm's own repositories are its pretrained models
+        return ModelName(name.removeprefix("timm/"))  # timm's hub repositories hold its pretrained models
     if timm.is_model(name):
         return ModelName(name)
     raise _unknown(name)
@@ -115,10 +115,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def folder_weights(folder: Path) -> Path:
-    """The weights file of a model's folder, as timm chooses it.
+    """Weight file in a model's folder, chosen as timm does.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: if there is none.
     """
     for name in FOLDER_WEIGHTS:
         if (folder / name).is_file():
@@ -137,11 +137,13 @@ def folder_weights(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def hub_at_hand() -> Iterator[bool]:
-    """Whether the hub answers; where it does not, what runs inside reads huggingface_hub's cache alone, without the
-    minute of retries that its client makes for each file."""
+    """Yield whether the hub responds; if not, make huggingface_hub use its cache alone within the context.
+
+    Avoids the client's retries, about a minute for each file.
+    """
     try:
         from huggingface_hub import constants
-    except ImportError:  # timm says so itself
+    except ImportError:  # timm reports it
         yield True
         return
     logger = logging.getLogger("huggingface_hub")
@@ -161,6 +163,6 @@ def _answers(endpoint: str) -> bool:
 
     try:
         get_session().head(endpoint, timeout=_TIMEOUT)
-    except Exception:  # each version of the client has an HTTP library of its own, with errors of its own
+    except Exception:  # the client's exceptions depend on its HTTP library and version
         return False
     return True

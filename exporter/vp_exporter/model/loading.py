@@ -1,4 +1,4 @@
-"""A model from its name and where its weights come from."""
+"""Load a model by name, with its weights."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class LoadedModel:
     """A model with its weights, in eval mode and fp32.
 
     Attributes:
-        weights_source: for people: a file name (without its folder), "timm pretrained (tag)" or "random".
-        notes: what was chosen, left out or resampled on the way, a line each.
-        classes: class names in the order of the logits, where the model's configuration has them.
+        weights_source: Readable description: a file name (without folder), "timm pretrained (tag)" or "random".
+        notes: What was chosen, left out or resampled, one line each.
+        classes: Class names in the order of the logits, if the model's configuration has them.
     """
 
     vit: nn.Module
@@ -42,11 +42,11 @@ class LoadedModel:
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
-    """Create the model and fill it.
+    """Create a model and load its weights.
 
     Raises:
-        UnsupportedModelError: timm does not know it, or we do not take it apart.
-        WeightsError: no source or several sources of weights, or weights that do not fit.
+        UnsupportedModelError: if timm does not know the model, or it is not supported.
+        WeightsError: if there is not exactly one source of weights, or they do not fit.
     """
     sources = [request.weights is not None, request.pretrained, request.random_init]
     if sum(sources) != 1:
@@ -56,7 +56,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         )
     name = parse_name(request.name)
     hidden = sorted({"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(request.args))
-    if hidden:  # timm would load weights behind our back, a pickle perhaps, and the manifest would not know
+    if hidden:  # timm would load weights that the manifest does not record, possibly from a pickle
         raise WeightsError(f"`args` names {hidden[0]}", expected="weights by `weights` or `pretrained=True` only")
     if request.use_ema is not None and request.weights is None and name.folder is None:
         raise WeightsError("`use_ema=True` or `use_ema=False` is given without `weights`", expected="`weights=FILE`")
@@ -69,7 +69,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     elif request.pretrained:
         vit, notes, source = _from_hub(request, name, args)
     else:
-        torch.manual_seed(0)  # the same "random" model every time, so that timings of two exports compare
+        torch.manual_seed(0)  # reproducible, so that timings of two exports are comparable
         vit, notes, source = _create(name, _with_classes(args, request.num_classes)), [], "random"
     description = describe(vit, _label(name, vit))
     _check_size(description, request.img_size)
@@ -86,10 +86,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
 def describe_by_name(
     name: str, args: Mapping[str, Any], num_classes: int | None = None, img_size: tuple[int, int] | None = None
 ) -> ModelSpec:
-    """Describe a model without weights or memory.
+    """Describe a model without allocating its weights.
 
     Raises:
-        UnsupportedModelError: timm does not know it, or we do not take it apart.
+        UnsupportedModelError: if timm does not know the model, or it is not supported.
     """
     parsed = parse_name(name)
     with torch.device("meta"):
@@ -105,7 +105,7 @@ def _from_file(
     tensors, _ = weight_files.read_weights(file)
     with torch.device("meta"):
         shape = _create(name, args)
-    describe(shape, _label(name, shape))  # a model that we refuse is refused before its weights are judged
+    describe(shape, _label(name, shape))  # report an unsupported model before problems with its weights
     found = find_weights(tensors, shape, file.name, request.use_ema)
     notes, state = list(found.notes), found.state
     classes, usual = request.num_classes, getattr(shape, "num_classes", None)
@@ -138,7 +138,7 @@ def _from_hub(request: ModelRequest, name: ModelName, args: dict[str, Any]) -> t
 
 
 def _check_classes(request: ModelRequest, config: Any) -> None:
-    """timm gives a pretrained model a new, random head where another number of classes is asked for."""
+    """Check the number of classes: for a different one, timm would give a pretrained model a new, random head."""
     has = config.get("num_classes") if isinstance(config, Mapping) else getattr(config, "num_classes", None)
     if request.num_classes and has is not None and has != request.num_classes:
         raise WeightsError(
@@ -155,7 +155,7 @@ def shape_name(vit: nn.Module) -> str:
 
 
 def _label(name: ModelName, vit: nn.Module) -> str:
-    """The name that plans and bundles state: timm's, never a folder of this machine."""
+    """Name for plans and bundles: timm's, never a local folder."""
     return shape_name(vit) if name.source else name.text
 
 
@@ -189,11 +189,11 @@ def _create(name: ModelName, args: Mapping[str, Any], *, pretrained: bool = Fals
         logging.getLogger("timm").setLevel(logging.ERROR)
         try:
             if name.source == "hf-hub" and not pretrained:
-                with hub_at_hand():  # its configuration
+                with hub_at_hand():  # fetches its configuration
                     model: nn.Module = timm.create_model(name.text, pretrained=False, **args)
             else:
                 model = timm.create_model(name.text, pretrained=pretrained, **args)
-        except Exception as error:  # hub clients raise kinds of their own, which we cannot import to name
+        except Exception as error:  # hub clients have exceptions that cannot be imported here
             first = (str(error).splitlines() or [type(error).__name__])[0]
             if name.source and (isinstance(error, KeyError) or first.startswith("Unknown model")):
                 raise UnsupportedModelError(

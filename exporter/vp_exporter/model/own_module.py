@@ -1,4 +1,4 @@
-"""A module that the user has in memory: the timm ViT in it, or how to go on where there is none."""
+"""Find the timm ViT in a module that the user has in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from vp_exporter.model.loading import LoadedModel
 from vp_exporter.model.spec import ModelSpec
 from vp_exporter.model.weights import fingerprint
 
-_OTHERS = ("transformers", "torchvision", "mmpretrain")  # state_dicts.py translates the names of their weights
+_OTHERS = ("transformers", "torchvision", "mmpretrain")  # state_dicts.py translates their weight names
 
 
 def find_vit(model: object, backbone: str | None = None) -> nn.Module:
-    """The ViT in a module.
+    """Find the ViT in a module.
 
     Args:
-        model: the module.
-        backbone: where the ViT lies in it, as attributes, such as "model.encoder"; None: `model` is the ViT.
+        model: The module.
+        backbone: Attribute path of the ViT, such as "model.encoder"; None if `model` is the ViT.
 
     Raises:
-        UnsupportedModelError: nothing lies there, or no ViT that can be taken apart; the message says where one lies.
+        UnsupportedModelError: if there is nothing at that path, or no supported ViT; the message says where one is.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -54,11 +54,12 @@ def find_vit(model: object, backbone: str | None = None) -> nn.Module:
 
 
 def describe_module(vit: nn.Module) -> ModelSpec:
-    """Describe a ViT that `find_vit` has found. Its name is timm's, without the tag: that says which weights, and these
-    may have been trained since.
+    """Describe a ViT found by `find_vit`.
+
+    Its name is timm's without the tag, since the tag names weights and these may have been trained further.
 
     Raises:
-        UnsupportedModelError: it derives from timm's class, and is laid out otherwise.
+        UnsupportedModelError: if it is of a subclass with a different structure.
     """
     config = getattr(vit, "pretrained_cfg", None) or {}
     name = config.get("architecture")
@@ -73,20 +74,19 @@ def describe_module(vit: nn.Module) -> ModelSpec:
 
 
 def copy_module(model: nn.Module, vit: nn.Module) -> LoadedModel:
-    """A copy of the ViT in fp32 on the CPU and in eval mode, with what is known of it; `vit` itself is left as it is.
+    """Copy the ViT to the CPU, in fp32 and eval mode; `vit` itself is not modified.
 
     Args:
-        model: the module that the user gave, for its name.
-        vit: the ViT in it.
+        model: The user's module, for its name.
+        vit: The ViT in it.
 
     Raises:
-        UnsupportedModelError: it cannot be copied, or is laid out otherwise.
+        UnsupportedModelError: if it cannot be copied, or has a different structure.
     """
     try:
-        # Parameters alone: what torch keeps beside them (gradients) would be copied too.
         with torch.no_grad():
             twin = copy.deepcopy(vit).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
-    except Exception as error:  # whatever the classes of its parts raise
+    except Exception as error:  # its modules may raise anything
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
             f"{type(vit).__name__} cannot be copied: {first}",
@@ -117,7 +117,7 @@ def _refusal(vit: nn.Module) -> str | None:
 
 
 def _where(model: nn.Module, below: str | None = None) -> str:
-    """How to name the ViTs that lie in a module; "" where there is none."""
+    """Hint at the ViTs inside a module; "" if there are none."""
     found = [name for name, part in model.named_modules() if name and _refusal(part) is None]
     paths = [repr(f"{below}.{name}" if below else name) for name in found[:3]]
     return f"a ViT lies in it: pass `backbone={' or '.join(paths)}`" if paths else ""
@@ -134,6 +134,6 @@ def _other_library(model: nn.Module) -> str:
 
 
 def _outside(model: nn.Module, vit: nn.Module) -> int:
-    """Parameters of the module that are not the ViT's."""
+    """Number of parameters of the module outside the ViT."""
     inside = {id(parameter) for parameter in vit.parameters()}
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)

@@ -1,7 +1,7 @@
-"""Names of a ViT's parameters in other libraries, as timm names them.
+"""Translate parameter names of other libraries' ViTs to timm's.
 
-A scheme is recognised by the name of its patch embedding, which every ViT has once. timm's own names are one of them;
-layouts that timm's checkpoint filters convert (OpenAI's CLIP, AIMv2, BEiT-3, RADIO, ...) are left to timm.
+A naming scheme is recognised by its patch embedding, which every ViT has exactly once. timm's own names are one scheme.
+Layouts that timm's checkpoint filters convert (OpenAI's CLIP, AIMv2, BEiT-3, RADIO, ...) are left to timm.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class NamingScheme:
-    """One library's names.
+    """Naming scheme of one library.
 
     Attributes:
-        name: of the library.
-        anchor: its patch embedding, below the prefix of the model.
-        translate: (tensors below the prefix, tensors beside it) -> timm's names; None where timm converts by itself.
+        name: Name of the library.
+        anchor: Name of the patch embedding, after the model's prefix.
+        translate: (tensors below the prefix, tensors beside it) -> tensors under timm's names; None if timm converts
+            it.
     """
 
     name: str
@@ -41,7 +42,7 @@ def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) ->
 
 
 def _joined(state: State, parts: str) -> State:
-    """Query, key and value of each block as one `attn.qkv`; `parts` names them with {} for q, k, v in timm's block."""
+    """Join query, key and value of each block to one `attn.qkv`; `parts` is their name, with {} for q, k, v."""
     out = dict(state)
     words = {"q": "query", "k": "key", "v": "value"}
     for name in state:
@@ -81,7 +82,7 @@ def _transformers(state: State, beside: State) -> State:
     width = out["patch_embed.proj.weight"].shape[0]
     for old, new in heads.items():
         weight = beside.get(old + "weight")
-        # DINOv2's classifier reads the class token beside the mean of the patches: timm's models have no such head.
+        # DINOv2's classifier takes the class token and the mean of the patches, which timm's models do not support.
         if weight is not None and weight.ndim == 2 and weight.shape[1] == width:
             out |= {new + kind: beside[old + kind] for kind in ("weight", "bias") if old + kind in beside}
     return out
@@ -136,7 +137,7 @@ def _torchvision(state: State, beside: State) -> State:
 
 
 def _timm(state: State, beside: State) -> State:
-    """timm, and all whose blocks have its names: DINO, MAE, DeiT, ...; DINOv2's trainer counts in chunks of blocks."""
+    """timm, and all with its block names: DINO, MAE, DeiT, ...; DINOv2's training code groups blocks in chunks."""
     return _renamed(state, ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),))
 
 

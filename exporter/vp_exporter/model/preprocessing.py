@@ -1,4 +1,4 @@
-"""The preprocessing that a model was trained with, from its timm configuration, as the bundle states it."""
+"""Preprocessing of a model, from its timm configuration, in the form that a bundle stores."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 
 @dataclass(frozen=True)
 class PreprocessingOverrides:
-    """What the user states in place of timm's configuration; None leaves timm's.
+    """Overrides of timm's configuration; None keeps timm's value.
 
     Attributes:
-        crop_pct: the model's input size over the size that the image is resized to, in (0, 1].
-        interpolation: one of INTERPOLATIONS.
-        mean, std: per channel, on the scale 0 to 1.
-        crop_mode: one of CROP_MODES.
+        crop_pct: The model's input size divided by the resized image's size, in (0, 1].
+        interpolation: One of INTERPOLATIONS.
+        mean, std: Per channel, on the scale 0 to 1.
+        crop_mode: One of CROP_MODES.
     """
 
     crop_pct: float | None = None
@@ -39,13 +39,14 @@ class PreprocessingOverrides:
 def read_preprocessing(
     given: Preprocessing | Mapping[str, Any] | None, vit: nn.Module, description: ModelSpec
 ) -> Preprocessing:
-    """How images are prepared, from what the user states and timm's configuration of the model for the rest.
+    """Preprocessing from the user's values, completed by the model's timm configuration.
 
     Args:
-        given: whole; or any of timm's names `mean`, `std`, `crop_pct`, `interpolation`, `crop_mode`, `input_size`.
+        given: A complete Preprocessing, or any of timm's `mean`, `std`, `crop_pct`, `interpolation`, `crop_mode`,
+            `input_size`.
 
     Raises:
-        VpError: it makes no sense, is for another image size, or lacks mean and std where the model has no
+        VpError: if a value is invalid or for another image size, or mean and std are missing and the model has no
             configuration.
     """
     if isinstance(given, Preprocessing):
@@ -81,10 +82,10 @@ def _check_size(size: Sequence[int], description: ModelSpec) -> None:
 def preprocessing_of(
     vit: nn.Module, description: ModelSpec, overrides: PreprocessingOverrides = PreprocessingOverrides()
 ) -> Preprocessing:
-    """timm's evaluation transform of a model, at the image size that it has now.
+    """timm's evaluation transform of a model, at its current image size.
 
     Raises:
-        VpError: an override that makes no sense, or a model that does not take three channels.
+        VpError: if an override is invalid, or the model does not take three channels.
     """
     if description.in_chans != 3:
         raise VpError(f"{description.name} takes {description.in_chans} channels", expected="3: RGB images")
@@ -94,7 +95,8 @@ def preprocessing_of(
         raise VpError(f"`crop_pct` is {crop_pct}", expected="above 0 and at most 1")
     interpolation = overrides.interpolation or config["interpolation"]
     if interpolation not in INTERPOLATIONS:
-        interpolation = "bicubic" if overrides.interpolation is None else interpolation  # timm's "random" is training
+        # timm's "random" is for training
+        interpolation = "bicubic" if overrides.interpolation is None else interpolation
     if interpolation not in INTERPOLATIONS:
         raise VpError(f"`interpolation` is {interpolation!r}", expected=f"one of {', '.join(INTERPOLATIONS)}")
     for name, values in (("mean", overrides.mean), ("std", overrides.std)):
@@ -103,7 +105,7 @@ def preprocessing_of(
         if values is not None and (not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0)):
             raise VpError(f"`{name}` is {list(values)}", expected="finite numbers, above 0 for `std`")
     height, width = description.image_size
-    # As timm.data.transforms_factory: floor, and one number (the shorter side) for a square input.
+    # As in timm.data.transforms_factory: floor, and one number (the shorter side) for a square input.
     scaled = (math.floor(height / crop_pct), math.floor(width / crop_pct))
     crop_mode = overrides.crop_mode or config.get("crop_mode") or "center"
     if crop_mode not in CROP_MODES:

@@ -1,4 +1,4 @@
-"""A model by its name, before it is loaded."""
+"""A request for a model by name."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What the user names.
+    """A model by name, and its weights.
 
     Attributes:
         name: timm model, with or without a pretrained tag; `hf-hub:org/name`, `local-dir:FOLDER`, `timm/NAME`.
-        args: keyword arguments of timm.create_model.
-        weights: a .safetensors or .pth file; or `pretrained` from timm's hub (local-dir: from the folder); or
-            `random_init` for latency studies.
-        num_classes: None takes it from the weights, or timm's default; 0 leaves the head out.
-        img_size: height and width in pixels; None takes timm's default.
-        use_ema: averaged weights of a checkpoint that has both; None takes them where they are.
+        args: Keyword arguments of timm.create_model.
+        weights: A .safetensors or .pth file; `pretrained` from timm's hub (local-dir: from the folder); or
+            `random_init`, for latency measurements.
+        num_classes: None takes it from the weights, or timm's default; 0 omits the head.
+        img_size: Height and width in pixels; None takes timm's default.
+        use_ema: Averaged weights of a checkpoint that has both; None takes them if present.
     """
 
     name: str

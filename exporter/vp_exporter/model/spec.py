@@ -1,4 +1,4 @@
-"""What the rest of the exporter knows of a model: sizes and counts, no module and no weights."""
+"""Description of a model by sizes and counts, without a module or weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockMacs:
-    """Multiply-accumulates of one block: per token in the attention's linear layers, per token in the MLP, and the
-    width w of the attention, which costs 2 * tokens^2 * w (logits and weighted sum)."""
+    """Multiply-accumulates of one block.
+
+    Per token in the attention's linear layers, per token in the MLP, and the width w of the attention, which costs
+    2 * tokens^2 * w (logits and weighted sum).
+    """
 
     attention_linear: int
     mlp_linear: int
@@ -17,18 +20,18 @@ class BlockMacs:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A ViT in numbers, as `vp_exporter.model.describe.describe` finds it.
+    """Description of a ViT, as returned by `vp_exporter.model.describe.describe`.
 
     Attributes:
-        name: timm's; of a module that timm did not create, its class's.
-        image_size, patch_size, grid: height and width, in pixels and in patches.
-        prefix_tokens: class token, distillation token and register tokens together, always first in the sequence.
+        name: timm's name; for a module not created by timm, the name of its class.
+        image_size, patch_size, grid: Height and width, in pixels and in patches.
+        prefix_tokens: Number of class, distillation and register tokens, always first in the sequence.
         pool: "token", "avg", "avgmax", "max" or "map".
         num_classes: 0 for a feature extractor.
         blocks: MACs of each block.
-        patch_embed_macs: per embedded patch.
+        patch_embed_macs: MACs per embedded patch.
         head_macs: (fixed, per pooled token) MACs of pooling and head.
-        named: whether `name` is timm's. Where it is not, a plan is held to the sizes alone.
+        named: Whether `name` is timm's. If not, plans are only checked against the sizes.
     """
 
     name: str

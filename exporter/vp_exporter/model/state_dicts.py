@@ -1,8 +1,8 @@
-"""The model's weights among everything that a trainer's checkpoint holds, under timm's names and at the model's sizes.
+"""Find a model's weights in a checkpoint, and convert them to timm's names and the model's sizes.
 
-A checkpoint may hold a model several times (student and teacher, with and without averaging), below prefixes that
-wrappers and the user's own modules add (`module.`, `_orig_mod.`, `net.backbone.`). All of it is found by one rule: a
-ViT has one patch embedding, and what stands before its name is the prefix of the model.
+A checkpoint may hold a model several times (student and teacher, with and without averaging), under prefixes added by
+wrappers and the user's modules (`module.`, `_orig_mod.`, `net.backbone.`). One rule finds them all: a ViT has one patch
+embedding, and what precedes its name is the model's prefix.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 from vp_exporter.errors import WeightsError
 from vp_exporter.model.parameter_names import NAMING_SCHEMES, NamingScheme
 
-# What wrappers put into names, at any depth: DDP and DataParallel, torch.compile, FSDP, activation checkpoints, Fabric.
+# Name parts added by wrappers at any depth: DDP and DataParallel, torch.compile, FSDP, activation checkpointing,
+# Fabric.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _WRAPPED = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
-# Prefixes of weights that are an average over training. A momentum encoder (MoCo) is one too, but what its authors
-# evaluate is the other one.
+# Prefixes of weights averaged over training. A momentum encoder (MoCo) is also an average, but its authors evaluate the
+# other model.
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|averaged|avg|swa|teacher|target|momentum)(?:[._]|$)")
 _MOMENTUM = re.compile(r"(?:^|[._])momentum(?:[._]|$)")
-# Parts that exist for (pre-)training only.
+# Parts used only in (pre-)training.
 _TRAINING_ONLY = re.compile(r"^(?:mask_token$|decoder|predictor\.|projector\.|head2\.|dino_head\.|ibot_head\.)")
 
 
@@ -35,9 +36,9 @@ class FoundWeights:
     """One model of a checkpoint.
 
     Attributes:
-        state: tensors under timm's names, or as timm's own filters take them.
-        notes: what was chosen and what was left out, a line each.
-        named: whether the names are timm's already.
+        state: Tensors under timm's names, or in a layout that timm's filters convert.
+        notes: What was chosen and what was left out, one line each.
+        named: Whether the names are timm's already.
     """
 
     state: dict[str, Tensor]
@@ -47,7 +48,7 @@ class FoundWeights:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model is: the naming scheme, and all that stands before its names."""
+    """Location of a model: its naming scheme and prefix."""
 
     scheme: NamingScheme
     prefix: str
@@ -58,18 +59,17 @@ class _Place:
 def find_weights(
     tensors: Mapping[str, Tensor], model: nn.Module, source: str, use_ema: bool | None = None
 ) -> FoundWeights:
-    """The weights of one model.
+    """Find the weights of one model.
 
     Args:
-        tensors: all of a file, as `read_weights` returns them.
-        model: what they are for; may be on the meta device. Its width tells a student from a larger teacher.
-        source: names the file in messages.
-        use_ema: take averaged weights (True) or those of the last step (False); None takes averaged ones where there
-            are any, as timm does.
+        tensors: All tensors of a file, as returned by `read_weights`.
+        model: Model to load; may be on the meta device. Its width distinguishes a student from a larger teacher.
+        source: Name of the file in messages.
+        use_ema: Take averaged weights (True) or those of the last step (False); None takes averaged ones if present, as
+            timm does.
 
     Raises:
-        WeightsError: averaged weights are asked for and there are none, or the other way round; or two models that
-            nothing tells apart.
+        WeightsError: if the requested kind of weights is missing, or there are two indistinguishable models.
     """
     places = _places(tensors)
     if not places:
@@ -87,13 +87,13 @@ def find_weights(
         choice = f"; {turn} takes the other" if any(each.averaged != place.averaged for each in fitting) else ""
         notes.append(f"weights: {place.prefix or 'the top level'!r} of {source} (also there: {rest}{choice})")
     translate = place.scheme.translate
-    if translate is None:  # timm's filters find the rest themselves
+    if translate is None:  # timm's filters find the rest
         return FoundWeights(below, tuple(notes), named=False)
     state = translate(below, beside)
     if place.scheme.name != "timm":
         notes.append(f"weights: {source} has the names of {place.scheme.name}, translated to timm's")
     if "register_tokens" in state:
-        state.setdefault("mask_token", state["cls_token"])  # by which timm's filter knows DINOv2 with registers
+        state.setdefault("mask_token", state["cls_token"])  # lets timm's filter recognise DINOv2 with registers
     dropped = [name for name in state if _TRAINING_ONLY.match(name) and not _for_timm(name, state)]
     dropped += [name for name in state if re.match(r"head\.(?!weight$|bias$)", name)]
     state = {name: tensor for name, tensor in state.items() if name not in dropped}
@@ -125,10 +125,10 @@ def _places(tensors: Mapping[str, Tensor]) -> list[_Place]:
             if match and tensor.ndim >= 2:
                 prefix = match.group("prefix")
                 found.append(_Place(scheme, prefix, tensor.shape[0], bool(_AVERAGED.search(prefix))))
-    # Lightning's WeightAveraging keeps the average where the weights are otherwise, and these elsewhere.
+    # Lightning's WeightAveraging stores the average in the usual place, and the current weights elsewhere.
     if any(each.prefix.startswith("current_model_state.") for each in found):
         found = [replace(each, averaged=each.prefix.startswith("state_dict.")) for each in found]
-    # OpenCLIP's towers have timm's names below `visual.trunk.`: timm's filter takes the projection beside it too.
+    # OpenCLIP's towers use timm's names below `visual.trunk.`; timm's filter also needs the projection beside it.
     return [
         replace(each, scheme=NamingScheme("OpenCLIP", ""), prefix=each.prefix.removesuffix("visual.trunk."))
         if each.prefix.endswith("visual.trunk.")
@@ -138,7 +138,7 @@ def _places(tensors: Mapping[str, Tensor]) -> list[_Place]:
 
 
 def _loose(name: str) -> str:
-    """A pattern for a dotted name with wrappers' parts anywhere inside."""
+    """Regular expression for a dotted name with wrappers' parts anywhere inside."""
     first, *rest = name.split(".")
     return re.escape(first) + "".join(rf"\.{_WRAPPED}" + re.escape(part) for part in rest)
 
@@ -178,7 +178,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _beside(tensors: Mapping[str, Tensor], prefix: str, places: list[_Place]) -> dict[str, Tensor]:
-    """What the user's module holds next to the model, other models apart: its heads, for example."""
+    """Tensors beside the model, other models excluded: the heads of the user's module, for example."""
     if not prefix:
         return {}
     models = tuple(place.prefix for place in places if place.prefix)
@@ -192,7 +192,7 @@ def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Where no model is recognised: what lies below the usual key, so that messages name its parameters."""
+    """If no model is recognised, the tensors below the usual key, so that messages show parameter names."""
     for key in ("state_dict_ema.", "model_ema.", "state_dict.", "model."):
         inside = {name.removeprefix(key): tensor for name, tensor in tensors.items() if name.startswith(key)}
         if inside:
@@ -208,24 +208,26 @@ def _parent(prefix: str) -> str:
 
 
 def drop_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """The state dict without its classifier, as timm leaves it out for `num_classes=0`; and how many classes it had."""
+    """Remove the classifier from a state dict, as timm does for `num_classes=0`; also returns its number of classes."""
     classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     return {name: tensor for name, tensor in state.items() if not re.match(r"head(_dist)?\.", name)}, classes
 
 
 def projected(state: Mapping[str, Tensor]) -> int | None:
-    """The width of a CLIP tower's projection, which timm's filter makes its head of; None where there is none."""
+    """Width of a CLIP tower's projection, which timm's filter uses as the head; None if there is none."""
     if "visual.head.proj.weight" in state:  # OpenCLIP
         return state["visual.head.proj.weight"].shape[0]
     return state["visual.proj"].shape[1] if "visual.proj" in state else None  # OpenAI
 
 
 def adapt(state: Mapping[str, Tensor], model: nn.Module, source: str) -> FoundWeights:
-    """Weights at the model's sizes, by the filter that timm applies to its own checkpoints: position embeddings
-    resampled to the model's grid, patch embeddings to its patch size, other layouts converted.
+    """Convert weights to the model's sizes with the filter that timm applies to its own checkpoints.
+
+    Resamples position embeddings to the model's grid and patch embeddings to its patch size, and converts other
+    layouts.
 
     Raises:
-        WeightsError: position embeddings of no grid.
+        WeightsError: if the position embeddings do not form a grid.
     """
     filter_fn: Any = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if filter_fn is None:
@@ -238,7 +240,7 @@ def adapt(state: Mapping[str, Tensor], model: nn.Module, source: str) -> FoundWe
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     try:
         found: dict[str, Tensor] = filter_fn(dict(floats), model, **_filter_options(model))
-    except Exception as error:  # reshapes of tensors that have no such shape
+    except Exception as error:  # reshapes to impossible shapes
         _check_positions(floats, model, source)
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
@@ -251,7 +253,7 @@ def adapt(state: Mapping[str, Tensor], model: nn.Module, source: str) -> FoundWe
 
 
 def _check_positions(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
-    """Refuse position embeddings of a number of patches that makes no grid."""
+    """Check that the number of position embeddings forms a grid."""
     held, wanted = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if held is None or wanted is None or held.ndim != 3 or held.shape[2] != wanted.shape[2]:
         return
@@ -266,11 +268,11 @@ def _check_positions(state: Mapping[str, Tensor], model: nn.Module, source: str)
 
 
 def _filter_options(model: nn.Module) -> dict[str, Any]:
-    """What timm gives its filter for this architecture."""
+    """Keyword arguments of timm's filter for this architecture."""
     if type(model).__module__.endswith(".eva"):
         return {}
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
-    options: dict[str, Any] = {"adapt_layer_scale": True}  # deit3; elsewhere no name has a gamma that it would change
+    options: dict[str, Any] = {"adapt_layer_scale": True}  # for deit3; no effect elsewhere, where no name has a gamma
     if "flexi" in name or "radio" in name:
         options |= {"interpolation": "bilinear", "antialias": False}
     aligned = getattr(sys.modules[type(model).__module__], "_RADIO_ALIGN_CORNERS", ())  # newer timm only
@@ -286,7 +288,8 @@ def _resampled(before: Mapping[str, Tensor], after: Mapping[str, Tensor], model:
         wanted = model.get_parameter("pos_embed").shape[1]
         grid = tuple(model.patch_embed.grid_size)
         prefix = wanted - grid[0] * grid[1]
-        prefix += "register_tokens" in before  # DINOv2 keeps a position for its class token, timm's model adds it in
+        # DINOv2 has a position for its class token, timm's model adds it to the token
+        prefix += "register_tokens" in before
         patches = old.shape[1] - prefix
         if patches == grid[0] * grid[1]:
             return notes

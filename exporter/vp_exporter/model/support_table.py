@@ -1,4 +1,4 @@
-"""docs/models.md, generated: every timm Vision Transformer, and whether we take it apart.
+"""Generate docs/models.md: every timm Vision Transformer, and whether it is supported.
 
 python -m vp_exporter.model.support_table > docs/models.md
 """
@@ -18,8 +18,8 @@ import torch.nn as nn
 from vp_exporter.model.describe import describe, refusal
 from vp_exporter.model.spec import ModelSpec
 
-# timm's source files of isotropic ViTs: one sequence of tokens from the patch embedding to the pooling. Pyramids (Swin,
-# Hiera, ...) and convolutional networks have no token sequence that a plan could name, so they are not listed.
+# timm's source files of isotropic ViTs: one sequence of tokens from patch embedding to pooling. Pyramids (Swin, Hiera,
+# ...) and convolutional networks have no token sequence for a plan, so they are not listed.
 FAMILIES = (
     "vision_transformer", "deit", "eva", "beit", "vision_transformer_relpos", "vision_transformer_hybrid",
     "vision_transformer_sam", "naflexvit", "vitamin", "cait", "xcit", "deepseek_vit", "qwen3_vit", "gemma4_vit",
@@ -28,13 +28,13 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class SupportRow:
-    """One model of the table.
+    """One row of the table.
 
     Attributes:
-        reason: why it is refused; None where it is supported.
-        pooling: timm's word for it; "-" where the model has none.
-        prefix: the tokens before the patches, in words.
-        note: what else a user should know; may be empty.
+        reason: Why the model is not supported, or None.
+        pooling: timm's name of it; "-" if there is none.
+        prefix: Prefix tokens, in words.
+        note: Further note for the user; may be empty.
     """
 
     name: str
@@ -45,21 +45,21 @@ class SupportRow:
 
 
 def model_names() -> list[str]:
-    """Every architecture of the families that the installed timm has, sorted."""
+    """Every architecture of the families in the installed timm, sorted."""
     return sorted({name for family in FAMILIES for name in timm.list_models(module=family)})
 
 
 def support_rows(names: Iterable[str], *, whole: bool = True) -> list[SupportRow]:
-    """Judge models, without weights or memory.
+    """Check models without allocating weights.
 
     Args:
-        whole: create every block; False creates one, which is ten times as fast and enough where blocks are alike.
+        whole: Create every block; False creates one, which is ten times as fast and sufficient if blocks are alike.
     """
     return [_row(name, _create(name, whole)) for name in names]
 
 
 def document(rows: Sequence[SupportRow]) -> str:
-    """The table as Markdown, with the refusals counted on top."""
+    """The table in Markdown, preceded by counts of the unsupported models."""
     supported = [row for row in rows if row.reason is None]
     refused = [row for row in rows if row.reason is not None]
     counts = sorted(Counter(row.reason for row in refused).items(), key=lambda item: (-item[1], str(item[0])))
@@ -98,13 +98,13 @@ def document(rows: Sequence[SupportRow]) -> str:
 
 def _create(name: str, whole: bool) -> nn.Module:
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # deprecated names warn, and are still names
+        warnings.simplefilter("ignore")  # deprecated names are still listed
         if not whole:
             try:
                 model: nn.Module = timm.create_model(name, depth=1)
                 return model
             except Exception:
-                # Depths by stage, or one setting per block: only the whole model exists.
+                # Depths per stage or one setting per block: create the whole model.
                 return timm.create_model(name)
         return timm.create_model(name)
 
@@ -122,7 +122,7 @@ def _prefix(description: ModelSpec) -> str:
 
 
 def _prefix_of(model: nn.Module) -> str:
-    """The prefix tokens of a model that we cannot describe, as far as it says."""
+    """Prefix tokens of an unsupported model, as far as its attributes tell."""
     present = [getattr(model, name, None) is not None for name in ("cls_token", "dist_token")]
     total = getattr(model, "num_prefix_tokens", None)
     return _words(present[0], present[1], 0 if total is None else max(0, total - sum(present)))

@@ -1,7 +1,7 @@
-"""Weights read from files without running anybody's code, copied into a model, and their fingerprint.
+"""Read weights from files without executing code, copy them into a model, and compute their fingerprint.
 
-safetensors is read as such; checkpoints through torch.load(weights_only=True), which refuses pickled code. One class
-is let through, as timm does: argparse.Namespace, in which trainers keep their arguments.
+Reads safetensors files, and checkpoints through torch.load(weights_only=True), which rejects pickled code except for
+one class that timm also allows: argparse.Namespace, in which training scripts keep their arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vp_exporter.errors import WeightsError
 from vp_exporter.utils.file_types import kind_of
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pyth")
-# What trainers call the file inside a folder that they write, the best first.
+# Common file names in a training script's output folder, best first.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model_best.pth.tar", "last.pth.tar", "pytorch_model.pth")
 
 
@@ -30,11 +30,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read every tensor of a file, and the file's metadata (safetensors only).
 
     Returns:
-        Tensors by name; where a checkpoint nests mappings, their keys are joined with dots, as in
-        `state_dict.blocks.0.norm1.weight`. `vp_exporter.model.state_dicts` finds the model among them.
+        Tensors by name; keys of nested mappings are joined with dots, as in `state_dict.blocks.0.norm1.weight`.
+        `vp_exporter.model.state_dicts` finds the model among them.
 
     Raises:
-        WeightsError: no such file, another format, pickled code, or nothing that looks like weights.
+        WeightsError: if the file is missing, has another format, contains pickled code or no weights.
     """
     if path.is_dir():
         raise _folder(path)
@@ -89,7 +89,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a file starts as torch.save writes: a zip archive, or a pickle of protocol 2 or later."""
+    """Whether a file starts like those of torch.save: a zip archive, or a pickle of protocol 2 or later."""
     try:
         with path.open("rb") as file:
             head = file.read(2)
@@ -102,7 +102,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip, EOF, runtime: torch raises many kinds
+    except Exception as error:  # torch raises many types: pickle, zip, EOF, runtime
         if "TorchScript" in str(error):
             raise WeightsError(
                 f"{path} is a TorchScript model", expected="a state dict",
@@ -116,7 +116,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 fix="save the state dict alone, best as .safetensors; it is never loaded otherwise"
                 + (f" (it names {name})" if name else ""),
             ) from error
-        # Short, and never a bare number: torch raises KeyError(101) for the byte "e", and EOFError() for no bytes.
+        # Short, and never just a number: torch raises KeyError(101) for the byte "e", and EOFError() for an empty file.
         first = (str(error).splitlines() or [""])[0].split(". ")[0]
         reason = first if isinstance(error, OSError | RuntimeError) and first else "it is damaged, or no checkpoint"
         raise WeightsError(
@@ -129,14 +129,14 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _refused(path: Path, message: str) -> str:
-    """The global that the reader refused, from its message; else the first that it would refuse; else nothing."""
+    """Name of the global that was rejected, from the message; else the first that would be rejected; else ""."""
     found = re.search(r"(?:GLOBAL|class|global:?)\s+[`'\"]?([A-Za-z_][\w.]*\.\w+)", message)
     if found:
         return found.group(1)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # files that are no zip archive
+    except Exception:  # not a zip archive
         return ""
     return names[0] if names else ""
 
@@ -151,13 +151,13 @@ def _tensors(data: Mapping[Any, Any], prefix: str, depth: int = 8) -> Iterator[t
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a model: every parameter, none left over.
+    """Copy weights into a model. Every parameter must be given, and none left over.
 
     Args:
-        source: names the file in messages.
+        source: Name of the file in messages.
 
     Raises:
-        WeightsError: names the first missing, left-over or differently shaped parameter.
+        WeightsError: naming the first parameter that is missing, left over or of another shape.
     """
     wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
@@ -190,13 +190,13 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> N
 
 
 def classes_of(weights: Mapping[str, Tensor]) -> int | None:
-    """How many classes the head of a state dict has: 0 where it has no head, None where that cannot be told."""
+    """Number of classes in the head of a state dict: 0 without a head, None if unknown."""
     heads = [t for n, t in weights.items() if n.rsplit(".", 2)[-2:] == ["head", "weight"] and t.ndim == 2]
     return heads[0].shape[0] if heads else (0 if any("blocks." in name for name in weights) else None)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over every parameter and buffer in the state dict: name, dtype, shape and bytes, by name."""
+    """sha256 over name, dtype, shape and content of every parameter and buffer in the state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         data = tensor.detach().cpu().contiguous()
@@ -212,7 +212,7 @@ def _shape_hint(name: str) -> str:
 
 
 def _name_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """What else may be meant where names differ in a way that has one usual cause."""
+    """Suggestion for a common cause of mismatching names."""
     extra_text, missing_text = " ".join(extra), " ".join(missing)
     if "lora_" in extra_text:
         return "; these are LoRA adapters: merge them into the model first (peft: merge_and_unload)"

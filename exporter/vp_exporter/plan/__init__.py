@@ -1,4 +1,4 @@
-"""Reduction plans: what leaves a model where, masks as plans, and the multiply-accumulates of a model under a plan."""
+"""Reduction plans, conversion from and to masks, and the multiply-accumulates of a model under a plan."""
 
 from vp_exporter.plan.plan import BlockTokens, PlanModel, ReductionPlan
 

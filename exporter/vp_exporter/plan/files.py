@@ -1,4 +1,4 @@
-"""A plan from wherever it lies: a plan file, a mask file or an array."""
+"""Read a plan from a plan file, a mask file or an array."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NO_PLANS = ("a PyTorch", "a pickle", "an ONNX", "a .pt2", "a zip", "the manifes
 
 
 def read_plan(path: Path) -> ReductionPlan:
-    """A plan file; what can be told to be something else is named.
+    """Read a plan file; other known file types are named in the error.
 
     Raises:
-        PlanError: unreadable, or no sound plan.
+        PlanError: if it is unreadable or not a valid plan.
     """
     if (path / "plan.json").is_file():
         raise PlanError(f"`plan` {path} is a bundle", expected="a plan", fix=f"its plan is {path / 'plan.json'}")
@@ -32,13 +32,13 @@ def read_plan(path: Path) -> ReductionPlan:
 
 
 def plan_of(source: Any, spec: ModelSpec) -> ReductionPlan:
-    """A plan for a model.
+    """Make a plan for a model.
 
     Args:
-        source: a plan; the path of a plan file or of a mask (.npy, .npz, .safetensors); or a mask, [depth, patches].
+        source: A plan; the path of a plan file or of a mask (.npy, .npz, .safetensors); or a mask, [depth, patches].
 
     Raises:
-        PlanError: none of these, unreadable, inconsistent or for another model.
+        PlanError: if it is none of these, unreadable, inconsistent or for another model.
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)

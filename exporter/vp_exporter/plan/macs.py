@@ -1,8 +1,8 @@
 """Exact multiply-accumulates (MACs) of a ViT, dense or under a plan.
 
-Counted: every matrix product (patch embedding, qkv, logits, weighted sum, projection, MLP, pooling, head). A block
-that n tokens enter and n' leave costs 4 n d^2 + 2 n^2 d + 8 n' d^2 at MLP ratio 4. Not counted: norms, softmax,
-activations, gathers. torch.utils.flop_counter counts the same products (as 2 FLOPs each); a test holds us to it.
+Counted: every matrix product (patch embedding, qkv, logits, weighted sum, projection, MLP, pooling, head). A block that
+n tokens enter and n' leave costs 4 n d^2 + 2 n^2 d + 8 n' d^2 at MLP ratio 4. Not counted: norms, softmax, activations,
+gathers. torch.utils.flop_counter counts the same products (as 2 FLOPs each); a test compares the two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vp_exporter.plan.plan import BlockTokens, ReductionPlan
 
 @dataclass(frozen=True)
 class MacCount:
-    """MACs for one image, by part."""
+    """MACs per image, by part."""
 
     patch_embed: int
     blocks: tuple[int, ...]
@@ -28,7 +28,7 @@ class MacCount:
 
 
 def count_macs(model: ModelSpec, plan: ReductionPlan | None = None) -> MacCount:
-    """MACs of one image through the dense model, or through the model that the plan makes of it."""
+    """MACs per image of the dense model, or of the model under a plan."""
     dense = model.prefix_tokens + model.patches
     tokens: Sequence[BlockTokens]
     tokens = plan.tokens() if plan else [BlockTokens(dense, dense, None)] * model.depth
@@ -46,5 +46,5 @@ def count_macs(model: ModelSpec, plan: ReductionPlan | None = None) -> MacCount:
 
 
 def mac_ratio(model: ModelSpec, plan: ReductionPlan) -> float:
-    """Dense MACs over reduced MACs: the speed-up if every saved MAC were saved time."""
+    """Dense MACs divided by reduced MACs: the theoretical speed-up."""
     return count_macs(model).total / count_macs(model, plan).total

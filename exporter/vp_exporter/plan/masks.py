@@ -1,8 +1,8 @@
-"""Bare searched masks in: an array [depth, patches] becomes a plan of static steps.
+"""Convert masks [depth, patches], as found by a search, to plans of static steps.
 
-Row b says which patches enter block b: 1 keeps, 0 drops, any other positive value keeps and scales (a tuned mask),
-which is the additive attention logit log(scale) for that key (methods: softmax(logit + log s) = s-weighted softmax).
-A single row, [patches] or [1, patches], stands for every block.
+Row b selects the patches that enter block b: 1 keeps, 0 drops, any other positive value keeps and scales (a tuned
+mask), which becomes the additive attention logit log(scale) of that key (softmax(logit + log s) is the s-weighted
+softmax). A single row, [patches] or [1, patches], applies to every block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def read_mask(path: Path) -> np.ndarray:
     """Read a mask file: .npy, or .npz / .safetensors with one array (or one called "mask").
 
     Raises:
-        PlanError: another suffix, unreadable, pickled objects, or several arrays.
+        PlanError: if it has another suffix, is unreadable, or has pickled objects or several arrays.
     """
     check_suffix(path)
     if not path.is_file():
@@ -37,7 +37,7 @@ def read_mask(path: Path) -> np.ndarray:
             from safetensors.numpy import load_file
 
             arrays = load_file(path)
-    except Exception as error:  # numpy, zipfile and safetensors each raise their own kinds
+    except Exception as error:  # numpy, zipfile and safetensors raise different types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PlanError(
             f"cannot read the mask {path}: {reason}", expected=f"a {path.suffix} array of numbers without pickles"
@@ -52,7 +52,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a file that is no mask by its name.
+    """Check that a file's suffix is that of a mask.
 
     Raises:
         PlanError: naming the suffixes of masks.
@@ -62,14 +62,14 @@ def check_suffix(path: Path) -> None:
 
 
 def plan_from_mask(mask: np.ndarray, model: PlanModel, *, method: str = "mask") -> ReductionPlan:
-    """Turn a mask into a plan.
+    """Convert a mask to a plan.
 
     Args:
         mask: [depth, patches], or a single row [patches] or [1, patches] for all blocks.
 
     Raises:
-        PlanError: wrong shape or dtype, NaN, a negative value, whole numbers besides 0 and 1, scores in place of a mask
-            (nothing is dropped), an empty row, or a patch that comes back.
+        PlanError: if the mask has a wrong shape or dtype, NaN, a negative value, integers other than 0 and 1, scores
+            instead of a mask (nothing is dropped), an empty row, or a patch that returns after being dropped.
     """
     if mask.shape in {(model.patches,), (1, model.patches)}:
         mask = np.broadcast_to(mask, (model.depth, model.patches))
@@ -99,10 +99,10 @@ def plan_from_mask(mask: np.ndarray, model: PlanModel, *, method: str = "mask") 
 
 
 def mask_from_plan(plan: ReductionPlan) -> np.ndarray:
-    """The mask [depth, patches] (float64) of a plan with static steps only; `plan_from_mask` reads it back.
+    """Mask [depth, patches] (float64) of a plan with static steps only; the inverse of `plan_from_mask`.
 
     Raises:
-        PlanError: a step chooses by image, or a prefix token has a bias (a mask has no place for it).
+        PlanError: if a step chooses per image, or a prefix token has a bias, which a mask cannot represent.
     """
     mask = np.zeros((plan.model.depth, plan.model.patches))
     prefix = plan.prefix_tokens

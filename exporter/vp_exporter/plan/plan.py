@@ -1,4 +1,4 @@
-"""ReductionPlan: which tokens leave where, as one JSON file that a person can read.
+"""ReductionPlan: which tokens are removed where, as a readable JSON file.
 
     {"format": "vp-plan", "version": 1,
      "model": {"name": "deit_small_patch16_224", "image_size": [224, 224], "patch_size": [16, 16],
@@ -8,7 +8,7 @@
      "key_bias": {"3": [0.0, -0.2, ...]},
      "proportional_attention": false, "budget": null, "provenance": {}}
 
-A plan that exists is consistent in itself: every check is in the constructor. Whether it fits a model is `check_model`.
+The constructor checks a plan for consistency; `check_model` checks it against a model.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class PlanModel:
 
     Attributes:
         name: timm architecture, with or without the pretrained tag.
-        image_size, patch_size: height and width in pixels.
-        prefix_tokens: class, distillation and register tokens.
-        depth: blocks.
-        patches: patch tokens that the dense model embeds.
-        weights_sha256: fingerprint of the weights that it was searched on (vp_exporter.model.weights), if it matters.
+        image_size, patch_size: Height and width in pixels.
+        prefix_tokens: Number of class, distillation and register tokens.
+        depth: Number of blocks.
+        patches: Number of patch tokens that the dense model embeds.
+        weights_sha256: Fingerprint of the weights used in the search (vp_exporter.model.weights), if relevant.
     """
 
     name: str
@@ -55,7 +55,7 @@ class PlanModel:
     weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        # The upper ends are far above any ViT: a hostile plan must not make us count to ten billion.
+        # The upper limits are far above any ViT; they bound the work caused by an untrusted plan.
         for key, low, high in (("prefix_tokens", 0, 10_000), ("depth", 1, 1_000), ("patches", 1, 1_000_000)):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -71,7 +71,7 @@ class PlanModel:
 
     @classmethod
     def of(cls, spec: ModelSpec, weights_sha256: str | None = None) -> Self:
-        """A model as a plan names it."""
+        """Create from a model's spec."""
         return cls(
             spec.name, spec.image_size, spec.patch_size, spec.prefix_tokens, spec.depth, spec.patches, weights_sha256
         )
@@ -84,9 +84,10 @@ class PlanModel:
 
 @dataclass(frozen=True)
 class BlockTokens:
-    """Tokens of one block, prefix tokens included: in its attention, and in its MLP (where inner reducers have acted).
+    """Tokens of one block, prefix tokens included: in its attention, and in its MLP (after inner reducers).
 
-    `positions` are the patches in its attention, in the original grid; None once the choice depends on the image.
+    `positions` are those of the patches in its attention, in the original grid; None if the choice depends on the
+    image.
     """
 
     attention: int
@@ -99,16 +100,16 @@ class ReductionPlan:
     """A checked token-reduction plan.
 
     Attributes:
-        model: what it is for.
-        steps: reductions, ordered by block; at most one per block and place.
-        method: free text, e.g. "vpruner".
-        key_bias: block -> additive attention logit of every token in that block's attention (prefix tokens first).
-        proportional_attention: add log(token size) to the logits.
-        budget: what was asked of the search; free JSON.
-        provenance: what it was searched on, scores, seeds, versions; free JSON.
+        model: The model that it is for.
+        steps: Reductions, ordered by block; at most one per block and place.
+        method: Free text, e.g. "vpruner".
+        key_bias: Block -> additive attention logit of every token in that block's attention (prefix tokens first).
+        proportional_attention: Add log(token size) to the logits.
+        budget: Budget given to the search; free JSON.
+        provenance: Data, scores, seeds and versions of the search; free JSON.
 
     Raises:
-        PlanError: on construction, with what was found, what was expected and what to do.
+        PlanError: on construction, saying what was found, what was expected and what to do.
     """
 
     model: PlanModel
@@ -142,7 +143,7 @@ class ReductionPlan:
                     expected="finite numbers",
                     fix="to remove a token, drop it with a static step",
                 )
-        # Floats throughout: 0 and 0.0 are one bias, and must give one fingerprint.
+        # As floats: 0 and 0.0 must give the same fingerprint.
         rows = {block: tuple(float(v) for v in row) for block, row in self.key_bias.items()}
         object.__setattr__(self, "key_bias", rows)
         for name in ("budget", "provenance"):
@@ -181,14 +182,14 @@ class ReductionPlan:
         return self.model.prefix_tokens
 
     def steps_at(self, block: int, place: str) -> Step | None:
-        """The step at a block's "input" or "inner" place, if there is one."""
+        """The step at a block's "input" or "inner" place, or None."""
         return next((s for s in self.steps if s.block == block and s.place == place), None)
 
     def tokens(self) -> tuple[BlockTokens, ...]:
         """Tokens of every block, in order.
 
         Raises:
-            PlanError: a step asks for a token that has left already, or for more than there are.
+            PlanError: if a step needs a token that was removed before, or more tokens than there are.
         """
         rows = []
         now = Tokens(self.model.prefix_tokens, self.model.patches, tuple(range(self.model.patches)))
@@ -216,16 +217,16 @@ class ReductionPlan:
 
     @property
     def reduces(self) -> bool:
-        """Whether any block has fewer tokens than the dense model."""
+        """Whether any block has fewer tokens than in the dense model."""
         full = self.model.prefix_tokens + self.model.patches
         return any(row.attention < full or row.mlp < full for row in self.tokens())
 
     def check_model(self, description: ModelSpec, weights_sha256: str | None = None) -> None:
-        """Refuse a model that this plan is not for.
+        """Check that the plan is for this model.
 
         Args:
-            description: the model at hand.
-            weights_sha256: its weights' fingerprint; compared where both sides have one.
+            description: The model.
+            weights_sha256: Fingerprint of its weights; compared if both sides have one.
 
         Raises:
             PlanError: naming the first difference.
@@ -253,7 +254,7 @@ class ReductionPlan:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; `from_dict` reads it back equal."""
+        """The plan as JSON values; the inverse of `from_dict`."""
         model = {key: _plain(getattr(self.model, key)) for key in PlanModel.__dataclass_fields__}
         return {
             "format": FORMAT,
@@ -269,15 +270,16 @@ class ReductionPlan:
 
     @classmethod
     def from_dict(cls, data: Any) -> ReductionPlan:
-        """Read a plan from JSON values.
+        """Create a plan from JSON values.
 
         Raises:
-            PlanError: not a plan, a future version, or any inconsistency.
+            PlanError: if it is not a plan, is of a future version, or is inconsistent.
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise PlanError(f"this is no plan: its format is {found!r}", expected=f"{FORMAT!r}")
-        if type(data.get("version")) is not int or data["version"] != VERSION:  # True is no version, though True == 1
+        # type(): True == 1, but is not a version
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise PlanError(
                 f"the plan has version {data.get('version')!r}", expected=f"{VERSION}", fix="upgrade vp-export"
             )
@@ -300,17 +302,17 @@ class ReductionPlan:
         )
 
     def dumps(self) -> str:
-        """The plan as JSON text: one line a step, so that it reads and diffs well."""
+        """The plan as JSON text, one line per step for readability and diffs."""
         data = self.to_dict()
         lines = [f"  {json.dumps(key)}: {_pretty(key, value)}" for key, value in data.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def loads(cls, text: str | bytes) -> ReductionPlan:
-        """Read a plan from JSON text.
+        """Parse a plan from JSON text.
 
         Raises:
-            PlanError: not JSON, a key given twice, NaN, or any inconsistency.
+            PlanError: if it is not JSON, has a duplicate key or NaN, or is inconsistent.
         """
         try:
             data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
@@ -319,7 +321,7 @@ class ReductionPlan:
         return cls.from_dict(data)
 
     def save(self, path: Path) -> None:
-        """Write the plan; a crash leaves the old file or the new one."""
+        """Write the plan atomically."""
         try:
             write_atomically(path, self.dumps().encode())
         except OSError as error:
@@ -330,7 +332,7 @@ class ReductionPlan:
         """Read a plan file.
 
         Raises:
-            PlanError: the file cannot be read, or is no sound plan.
+            PlanError: if the file cannot be read or is not a valid plan.
         """
         try:
             return cls.loads(path.read_bytes())
@@ -338,9 +340,9 @@ class ReductionPlan:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}", expected="a JSON file") from error
 
     def fingerprint(self) -> str:
-        """sha256 of what decides the reduced model's output: two plans that run the same have the same one.
+        """sha256 of what determines the reduced model's output, equal for plans that run the same.
 
-        A field that came later is left out where it says what its absence says: an old plan keeps its fingerprint.
+        A field added later is left out if it has its default, so that old plans keep their fingerprints.
         """
         data = self.to_dict()
         data["steps"] = [

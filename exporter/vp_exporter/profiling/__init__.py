@@ -1,1 +1,1 @@
-"""Where a bundle's time goes: the engine's own profiler, by parts of the model."""
+"""Profile a bundle with the engine's own profiler, by parts of the model."""

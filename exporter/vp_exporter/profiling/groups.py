@@ -1,9 +1,9 @@
-"""Which part of the model an engine's operation belongs to.
+"""Assign an engine's operations to parts of the model.
 
-The graphs that we export name each node after its module ("blocks.3.reduce/TopK.1"), and ONNX Runtime and OpenVINO keep
-the names but for what they fuse. AOTInductor and TensorRT have names of their own: there the order tells. Between one
-normalisation and the next lies either an attention or an MLP, before the first one the patch embedding, behind the last
-one the head; what reducers alone do (sorting, gathering) is known by its name.
+Nodes of exported graphs are named after their module ("blocks.3.reduce/TopK.1"), and ONNX Runtime and OpenVINO keep the
+names except for fused nodes. AOTInductor and TensorRT use names of their own, so the order decides: between two norms
+there is an attention or an MLP, before the first one the patch embedding, after the last one the head; operations used
+only by reducers (sorting, gathering) are recognised by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vp_engines.backends.recording import Operation
 
 EMBEDDING, ATTENTION, MLP, NORM = "patch embedding", "attention", "MLP", "norm"
 REDUCTION, HEAD, RUNTIME = "token reduction", "head", "runtime"
-# RUNTIME is no operation's: what the profiler saw of a run outside its operations.
+# RUNTIME is the part of a run outside of any operation.
 GROUPS = (EMBEDDING, ATTENTION, MLP, NORM, REDUCTION, HEAD, RUNTIME)
 
 _SCOPE = re.compile(r"(?:^|[^\w.])((?:vit\.)?(?:blocks|embed|head|norm|fc_norm|norm_pre)\b[\w.]*)/")
@@ -26,13 +26,13 @@ _ATTENTION = re.compile(r"attention|softmax|flash|fmha|\bsdpa|mha", re.IGNORECAS
 _REDUCTION = re.compile(
     r"topk|sort|gather|scatter|one_?hot|arg_?max|arg_?min|index|select_rank|merge|match|\bvp::", re.IGNORECASE
 )
-_REDUCING = {"statistics", "reduce", "see"}  # "see": the statistics, in graphs of the first bundles
+_REDUCING = {"statistics", "reduce", "see"}  # "see": name of the statistics in early bundles
 _PRODUCT = re.compile(r"FullyConnected|MatMul|Gemm", re.IGNORECASE)
 _RESIDUAL = ("Add", "Mul", "Sum", "Subgraph", "Eltwise")
 
 
 def assign(operations: Sequence[Operation]) -> list[tuple[str, int | None]]:
-    """(group, block) of each operation of a run, in the order in which they ran; block None outside the blocks."""
+    """(group, block) of each operation of a run, in execution order; block is None outside the blocks."""
     named = [_of_name(operation) for operation in operations]
     known = sum(group is not None for group, _ in named)
     if known < len(operations) / 2:
@@ -43,15 +43,15 @@ def assign(operations: Sequence[Operation]) -> list[tuple[str, int | None]]:
         if group is not None:
             last = group, block
         elif _PRODUCT.search(operation.kind) and last[0] in (NORM, REDUCTION):
-            # A product that goes by the name of the addition fused into it: behind a norm that is the qkv's.
+            # A product named after the addition fused into it; after a norm it is the qkv.
             last = ATTENTION, last[1]
-        # Else: what an engine made has no name of ours, and a residual belongs to what it is added to.
+        # Otherwise unnamed, or a residual: counted with the operation before.
         found.append(last)
     return found
 
 
 def _of_name(operation: Operation) -> tuple[str | None, int | None]:
-    """By the graph's name; (None, None) where it has none, or goes with the operation before."""
+    """By node name; (None, None) if it has none of ours, or belongs with the operation before."""
     scopes = {match[1].removeprefix("vit.") for match in _SCOPE.finditer(operation.name)}
     found = {_of_scope(scope, operation) for scope in scopes}
     groups = {group for group in found if group is not None}
@@ -72,7 +72,7 @@ def _of_scope(scope: str, operation: Operation) -> str | None:
         return NORM
     kind = operation.name.rpartition("/")[2].split(".")[0] or operation.kind
     if kind == "Gather" and parts[0] in ("embed", "blocks"):
-        return REDUCTION  # a static step takes the rows that stay
+        return REDUCTION  # a static step gathers the kept rows
     if parts[0] == "embed":
         return EMBEDDING
     if parts[0] == "head":
@@ -81,14 +81,14 @@ def _of_scope(scope: str, operation: Operation) -> str | None:
         return MLP
     if "attn" in parts:
         return ATTENTION
-    # The block's own: its attention, a residual behind attention or MLP, or the sizes of merged tokens as a mask.
+    # The block's own nodes: attention, residuals, or sizes of merged tokens as a mask.
     if kind in ("Unsqueeze", "Expand"):
         return REDUCTION
     return None if kind in _RESIDUAL else ATTENTION
 
 
 def _by_order(operations: Sequence[Operation]) -> list[tuple[str, int | None]]:
-    """Without names of ours: by what lies between the normalisations."""
+    """Without node names: by position between the norms."""
     text = [f"{operation.name} {operation.kind}" for operation in operations]
     norms = [i for i, each in enumerate(text) if _NORM.search(each)]
     found: list[tuple[str, int | None]] = [(EMBEDDING, None)] * len(operations)
@@ -96,7 +96,7 @@ def _by_order(operations: Sequence[Operation]) -> list[tuple[str, int | None]]:
     for turn, (first, end) in enumerate(pairwise([*norms, len(operations)])):
         inside = range(first + 1, end)
         last = end == len(operations)
-        # Where an engine does not show its attentions, they and the MLPs take turns.
+        # If the engine hides its attentions, attentions and MLPs alternate.
         attends = not last and (any(_ATTENTION.search(text[i]) for i in inside) if visible else turn % 2 == 0)
         block += attends
         place = None if last else max(block, 0)

@@ -1,7 +1,7 @@
-"""Engines on the clock and under their own profiler: how long a run takes, and which part of the model takes it.
+"""Time engines with and without their own profiler: duration of a run, and of each part of the model.
 
-Each round runs every engine twice, once as it is and once opened with its profiler, in turn: what the machine does
-meanwhile meets all alike, so the profiler's times can be held to the run that they are of.
+Each round runs every engine twice in turn, plain and with its profiler. Disturbances then affect all of them alike, and
+the profiler's times can be compared with a plain run of the same round.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vp_exporter.validation.finite import FiniteWatch
 from vp_exporter.validation.intervals import Interval, bootstrap_ratio_of_medians
 from vp_exporter.validation.latency import MIN_ROUNDS, Timing, time_rounds, timing, warm_up
 
-# Profilers keep everything in memory, and ONNX Runtime's stops at a million events.
+# Profilers keep events in memory; ONNX Runtime's stops at a million.
 MAX_ROUNDS = 500
-MOST_SCALE = 1.2  # beyond it the profiled runs are not those that the clock saw
+MOST_SCALE = 1.2  # above it, profiled and plain runs are not comparable
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine to profile: which variant of which bundle, and what to call it."""
+    """An engine to profile: bundle, variant and label."""
 
     label: str
     bundle: Path
@@ -41,7 +41,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class OperationTime:
-    """One operation of the engine: median milliseconds over the runs, its part of the model, its block if any."""
+    """One operation of the engine: median milliseconds over the runs, part of the model, and block, if any."""
 
     name: str
     kind: str
@@ -52,18 +52,18 @@ class OperationTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """One engine at one batch size.
+    """Profile of one engine at one batch size.
 
     Attributes:
-        label: of the subject; batch: images per run; rounds: runs of each kind.
-        timing: of whole runs without the profiler: host array in, host array out.
-        groups: milliseconds by part of the model, medians over the profiled runs; all of GROUPS.
-        covered: the groups' sum as a share of the median run without the profiler.
-        slowdown: median run with the profiler over the median without it.
-        profiler_ms: taken off each operation, see `_Series`; 0 where the engine's profiler does not time whole runs.
-        scale: what every operation is multiplied by after that, see `_Series`; 1 where it does not.
-        operations: in the order in which they run.
-        typical: the profiled run whose time is the median one, for a trace.
+        label: Label of the subject; batch: images per run; rounds: runs of each kind.
+        timing: Timing of whole runs without the profiler, from host array to host array.
+        groups: Milliseconds by part of the model, medians over the profiled runs; has all of GROUPS.
+        covered: Sum of the groups as a share of the median run without the profiler.
+        slowdown: Median run with the profiler divided by the median without it.
+        profiler_ms: Overhead subtracted from each operation, see `_Series`; 0 if the profiler does not time whole runs.
+        scale: Factor applied to every operation after that, see `_Series`; 1 if the profiler does not time whole runs.
+        operations: In execution order.
+        typical: The profiled run of median duration, for a trace.
     """
 
     label: str
@@ -79,7 +79,7 @@ class Profile:
     typical: RecordedRun
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without the trace."""
+        """Convert to plain JSON values, without the trace."""
         data = asdict(self)
         del data["typical"]
         return data
@@ -87,14 +87,14 @@ class Profile:
 
 @dataclass(frozen=True)
 class Profiled:
-    """All that was measured.
+    """Result of profiling.
 
     Attributes:
-        profiles: for each batch size every subject, in their order.
-        speedups: by batch size, of the last subject over the first, with its interval; empty for a single subject.
-        memory: by label; None where it could not be measured.
-        notes: one line each.
-        nonfinite: by label, the images whose outputs held a NaN or an infinity, of those of all batch sizes.
+        profiles: For each batch size, every subject in order.
+        speedups: By batch size, the last subject over the first, with its interval; empty for a single subject.
+        memory: By label; None if it could not be measured.
+        notes: One line each.
+        nonfinite: By label, the number of images with NaN or infinite outputs, over all batch sizes.
     """
 
     profiles: tuple[Profile, ...]
@@ -105,11 +105,11 @@ class Profiled:
 
     @property
     def finite(self) -> bool:
-        """Whether every engine answered with numbers: without that, no time means anything."""
+        """Whether all outputs were finite; otherwise the times are meaningless."""
         return not any(self.nonfinite.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: profile.json."""
+        """Convert to plain JSON values: profile.json."""
         return {
             "profiles": [profile.to_dict() for profile in self.profiles],
             "speedups": [{"batch": batch, **asdict(found)} for batch, found in self.speedups.items()],
@@ -130,20 +130,20 @@ def profile(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Profiled:
-    """Measure engines side by side.
+    """Profile engines side by side.
 
     Args:
-        subjects: one or more with one input size; the first is the one that the last is compared with.
-        batches: batch sizes, each once.
-        seconds: of work per batch size, all engines together (20 to 500 rounds).
-        threads, device: of every engine.
-        memory: run each engine once more in a process of its own, for its memory.
-        seed: of the images and of the order.
+        subjects: One or more of the same input size; the last is compared with the first.
+        batches: Batch sizes, without duplicates.
+        seconds: Work per batch size for all engines together (20 to 500 rounds).
+        threads, device: Of every engine.
+        memory: Also run each engine in a separate process to measure its memory.
+        seed: Seed of the images and of the order.
 
     Raises:
-        InputError: a batch size that an engine was not built for, images of different sizes, or sizes given twice.
-        EngineUnavailableError: an engine cannot run here, or has no profiler.
-        BundleError: a bundle that is not sound, or two that cannot be run side by side.
+        InputError: if an engine was not built for a batch size, image sizes differ, or batch sizes are duplicated.
+        EngineUnavailableError: if an engine cannot run here, or has no profiler.
+        BundleError: if a bundle is not valid, or two cannot be run side by side.
     """
     if not batches or min(batches) < 1 or len(set(batches)) != len(batches):
         raise InputError(f"batch sizes {list(batches)}", expected="distinct whole numbers from 1")
@@ -182,8 +182,8 @@ def profile(
             series.append(_Series(subject.label, batch, runs, taken[at][:, 2 * i : 2 * i + 2]))
         if len(subjects) > 1:
             speedups[batch] = bootstrap_ratio_of_medians(taken[at][:, 0], taken[at][:, -2], seed=seed)
-    # Where operations are the shortest, what they cost beside their work stands out of the noise.
-    # No operation can have taken less than what is taken off it.
+    # The series with the shortest operations shows the overhead per operation most clearly. No operation can have taken
+    # less than what is subtracted from it.
     precise = min(series, key=lambda each: each.milliseconds_per_operation())
     cost = min(precise.excess(), *(each.shortest() for each in series))
     profiles = [each.profile(cost) for each in series]
@@ -207,7 +207,7 @@ def profile(
 
 
 class _Counted:
-    """An engine that counts its runs: the profiler's runs are told apart by their number."""
+    """Wraps an engine to count its runs, so that the profiler's runs can be matched by number."""
 
     def __init__(self, engine: vp_engines.Engine) -> None:
         self.engine, self.calls = engine, 0
@@ -218,7 +218,7 @@ class _Counted:
 
 
 def _check_pair(subjects: Sequence[Subject], batches: Sequence[int], device: str | None) -> list[str]:
-    """Refuse subjects that cannot run side by side, before one is loaded; what to know of the others, a line each."""
+    """Check that subjects can run side by side, before loading them; returns notes, one line each."""
     manifests = [vp_engines.read_manifest(each.bundle) for each in subjects]
     for subject, manifest in zip(subjects, manifests, strict=True):
         check_runs_alike(subjects[0].label, manifests[0], subject.label, manifest, device=device)
@@ -237,18 +237,18 @@ def _check_pair(subjects: Sequence[Subject], batches: Sequence[int], device: str
 
 
 class _Series:
-    """The runs of one engine at one batch size.
+    """Runs of one engine at one batch size.
 
-    A profiler that times whole runs is seen to cost every operation the same, part of it inside the operation's own
-    time and part between it and the next. So an operation's time is taken to reach to the start of the next one, and
-    that cost is taken off each: what a run takes longer by the profiler than by the clock without it, for each of its
-    operations. (ONNX Runtime 1.31, digits ViT: 17 us over the 94 operations of the dense model, 15 us over the 333 of a
-    merging one.) At larger batches operations on several threads cost it more, 14 to 23 us over those 94 at batch 8:
-    what is left of the excess is taken off every operation in proportion to its time (`scale`). A profiler that does
-    not time whole runs is held to the clock: what its operations leave of a run without it is the runtime's.
+    If a profiler times whole runs, it costs every operation about the same, partly within the operation's own time and
+    partly before the next. So an operation is taken to last until the start of the next one, and the overhead is
+    subtracted from each: the difference between runs with and without the profiler, per operation. (ONNX Runtime 1.31,
+    digits ViT: 17 us over the 94 operations of the dense model, 15 us over the 333 of a merging one.) At larger batches
+    it is higher for multi-threaded operations, 14 to 23 us over those 94 at batch 8; the remaining difference is
+    removed in proportion to each operation's time (`scale`). If a profiler does not time whole runs, the part of a
+    plain run that its operations do not cover is attributed to the runtime.
 
     Args:
-        runs: what the profiler saw, a run a round.
+        runs: Profile of each round's run.
         taken: float [rounds, 2], milliseconds of a run without and with the profiler.
     """
 
@@ -260,35 +260,35 @@ class _Series:
         self.timed = bool(self.shape) and all(run.duration is not None for run in self.runs)
 
     def milliseconds_per_operation(self) -> float:
-        """Of the runs without the profiler."""
+        """Milliseconds per operation in the runs without the profiler."""
         return float(np.median(self.taken[:, 0])) / max(1, len(self.shape))
 
     def shortest(self) -> float:
-        """Median milliseconds of the shortest operation; infinite where there is none."""
+        """Median milliseconds of the shortest operation; infinite if there is none."""
         return float(np.median(self.spent, axis=0).min()) if self.spent.size else float("inf")
 
     def excess(self) -> float:
-        """Milliseconds an operation that runs take longer by the profiler than without it; 0 where it does not say."""
+        """Overhead of the profiler in milliseconds per operation; 0 if it does not time whole runs."""
         if not self.timed:
             return 0.0
         whole = float(np.median([run.duration for run in self.runs])) / 1000
         return max(0.0, whole - float(np.median(self.taken[:, 0]))) / len(self.shape)
 
     def scale(self, cost: float) -> float:
-        """Milliseconds of a run without the profiler for each one with it, `cost` taken off each operation.
+        """Ratio of a run without the profiler to one with it, after subtracting `cost` from each operation.
 
-        1 where the two are too far apart for a correction.
+        1 if the two are too far apart for a correction.
         """
         plain = float(np.median(self.taken[:, 0]))
         if self.timed:
             seen = float(np.median([run.duration for run in self.runs])) / 1000 - cost * len(self.shape)
-        else:  # less than a whole run is no fault of the profiler's
+        else:  # covering less than a whole run is not an overhead of the profiler
             seen = max(plain, float(np.median(self.spent.sum(axis=1))) if self.runs else 0.0)
         found = plain / max(seen, 1e-9)
         return found if 1 / MOST_SCALE <= found <= MOST_SCALE else 1.0
 
     def profile(self, cost: float) -> Profile:
-        """The summary, `cost` milliseconds taken off each operation and the rest scaled to the clock."""
+        """Summarise, with `cost` milliseconds subtracted from each operation and the rest scaled to the plain runs."""
         plain, slowed = (float(value) for value in np.median(self.taken, axis=0))
         places, spent = assign(self.shape), self.spent
         cost, scale = cost if self.timed else 0.0, self.scale(cost)
@@ -323,7 +323,7 @@ class _Series:
 
 
 def _spent(run: RecordedRun) -> list[float]:
-    """Milliseconds of each operation: to the start of the next one where whole runs are timed, else its own."""
+    """Milliseconds of each operation: until the start of the next one if whole runs are timed, else its own."""
     if run.duration is None:
         return [each.duration / 1000 for each in run.operations]
     ends = [each.start for each in run.operations[1:]] + [run.duration]
@@ -331,7 +331,7 @@ def _spent(run: RecordedRun) -> list[float]:
 
 
 def _alike(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Those with the sequence of operations that most have: a profiler may lose an event now and then."""
+    """Runs with the most common sequence of operations: profilers occasionally lose an event."""
     seen: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in runs:
         seen.setdefault(tuple(each.name for each in run.operations), []).append(run)

@@ -1,4 +1,4 @@
-"""What an engine needs of memory, measured in a process that does nothing else."""
+"""Measure the memory use of an engine in a separate process."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TIMEOUT = 600  # seconds: an engine that has not run a few batches by then does not tell us its memory
+TIMEOUT = 600  # seconds to run a few batches
 
 
 @dataclass(frozen=True)
 class Memory:
-    """MiB of one engine.
+    """Memory of one engine in MiB.
 
     Attributes:
-        loaded: resident memory that opening the bundle added to a process that had imported the runtime's package.
-        peak: the most that the process had resident, all of it, up to the end of the runs at each batch size.
-        gpu: memory in use on the first GPU after the runs less before the bundle was opened; None without a GPU.
+        loaded: Resident memory added by opening the bundle, in a process that had imported the runtime.
+        peak: Peak resident memory of the whole process, after the runs at each batch size.
+        gpu: Increase in memory use of the first GPU after the runs; None without a GPU.
     """
 
     loaded: float
@@ -36,11 +36,11 @@ def measure_memory(
     """Open and run an engine in a new process.
 
     Returns:
-        None where the system does not tell (anything but Linux), or the process does not end well.
+        None if the system does not provide the numbers (only Linux does), or the process fails.
     """
     command = [sys.executable, "-P", "-m", __name__, str(bundle), variant, *map(str, sorted(batches))]
     command += [*(["--threads", str(threads)] if threads else []), *(["--device", device] if device else [])]
-    # The child finds our packages where this process found them, installed or not.
+    # Let the child find our packages wherever this process found them.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
@@ -53,10 +53,10 @@ def measure_memory(
 
 
 def resident(process: int | str = "self") -> tuple[float, float]:
-    """MiB that a process has resident now, and had at most so far.
+    """Resident memory of a process in MiB, current and peak.
 
     Raises:
-        OSError: not Linux, or no such process.
+        OSError: if the system is not Linux, or there is no such process.
     """
     now = peak = 0.0
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
@@ -68,7 +68,7 @@ def resident(process: int | str = "self") -> tuple[float, float]:
 
 
 def gpu_used() -> float | None:
-    """MiB in use on the first GPU, by whomever; None without an NVIDIA driver. NVML needs no context on the GPU."""
+    """MiB in use on the first GPU, by all processes; None without an NVIDIA driver. NVML needs no CUDA context."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -83,7 +83,7 @@ def gpu_used() -> float | None:
 
 
 def main() -> None:
-    """The child: prints what `measure_memory` reads."""
+    """Entry point of the child: prints what `measure_memory` reads."""
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle", type=Path)
     parser.add_argument("variant")

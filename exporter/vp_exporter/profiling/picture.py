@@ -1,4 +1,4 @@
-"""Stacked bars: where the time of each engine goes, and so where a reduced model saves it."""
+"""Stacked bar chart of the time that each engine spends in each part of the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vp_exporter.profiling.groups import ATTENTION, EMBEDDING, GROUPS, HEAD, MLP
 from vp_exporter.profiling.measure import Profile
 from vp_exporter.utils.plotting import DPI, INK, LINE, MUTED, WIDTH, plain_text, png, require_matplotlib
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too; what a reducer costs has the loudest one.
+# Okabe and Ito's colour-blind safe palette; the most prominent colour is for token reduction.
 COLOURS = {
     EMBEDDING: "#56B4E9", ATTENTION: "#0072B2", MLP: "#009E73", NORM: "#E69F00", REDUCTION: "#D55E00",
     HEAD: "#CC79A7", RUNTIME: "#b4bcc4",
@@ -16,10 +16,10 @@ COLOURS = {
 
 
 def stacked_bars(profiles: Sequence[Profile]) -> bytes:
-    """A PNG: a panel a batch size, a bar an engine, a colour a part of the model; a tick is the run without profiler.
+    """Draw a PNG with a panel per batch size, a bar per engine, and a tick at the time without the profiler.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
+        PackageMissingError: if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

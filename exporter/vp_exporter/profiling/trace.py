@@ -1,4 +1,4 @@
-"""A profile as a Chrome trace: chrome://tracing and Perfetto draw it."""
+"""Export a profile as a Chrome trace, for chrome://tracing and Perfetto."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vp_exporter.profiling.measure import Profile
 
 
 def chrome_trace(profiles: Sequence[Profile]) -> bytes:
-    """JSON of the typical run of each profile: a process an engine, a thread a batch size, times in microseconds.
+    """JSON of the typical run of each profile: a process per engine, a thread per batch size, times in microseconds.
 
     The format is Google's "Trace Event Format": complete events ("X") with names for processes and threads ("M").
     """

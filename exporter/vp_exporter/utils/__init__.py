@@ -1,1 +1,1 @@
-"""What every room uses and none owns."""
+"""Utilities shared by the whole exporter."""

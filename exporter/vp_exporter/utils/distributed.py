@@ -1,10 +1,10 @@
-"""Several processes as one: numbered work is split over them, and every one gets all results, in order.
+"""Distribute numbered work over several processes, such that each gets all results, in order.
 
-A sum over processes would depend on how many there are, in its last bits, and a search would decide otherwise. So
-nothing is summed on the way: what each batch gives is gathered, and every process adds it up in the same order.
+Summing over processes would make the last bits, and thus the decisions of a search, depend on their number. So nothing
+is reduced: the result of each batch is gathered, and every process adds them up in the same order.
 
-A failure is every process's: what one of them raises inside `agree`, `map` or `from_leader` all of them raise, so that
-none waits for one that is gone. Importing this brings no torch: one process never needs it.
+An exception raised inside `agree`, `map` or `from_leader` by one process is raised by all, so that none waits for one
+that has stopped. Importing this module does not import torch, which a single process does not need.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ TIMEOUT = timedelta(hours=2)  # the leader may be timing an engine while the oth
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among its fellows.
+    """This process within its group.
 
     Attributes:
-        rank: of this process, from 0.
-        world: how many there are.
+        rank: Rank of this process, from 0.
+        world: Number of processes.
     """
 
     rank: int = 0
@@ -40,21 +40,21 @@ class Workers:
 
     @property
     def leader(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def owns(self, item: int) -> bool:
-        """Whether numbered work is this process's to do."""
+        """Whether this process is responsible for an item."""
         return item % self.world == self.rank
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, in the order of ranks, on every process.
+        """Gather the value of every process, in the order of ranks, on every process.
 
         Args:
-            value: picklable.
+            value: Picklable.
 
         Raises:
-            VpError: a process is gone.
+            VpError: if a process is gone.
         """
         if self.world == 1:
             return [value]
@@ -66,18 +66,18 @@ class Workers:
         return gathered
 
     def agree(self, make: Callable[[], T]) -> T:
-        """What this process makes, once every process has made its own.
+        """Call `make` and return its result once every process has done so.
 
         Raises:
-            Exception: what `make` raised, on whichever process (the first in the order of ranks): errors that a user
-                can act on as they are, others as a RuntimeError that names the process.
+            Exception: as raised by `make` on any process (the first in the order of ranks): VpErrors as they are,
+                others as a RuntimeError that names the process.
         """
         if self.world == 1:
             return make()
         failure: Exception | None = None
         try:
             value = make()
-        except Exception as error:  # the others wait in the gather: they must hear of it
+        except Exception as error:  # the others wait in the gather, so pass the error on
             failure = error
         for rank, told in enumerate(self.gather(None if failure is None else self._portable(failure))):
             if told is not None:
@@ -85,17 +85,17 @@ class Workers:
         return value
 
     def map(self, function: Callable[[int], Tensor], items: Sequence[int]) -> list[Tensor]:
-        """Do numbered work together.
+        """Map a function over items, distributed over the processes.
 
         Args:
-            function: item -> tensor; called for the items that this process owns.
-            items: numbers, the same on every process.
+            function: Maps an item to a tensor; called for the items that this process owns.
+            items: Numbers, equal on every process.
 
         Returns:
-            The result of each item, in their order, on the CPU, on every process.
+            The result of each item, in order, on the CPU, on every process.
 
         Raises:
-            Exception: what `function` raised, as `agree` has it.
+            Exception: as raised by `function`, see `agree`.
         """
         gathered = self.gather(
             self.agree(lambda: {item: function(item).detach().cpu() for item in items if self.owns(item)})
@@ -104,13 +104,13 @@ class Workers:
         return [everything[item] for item in items]
 
     def from_leader(self, make: Callable[[], T]) -> T:
-        """What the leader makes, on every process: for work that is done once and for what only one clock can say.
+        """Call `make` on the leader and return the result on every process, for work to be done once or timed.
 
         Args:
-            make: called on the leader only; what it returns must be picklable.
+            make: Called on the leader only; its result must be picklable.
 
         Raises:
-            Exception: what `make` raised, as `agree` has it.
+            Exception: as raised by `make`, see `agree`.
         """
         if self.world == 1:
             return make()
@@ -131,7 +131,7 @@ class Workers:
         return value
 
     def _portable(self, error: Exception) -> Exception:
-        """`error` as another process can raise it."""
+        """Convert `error` so that another process can raise it."""
         if isinstance(error, VpError | OSError):
             return error
         return RuntimeError(f"process {self.rank} of {self.world} failed: {type(error).__name__}: {error}")
@@ -140,7 +140,7 @@ class Workers:
     def _talking(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what torch raises for a closed connection, and when nobody answers in time
+        except RuntimeError as error:  # raised by torch for closed connections and timeouts
             raise VpError(
                 f"process {self.rank} of {self.world} has lost the others: {str(error).splitlines()[0]}",
                 fix="one of them was killed, for lack of memory perhaps: try fewer processes",
@@ -148,20 +148,20 @@ class Workers:
 
 
 def single() -> Workers:
-    """One process."""
+    """A group of one process."""
     return Workers()
 
 
 def announced() -> bool:
-    """Whether the environment announces several processes, as torchrun does."""
+    """Whether the environment variables of a process group are set, as by torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def from_environment() -> Workers:
-    """The process group that torchrun announces in the environment; one process where there is none.
+    """Join the process group described by the environment, as set by torchrun; a single process if there is none.
 
     Raises:
-        VpError: the group cannot be formed.
+        VpError: if the group cannot be formed.
     """
     if not announced():
         return single()
@@ -170,7 +170,7 @@ def from_environment() -> Workers:
     import torch.distributed as dist
 
     try:
-        # gloo on GPUs too: what is gathered are small tensors on the CPU.
+        # gloo even with GPUs: only small CPU tensors are gathered.
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -185,7 +185,7 @@ def from_environment() -> Workers:
 
 @contextmanager
 def session() -> Iterator[Workers]:
-    """`from_environment`, and `close` at the end."""
+    """Context of `from_environment`, with `close` at the end."""
     workers = from_environment()
     try:
         yield workers
@@ -194,17 +194,17 @@ def session() -> Iterator[Workers]:
 
 
 def own_gpu() -> None:
-    """Let this process see one GPU only, for engines that know nothing of torch's current device.
+    """Make only one GPU visible to this process, for engines that ignore torch's current device.
 
-    The GPUs that are visible go round by LOCAL_RANK. Call it before anything initialises CUDA: the driver reads
-    CUDA_VISIBLE_DEVICES once. Without a GPU nothing happens.
+    Visible GPUs are assigned round-robin by LOCAL_RANK. Call this before CUDA is initialised: the driver reads
+    CUDA_VISIBLE_DEVICES once. Does nothing without a GPU.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         require_packages("work shared by several processes", "export", ["torch"])
         import torch
 
-        # Asks the management library, so CUDA itself is not initialised by it.
+        # Uses NVML, which does not initialise CUDA.
         names = [str(index) for index in range(torch.cuda.device_count())]
     else:
         names = [name.strip() for name in visible.split(",") if name.strip()]

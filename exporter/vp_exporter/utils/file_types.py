@@ -1,4 +1,4 @@
-"""What a file or folder is that is no bundle, plan or mask, and what to do with it: by its bytes, not its name."""
+"""Recognise the type of a file or folder that is not a bundle, plan or mask, by content, to give better errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from vp_engines.errors import VpError
 
 EXPECTED = "a bundle folder, a plan or a mask"
-PLAN_FORMAT = "vp-plan"  # vp_exporter.plan.FORMAT, without what its import costs
+PLAN_FORMAT = "vp-plan"  # same as vp_exporter.plan.FORMAT, without the import
 _EXPORT = "`vp.export` makes a bundle of it: `model=NAME` `weights={}` `plan=PLAN.json` `out=NAME.vpe`"
 _ENGINE = "an engine is inspected in its bundle: vp-inspect NAME.vpe"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -33,10 +33,10 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 
 
 def refuse(path: Path) -> None:
-    """Raise for what can be told to be no bundle, plan or mask; pass everything else on to its own reader.
+    """Raise if a path is recognised as something other than a bundle, plan or mask; otherwise return.
 
     Raises:
-        VpError: says what it is.
+        VpError: naming the type.
     """
     if path.exists():
         found = _folder(path) if path.is_dir() else _file(path)
@@ -48,7 +48,7 @@ def refuse(path: Path) -> None:
 
 
 def kind_of(path: Path) -> str:
-    """What a file is, in a few words ("an ONNX model"); "" where that cannot be told, or it is a plan or a mask."""
+    """Type of a file in a few words ("an ONNX model"); "" if unknown, or if it is a plan or mask."""
     found = _file(path)
     return found[0] if found is not None else ""
 
@@ -58,7 +58,7 @@ def _folder(path: Path) -> tuple[str, str] | None:
         return None
     names = sorted(entry.name for entry in path.iterdir())
     if {"engine", "plan.json"} <= set(names):
-        return None  # a bundle whose manifest is gone: its reader says so
+        return None  # a bundle without manifest, reported by its reader
     bundles = [name for name in names if (path / name / "manifest.json").is_file()]
     if bundles:
         more = f" and {len(bundles) - 1} more" if len(bundles) > 1 else ""
@@ -111,7 +111,7 @@ def _file(path: Path) -> tuple[str, str] | None:
         return "a pickle, such as torch.save wrote before PyTorch 1.6", _EXPORT.format(path)
     if head[:6] == b"\x93NUMPY":
         return None
-    if head[8:9] == b"{" and head[6:8] == b"\0\0":  # the length of the header, then the header
+    if head[8:9] == b"{" and head[6:8] == b"\0\0":  # header length, then the JSON header
         return _safetensors(path)
     if head[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1", b"ftypheix"):
         return "an AVIF or HEIC image", _advice("image", path)
@@ -120,7 +120,8 @@ def _file(path: Path) -> tuple[str, str] | None:
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what, _advice(what, path)
-    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"*", b"B"):  # ir_version, then
+    # ir_version, then one of these fields
+    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"*", b"B"):
         return "an ONNX model", f"{_ENGINE}; from the timm model itself, vp-export makes one"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"<"):
@@ -131,7 +132,7 @@ def _file(path: Path) -> tuple[str, str] | None:
     if text.startswith((b"{", b"[")):
         return _document(path)
     if path.suffix in (".json", ".npy", ".npz", ".safetensors"):
-        return None  # damaged, perhaps: their own readers say how
+        return None  # possibly damaged, reported by their readers
     if b"\0" not in head:
         return "a text file", "class names are for `classes`" if path.suffix == ".txt" else ""
     return "no file of a kind that is known here", ""
@@ -171,7 +172,7 @@ def _archive(path: Path) -> tuple[str, str] | None:
 
 
 def _safetensors(path: Path) -> tuple[str, str] | None:
-    """What a safetensors file is; None for a mask, and for what is none after all."""
+    """Type of a safetensors file; None for a mask, or if it is not one after all."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))

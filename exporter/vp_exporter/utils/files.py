@@ -1,4 +1,4 @@
-"""Write one file so that a crash, a full disk or a kill leaves the old one or the new one, never half of it."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` a file of these bytes, through to the disk.
+    """Write `data` to `path` atomically: a crash, a full disk or a kill leaves the old file or the new one.
 
-    Written as a hidden sibling `.NAME.HEX.tmp`, fsynced and renamed; the sibling goes where that fails. Folders above
-    `path` that are missing are made.
+    Writes a hidden sibling `.NAME.HEX.tmp`, fsyncs and renames it; the sibling is removed on failure. Missing parent
+    folders are created.
 
     Raises:
-        OSError: the folder cannot be written; callers say it in their own words.
+        OSError: if the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How long work tells where it is, without knowing who listens (a terminal, a log, nobody)."""
+"""Interface for reporting the progress of long work to a terminal, a log, or nobody."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Receives progress. The command line draws it (vp_exporter.cli.console), the public functions log it
-    (`LoggingProgress`), everything below defaults to `SILENT`."""
+    """Receives progress.
+
+    The command line draws it (vp_exporter.cli.console), the public functions log it (`LoggingProgress`); elsewhere the
+    default is `SILENT`.
+    """
 
     def stage(self, description: str) -> AbstractContextManager[None]:
-        """A context: a step of unknown length, as `with progress.stage("building the engine"):`."""
+        """Context of a step of unknown length: `with progress.stage("building the engine"):`."""
         ...
 
     def track(self, items: Iterable[T], *, total: int, description: str) -> Iterator[T]:
-        """Yield the items, drawing a bar of `total` steps."""
+        """Yield the items, showing a bar of `total` steps."""
         ...
 
     def note(self, text: str) -> None:
-        """One line the user should see."""
+        """Report a line for information."""
         ...
 
     def warn(self, text: str) -> None:
-        """One line the user must see."""
+        """Report a warning."""
         ...
 
 
 class SilentProgress:
-    """Says nothing."""
+    """Ignores all progress."""
 
     @contextmanager
     def stage(self, description: str) -> Iterator[None]:
@@ -72,7 +75,7 @@ class LoggingProgress:
 
 
 class Recording:
-    """Hands everything on, and keeps the warnings: what a user is warned of belongs into the report too."""
+    """Forwards progress and keeps the warnings, which also belong in the report."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -93,5 +96,5 @@ class Recording:
 
 
 def recording(progress: Progress) -> Recording:
-    """`progress` itself where it records already, so that what was said before is not lost."""
+    """Wrap `progress`, unless it already records, so that earlier warnings are kept."""
     return progress if isinstance(progress, Recording) else Recording(progress)
