@@ -1,1 +1,1 @@
-"""Search: from calibration images and a budget to a plan (V-Pruner's three stages, and schedules for every reducer)."""
+"""Search for a plan within a budget: V-Pruner's three stages, and schedules for every reducer."""

@@ -1,4 +1,4 @@
-"""The images that a search looks at, in numbered batches: some to search on, some held out to accept or reject."""
+"""Calibration images in numbered batches: some to search on, some held out to accept or reject results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from vp_exporter.utils.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images, and what the dense model makes of them. Each process holds the batches that it owns; logits all have.
+    """Calibration images and the dense model's outputs. A process holds the images of its own batches, and all logits.
 
     Attributes:
-        search: numbers of the batches to search on.
-        held: numbers of the batches held out: they decide which of two plans is kept, and no stage fits to them.
-        num_classes: of the model.
+        search: Batch numbers to search on.
+        held: Batch numbers that are held out: used to choose between plans, never to fit them.
+        num_classes: Number of classes of the model.
         fingerprint: sha256 of the files' names and sizes; "" for tensors.
-        skipped: files that could not be decoded.
+        skipped: Files that could not be decoded.
     """
 
     search: tuple[int, ...]
@@ -42,33 +42,33 @@ class Calibration:
     skipped: tuple[tuple[str, str], ...] = field(default=())
 
     def images(self, batch: int) -> Tensor:
-        """float32 [b, 3, H, W] of a batch that this process owns."""
+        """float32 [b, 3, H, W] of a batch owned by this process."""
         return self._images[batch]
 
     def dense(self, batch: int) -> Tensor:
-        """float32 [b, C], the dense model's logits, on the CPU."""
+        """float32 [b, C], logits of the dense model, on the CPU."""
         return self._dense[batch]
 
     def labels(self, batch: int) -> Tensor | None:
-        """int64 [b], where there are labels."""
+        """int64 [b], or None without labels."""
         return self._labels[batch]
 
     def count(self, batches: Sequence[int]) -> int:
-        """Images in these batches."""
+        """Number of images in these batches."""
         return sum(len(self._dense[batch]) for batch in batches)
 
     def first(self, images: int, batches: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The fewest batches, from the first one, that hold this many images; all where they do not.
+        """The fewest leading batches that hold at least this many images; all batches if there are too few.
 
         Args:
-            batches: by default those to search on.
+            batches: Defaults to those to search on.
         """
         among = tuple(self.search if batches is None else batches)
         count = next((k for k in range(1, len(among)) if self.count(among[:k]) >= images), len(among))
         return among[:count]
 
     def holding_out(self, images: int) -> Calibration:
-        """The same images, all but `first(images)` held out: for a search that fits to no others."""
+        """The same images with all but `first(images)` held out, for a search that needs few images to fit."""
         kept = self.first(images)
         return replace(self, search=kept, held=(*self.search[len(kept) :], *self.held))
 
@@ -88,10 +88,10 @@ class Calibration:
         held_share: float = 0.25,
         workers: Workers | None = None,
     ) -> Calibration:
-        """From float32 [n, 3, H, W] in the order that they are cut into batches.
+        """Create from float32 [n, 3, H, W], cut into batches in order.
 
         Raises:
-            SearchError: fewer images than two batches, or a share out of its range.
+            SearchError: if there are too few images for two batches, or the share is out of range.
         """
         workers = workers or single()
         count = -(-len(images) // batch_size)
@@ -104,10 +104,10 @@ class Calibration:
 
 
 def split(images: int, batch_size: int, held_share: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Batch numbers to search on and batch numbers held out: the last ones, at least one.
+    """Batch numbers to search on, and held-out batch numbers: the last ones, at least one.
 
     Raises:
-        SearchError: fewer images than two batches, or a share out of its range.
+        SearchError: if there are too few images for two batches, or the share is out of range.
     """
     if not 0 < held_share < 1:
         raise SearchError(f"the held-out share is {held_share:g}", expected="above 0 and below 1")
@@ -140,22 +140,23 @@ def load_calibration(
     progress: Progress = SILENT,
     device: str | torch.device = "cpu",
 ) -> Calibration:
-    """Decode a folder and run the dense model over it.
+    """Decode an image folder and run the dense model on it.
 
-    The files are shuffled by `seed` before they are cut into batches: a folder is sorted by class, and each batch
-    should meet all of them. A file that cannot be decoded is skipped with a warning, and its batch is smaller.
+    The files are shuffled by `seed` before they are cut into batches, because a folder is sorted by class. Files that
+    cannot be decoded are skipped with a warning, making their batch smaller.
 
     Args:
-        root: an ImageFolder (vp_exporter.data.image_folder).
-        prepare: image file -> float32 [3, H, W].
-        limit: take this many, evenly spaced over the folder; None takes all.
-        need_labels: refuse a folder without labels, or with one class only.
-        augment: of vp_exporter.data.augment.AUGMENTS: whether every second image is cut into another one. Its label
-            stays that of the larger part.
+        root: An ImageFolder (vp_exporter.data.image_folder).
+        prepare: Maps an image file to float32 [3, H, W].
+        limit: Number of images, evenly spaced over the folder; None for all.
+        need_labels: Reject a folder without labels, or with a single class.
+        augment: One of vp_exporter.data.augment.AUGMENTS: whether to mix every second image with another one. The label
+            remains that of the larger part.
 
     Raises:
-        DataError: the folder cannot be read, or holds no sound image.
-        SearchError: too few images, no labels where they are needed, one class only, or logits that are not finite.
+        DataError: if the folder cannot be read, or has no valid image.
+        SearchError: if there are too few images, labels are needed but missing, there is a single class, or logits are
+            not finite.
     """
     workers = workers or single()
     if augment not in AUGMENTS:
@@ -185,7 +186,7 @@ def load_calibration(
     skipped: list[tuple[str, str]] = []
 
     def decode(batch: int) -> Tensor:
-        """Decode one batch; returns the places (in `order`) of what is sound."""
+        """Decode one batch; returns the positions (in `order`) of the valid images."""
         chosen = order[batch * batch_size : (batch + 1) * batch_size]
         folder.paths = [paths[i] for i in chosen]
         folder.labels = np.arange(len(chosen), dtype=np.int64)
@@ -204,7 +205,7 @@ def load_calibration(
         return decode(batch)
 
     kept = workers.map(next_batch, range(count))
-    next(drawn, None)  # the bar ends
+    next(drawn, None)  # finishes the progress bar
     for batch, places in enumerate(kept):
         named[batch] = None if labels is None else torch.from_numpy(labels[places.numpy()])
     dense = _dense_logits(vit, description, images, range(count), workers, progress)

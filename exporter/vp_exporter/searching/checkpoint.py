@@ -1,14 +1,14 @@
-"""What a killed search leaves behind, so that the next run goes on from there.
+"""Checkpoint of a search, from which a new run continues after an interruption.
 
-A search is deterministic: run again from the start it asks the same questions in the same order. So nothing of its
-state is kept, only what was slow to find out: the logits of each plan and batch (`Checkpoint.memo`) and the few results
-with a name (`array`, `value`). Each file is written beside its place, fsynced and renamed, and none is written twice
-but the clock: a kill at any moment loses what came after the last write, and nothing else. No file is a pickle.
+A search is deterministic: restarted, it asks the same questions in the same order. So its state is not stored, only
+results that are slow to compute: the logits of each plan and batch (`Checkpoint.memo`) and a few named results
+(`array`, `value`). Files are written atomically and, except for the clock, only once: a kill at any moment loses what
+was computed after the last write, and nothing else. No file is a pickle.
 
-    identity.json            what the search is of
-    memo-000001.safetensors  logits [b, C] by plan and batch, those that were new at each flush
+    identity.json            inputs of the search
+    memo-000001.safetensors  logits [b, C] by plan and batch, those new at each flush
     array-NAME.safetensors, value-NAME.json
-    clock.json               seconds that the runs have taken
+    clock.json               seconds of the runs so far
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _MISSING = object()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """vp_exporter.utils.files.write_atomically, in the words of a search.
+    """`vp_exporter.utils.files.write_atomically`, raising a SearchError.
 
     Raises:
-        SearchError: the folder cannot be written.
+        SearchError: if the folder cannot be written.
     """
     try:
         files.write_atomically(path, data)
@@ -59,9 +59,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class Memo(MutableMapping[str, list[list[float]]]):
-    """Logits by plan and batch (`vp_exporter.searching.scoring.Memo`), held as arrays: a tenth of the memory of lists.
+    """Logits by plan and batch (`vp_exporter.searching.scoring.Memo`), as arrays: a tenth of the memory of lists.
 
-    What is set is written from time to time. What is deleted is forgotten by this process only.
+    New entries are written periodically. Deleting an entry does not affect the files.
     """
 
     def __init__(self, write: Callable[[dict[str, np.ndarray]], None] | None) -> None:
@@ -82,7 +82,7 @@ class Memo(MutableMapping[str, list[list[float]]]):
         del self._rows[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._rows  # the inherited one would make the lists
+        return key in self._rows  # the inherited method would build the lists
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -91,10 +91,10 @@ class Memo(MutableMapping[str, list[list[float]]]):
         return len(self._rows)
 
     def flush(self, force: bool = False) -> None:
-        """Write what is new, if the last time is FLUSH_SECONDS ago or `force`.
+        """Write new entries, if FLUSH_SECONDS have passed since the last time, or `force`.
 
         Raises:
-            SearchError: the folder cannot be written.
+            SearchError: if the folder cannot be written.
         """
         if self._write is None:
             self._new.clear()
@@ -104,24 +104,26 @@ class Memo(MutableMapping[str, list[list[float]]]):
             self._written = time.monotonic()
 
     def known(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Take over what was written before."""
+        """Add entries that were written by an earlier run."""
         self._rows.update(rows)
 
 
 class Checkpoint:
-    """A folder beside the plan. Every method is called by all processes together; the leader alone reads and writes.
+    """A checkpoint folder beside the plan.
+
+    All processes must call each method together; only the leader accesses files.
 
     Args:
-        folder: made if it is not there; None keeps everything in memory.
-        identity: JSON values that decide the result: model, weights, images, settings, seeds, versions.
+        folder: Created if missing; None keeps everything in memory.
+        identity: JSON values that determine the result: model, weights, images, settings, seeds, versions.
 
     Attributes:
-        memo: for `Scorer`.
-        elapsed: seconds that earlier runs have taken, up to the last write of each.
+        memo: For `Scorer`.
+        elapsed: Seconds of earlier runs, up to the last write of each.
 
     Raises:
-        SearchError: the folder cannot be made, read or written, holds something else or another search, or a file in
-            it is damaged.
+        SearchError: if the folder cannot be created, read or written, holds something else or another search, or a file
+            in it is damaged.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], workers: Workers | None = None) -> None:
@@ -130,25 +132,25 @@ class Checkpoint:
         self._arrays: dict[str, Any] = {}
         self._values: dict[str, Any] = {}
         self._start, self.elapsed, self._segment = time.monotonic(), 0.0, 0
-        # Only the leader has something to write to; on the others the memo is a plain dict.
+        # Only the leader writes; on other processes the memo is never flushed.
         self.memo = Memo(self._write_memo if folder is not None and self._workers.leader else None)
         if folder is not None:
             wanted = json.loads(json.dumps(identity))
             self.elapsed, segments = self._workers.from_leader(lambda: _open(folder, wanted))
-            for segment in segments:  # one at a time: all of them at once would be in memory twice
+            for segment in segments:  # one at a time, to limit memory
                 path = folder / segment
                 self.memo.known(self._workers.from_leader(lambda path=path: _read_memo(path)))  # type: ignore[misc]
                 self._segment = int(segment.split("-")[1].split(".")[0])
 
     def array(self, name: str, make: Callable[[], A]) -> A:
-        """An array or a tensor (on the CPU) by name: the stored one, or else what `make` gives, which is then stored.
+        """Load a named array or CPU tensor, or compute and store it.
 
         Args:
-            name: letters, digits, ".", "_" and "-".
-            make: called on every process, so it may share its work out; it must give the same on all.
+            name: Letters, digits, ".", "_" and "-".
+            make: Called on every process, so it may distribute its work; must return the same on all.
 
         Raises:
-            SearchError: the stored file is damaged, or cannot be written.
+            SearchError: if the stored file is damaged, or cannot be written.
         """
         if name not in self._arrays:
             path = self._path("array", name, ".safetensors")
@@ -162,10 +164,12 @@ class Checkpoint:
         return self._arrays[name]
 
     def value(self, name: str, make: Callable[[], Any]) -> Any:
-        """The same for JSON values. What comes back has been through JSON, on the first use too: tuples are lists.
+        """Load a named JSON value, or compute and store it.
+
+        The value is always returned as decoded from JSON: tuples become lists.
 
         Raises:
-            SearchError: the stored file is damaged, or cannot be written.
+            SearchError: if the stored file is damaged, or cannot be written.
         """
         if name not in self._values:
             path = self._path("value", name, ".json")
@@ -179,14 +183,14 @@ class Checkpoint:
         return self._values[name]
 
     def flush(self, force: bool = False) -> None:
-        """Write what the memo has learnt, if the last time is FLUSH_SECONDS ago or `force`; does nothing elsewhere."""
+        """Write new entries of the memo, if FLUSH_SECONDS have passed since the last time, or `force`."""
         self.memo.flush(force)
 
     def remove(self) -> None:
-        """The search ended well: remove its files, and the folder if nothing else lies in it. Later writes go nowhere.
+        """Remove the files after a successful search, and the folder if it is empty. Later writes are ignored.
 
         Raises:
-            SearchError: something cannot be removed.
+            SearchError: if something cannot be removed.
         """
         folder, self.folder = self.folder, None
         self.memo._write = None
@@ -208,7 +212,7 @@ class Checkpoint:
 
 
 def _narrowed(rows: list[list[float]]) -> np.ndarray:
-    """As float32 where that loses nothing (logits come from float32), as float64 elsewhere."""
+    """Convert to float32 if that is exact (logits are float32), else to float64."""
     wide = np.asarray(rows, dtype=np.float64)
     with np.errstate(over="ignore"):
         narrow = wide.astype(np.float32)
@@ -216,11 +220,11 @@ def _narrowed(rows: list[list[float]]) -> np.ndarray:
 
 
 def _open(folder: Path, identity: Any) -> tuple[float, list[str]]:
-    """Make or check the folder. Returns the seconds of earlier runs and the memo's files in their order."""
+    """Create or check the folder. Returns the seconds of earlier runs and the memo's files in order."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(os.listdir(folder))
-        for name in [name for name in names if _PARTIAL.fullmatch(name)]:  # what a killed run was about to write
+        for name in [name for name in names if _PARTIAL.fullmatch(name)]:  # partial files of a killed run
             (folder / name).unlink(missing_ok=True)
             names.remove(name)
     except OSError as error:
@@ -261,7 +265,7 @@ def _open(folder: Path, identity: Any) -> tuple[float, list[str]]:
 
 
 def _difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | None:
-    """The first place where two JSON values differ: (dotted key, its value before, its value now)."""
+    """First difference of two JSON values: (dotted key, old value, new value)."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in [*now, *(name for name in before if name not in now)]:
             inner = _difference(before.get(name, _MISSING), now.get(name, _MISSING), f"{key}.{name}" if key else name)
@@ -277,7 +281,7 @@ def _difference(before: Any, now: Any, key: str = "") -> tuple[str, str, str] | 
 
 def _remove(folder: Path) -> None:
     try:
-        # The identity goes last: what a kill leaves is still a checkpoint, or nothing.
+        # Remove the identity last, so that an interrupted removal still leaves a valid checkpoint.
         names = sorted(os.listdir(folder), key=lambda name: name == "identity.json")
         ours = [name for name in names if _OURS.fullmatch(name) or _PARTIAL.fullmatch(name)]
         for name in ours:
@@ -285,7 +289,7 @@ def _remove(folder: Path) -> None:
         if len(ours) == len(names):
             folder.rmdir()
     except FileNotFoundError:
-        return  # somebody has removed it already
+        return  # already removed
     except OSError as error:
         raise SearchError(f"cannot remove {folder}: {error.strerror or error}", fix="remove it by hand") from error
 

@@ -1,4 +1,4 @@
-"""How much a stage may still spend, and what it has found so far."""
+"""Limits of a search stage, and its trace."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ TELL_SECONDS = 20.0
 
 
 class Limits:
-    """Evaluations and minutes, whichever ends first.
+    """Limits on evaluations and time, whichever is reached first.
 
     Args:
-        evaluations: candidate plans that may be run; None for no limit.
-        seconds: of wall time from now; None for no limit. A search that this one ends depends on the clock.
-        workers: they stop together, by the leader's clock.
+        evaluations: Maximum number of candidate plans to run; None for no limit.
+        seconds: Wall time from now; None for no limit. If reached, the result depends on the machine.
+        workers: Processes, which stop together by the leader's clock.
 
     Raises:
-        SearchError: a limit below 0.
+        SearchError: if a limit is negative.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Limits:
 
     @property
     def left(self) -> bool:
-        """Whether one more evaluation is allowed; asked by all processes together."""
+        """Whether one more evaluation is allowed; all processes must call this together."""
         if self.evaluations is not None and self.spent >= self.evaluations:
             return False
         seconds = self.seconds
@@ -50,12 +50,12 @@ class Limits:
 
 @dataclass
 class Trace:
-    """The loss of every candidate, for the pictures.
+    """Loss of every candidate, for plots.
 
     Attributes:
-        rows: {"stage", "evaluation" (from 1, over all stages), "loss", "best" (of its stage)}, as a search
-            goes by them (vp_exporter.searching.scoring.Scorer.losses).
-        tell: gets a line every TELL_SECONDS, from the first candidate on: a search is long.
+        rows: {"stage", "evaluation" (from 1, over all stages), "loss", "best" (of its stage)}, with the losses used by
+            the search (vp_exporter.searching.scoring.Scorer.losses).
+        tell: Called with a line every TELL_SECONDS, starting at the first candidate.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)

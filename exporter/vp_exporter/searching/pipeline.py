@@ -1,4 +1,4 @@
-"""The search from end to end: the stages of a method in their order, each kept only where it does not lose."""
+"""The complete search: stages of a method in order, each kept only if it does not make the plan worse."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from vp_exporter.utils.progress import SILENT, Progress
 
 @dataclass
 class SearchResult:
-    """A plan and how it came about.
+    """Result of a search.
 
     Attributes:
-        plan: the winner, its provenance filled in.
-        stages: a row for every stage: name, held-out KL and agreement, share of the dense MACs, seconds, what it did.
-        baselines: rows of the same kind: what the plan must beat at the same counts.
-        importance: float64 [depth, patches], where a Fisher pass was made.
+        plan: The winner, with provenance.
+        stages: One row per stage: name, held-out KL and agreement, share of the dense MACs, seconds, note.
+        baselines: Rows of the same form: plans to beat at the same counts.
+        importance: float64 [depth, patches], if a Fisher pass was made.
         life: int64 [patches], of a static plan.
-        trace: the loss of every candidate.
-        plans: every stage's, strategy's and baseline's plan by its name.
-        winner: the stage that the plan is of.
-        mac_ratio: multiply-accumulates of the dense model over those under the plan.
-        verdict: the plan against the best baseline; None without one.
+        trace: Loss of every candidate.
+        plans: Plans of all stages, strategies and baselines by name.
+        winner: Stage that the plan comes from.
+        mac_ratio: Dense MACs divided by the MACs under the plan.
+        verdict: The plan against the best baseline; None without baselines.
     """
 
     plan: ReductionPlan
@@ -69,20 +69,20 @@ def search(
     facts: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> SearchResult:
-    """Search a plan.
+    """Search for a plan.
 
     Args:
-        scorer: the model and its calibration images.
-        checkpoint: where what has been computed is kept.
-        costs: of a latency budget; None counts MACs.
-        facts: for the plan's provenance: versions, seeds, where the images come from.
+        scorer: The model and its calibration images.
+        checkpoint: Stores what has been computed.
+        costs: Of a latency budget; None for MACs.
+        facts: For the plan's provenance: versions, seeds, source of the images.
 
     Raises:
-        SearchError: a budget out of reach, or losses that are not finite.
-        PlanError: a model that lacks what a reducer needs.
+        SearchError: if the budget is out of reach, or losses are not finite.
+        PlanError: if the model lacks something that a reducer needs.
     """
     if settings.method != STATIC:
-        # A schedule has few numbers to fit and looks at no more images: all others are there to decide.
+        # A schedule has few parameters and is fitted to few images; use all others to decide.
         scorer = scorer.holding_out(FITTED)
     run = _Run(scorer, settings, checkpoint, progress)
     if settings.method == STATIC:
@@ -115,11 +115,11 @@ def search(
 
 
 def _judge(result: SearchResult, scorer: Scorer) -> None:
-    """Which stage won, and whether its plan beats the best baseline; every answer is in the memo already."""
+    """Determine the winning stage, and whether its plan beats the best baseline; all answers are in the memo."""
     held, own = scorer.calibration.held, result.plan.fingerprint()
     same = [row["stage"] for row in result.stages if "kl" in row and result.plans[row["stage"]].fingerprint() == own]
     result.winner = same[-1] if same else ""
-    # The Fisher ranking alone is where the search starts from, and one to beat as well.
+    # The Fisher ranking alone is the start of the search, and also a baseline.
     prior = [row for row in result.stages if row["stage"] == PRIOR != result.winner]
     if rivals := [*result.baselines, *prior]:
         best = min(rivals, key=lambda row: float(row["kl"]))["stage"]
@@ -128,7 +128,7 @@ def _judge(result: SearchResult, scorer: Scorer) -> None:
 
 
 class _Run:
-    """One search; a stage a method."""
+    """One search, with a method per stage."""
 
     def __init__(self, scorer: Scorer, settings: SearchSettings, checkpoint: Checkpoint, progress: Progress) -> None:
         self.scorer, self.settings, self.checkpoint, self.progress = scorer, settings, checkpoint, progress
@@ -151,7 +151,7 @@ class _Run:
                 )
                 for first in (False, True)
             ]  # fmt: skip
-            # The diagonal prediction knows no interactions, and they decide where tokens may leave: ask the model.
+            # The diagonal prediction ignores interactions, which determine where tokens can be dropped: run the model.
             plans = [plan_of(each.life, self.description) for each in found]
             losses = [self.scorer.loss(plan, self.calibration.first(COMPARED), settings.temperature) for plan in plans]
         best = int(np.argmin(losses))
@@ -183,7 +183,7 @@ class _Run:
         return self.tuned(plan)
 
     def scheduled(self) -> SearchResult:
-        """Counts for each block of a reducer that chooses by image."""
+        """Counts per block of a reducer that chooses per image."""
         settings = self.settings
         start = time.perf_counter()
         assert settings.target_macs is not None
@@ -197,7 +197,7 @@ class _Run:
         return self.finished(found.plan)
 
     def mixed(self) -> SearchResult:
-        """A static drop at block 0 and a schedule behind it, under one budget."""
+        """A static drop at block 0 followed by a schedule, under one budget."""
         settings = self.settings
         assert settings.target_macs is not None
         gradients = self.fisher()
@@ -258,7 +258,7 @@ class _Run:
         rows: list[dict[str, Any]] | None = None,
         note: str = "",
     ) -> None:
-        """Score a stage on the held-out images and write it down."""
+        """Score a stage on the held-out images and record it."""
         score = self.scorer.score(plan, self.calibration.held)
         entry: dict[str, Any] = {
             "stage": name,
@@ -278,7 +278,7 @@ class _Run:
         self.checkpoint.flush()
 
     def note_multiple(self, weights: np.ndarray, costs: Costs, budget: float, predicted: float, *, first: bool) -> None:
-        """Say what counts in multiples cost, as the Fisher prediction has it."""
+        """Note the cost of restricting counts to multiples, by the Fisher prediction."""
         free = search_lifetimes(
             weights, costs, budget, min_tokens=self.settings.min_tokens, multiple=1, first_block_only=first
         )

@@ -1,4 +1,4 @@
-"""A model and its calibration images, over which one budget after another is searched."""
+"""Search for plans of one model at one or more budgets, on one set of calibration images."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from vp_exporter.utils.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Which images a search looks at, and how.
+    """Calibration images of a search.
 
     Attributes:
-        root: an ImageFolder, or a flat folder of images.
-        limit: take this many, evenly spaced over the folder.
-        held_out: share of them that only accepts and rejects.
-        batch_size: of one calibration batch.
-        augment: of vp_exporter.data.augment.AUGMENTS.
-        strict: fail on the first one that cannot be decoded.
-        need_labels: refuse a folder without labels.
+        root: An ImageFolder, or a flat folder of images.
+        limit: Number of images, evenly spaced over the folder.
+        held_out: Share that is only used to accept or reject results.
+        batch_size: Size of a calibration batch.
+        augment: One of vp_exporter.data.augment.AUGMENTS.
+        strict: Raise on the first image that cannot be decoded.
+        need_labels: Reject a folder without labels.
     """
 
     root: Path
@@ -54,10 +54,10 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class LatencyOptions:
-    """What a latency budget is measured on; None is the default, or what the table says.
+    """Measurement of latencies for a latency budget; None for the default, or the value in the table.
 
     Attributes:
-        table: file of measured latencies: read if it is there, else written.
+        table: File of measured latencies; read if it exists, else written.
     """
 
     engine: str | None = None
@@ -68,7 +68,7 @@ class LatencyOptions:
 
     @property
     def measured(self) -> bool:
-        """Whether the engine has to run."""
+        """Whether the engine has to be run."""
         return self.table is None or not self.table.exists()
 
 
@@ -77,10 +77,10 @@ class SearchRun:
     """Searches of one model.
 
     Args:
-        model: moved to `device`.
-        preprocessing: of its images.
-        device: "cpu" or "cuda": where the search runs.
-        workers: several processes as one.
+        model: Moved to `device`.
+        preprocessing: Of its images.
+        device: "cpu" or "cuda", where the search runs.
+        workers: Processes that share the work.
     """
 
     model: LoadedModel
@@ -94,16 +94,17 @@ class SearchRun:
         self.model.vit.to(self.device)
 
     def measure(self, options: LatencyOptions) -> None:
-        """Get the measured latencies that a latency budget needs: from a file, or by one process for all.
+        """Read the latencies for a latency budget from a file, or measure them on the leader.
 
         Raises:
-            SearchError: a file that cannot be read, or of another engine, precision, batch or number of threads.
+            SearchError: if the file cannot be read, or is for another engine, precision, batch size or number of
+                threads.
         """
         with self.progress.stage(f"measuring a block on {options.engine or 'ort'}"):
             self.table = self.workers.from_leader(lambda: _table(self.model, options, self.progress))
 
     def read(self, images: ImageOptions, seed: int) -> None:
-        """Decode the images and run the dense model over them.
+        """Decode the images and run the dense model on them.
 
         Raises:
             DataError, SearchError: as `load_calibration`.
@@ -136,13 +137,13 @@ class SearchRun:
         }
 
     def search(self, settings: SearchSettings, out: Path | None) -> SearchResult:
-        """One search.
+        """Run one search.
 
         Args:
-            out: where its plan is written. A search that was killed goes on from what lies beside it.
+            out: File for its plan. An interrupted search continues from the checkpoint beside it.
 
         Raises:
-            SearchError: a budget out of reach, losses that are not finite, or a checkpoint of another search.
+            SearchError: if the budget is out of reach, losses are not finite, or the checkpoint is of another search.
         """
         identity = {
             "model": self.model.description.name,
@@ -155,7 +156,7 @@ class SearchRun:
         scorer = Scorer(self.model.vit, self.model.description, self.calibration, self.workers, checkpoint.memo)
         costs = None
         if settings.target_latency is not None:
-            assert self.table is not None  # `measure` came first
+            assert self.table is not None  # ensured by `measure`
             costs = latency_costs(self.table, self.model.description)
             self.facts["latency_table"] = self.table.to_dict()
         result = search(scorer, settings, checkpoint, costs=costs, facts=self.facts, progress=self.progress)
@@ -165,10 +166,10 @@ class SearchRun:
         return result
 
     def page(self, results: Sequence[SearchResult]) -> dict[str, Any]:
-        """What the page and its pictures show: the last result, and the front of all."""
+        """Content of the report: the last result, and the front of all."""
         last, description = results[-1], self.model.description
         plan, mine = last.plan, _measured(last)
-        # Plans of the same counts are one line, named by the last of them.
+        # Plans of equal counts share a line, named after the last of them.
         curves = {tuple(row.attention for row in each.tokens()): name for name, each in last.plans.items()}
         found: dict[str, Any] = {
             "title": f"vp-search: {description.name}, {plan.method}",
@@ -218,7 +219,7 @@ def _table(model: LoadedModel, options: LatencyOptions, progress: Progress) -> L
 
 
 def _measured(result: SearchResult) -> list[dict[str, Any]]:
-    """The baselines and stages of a search that have a held-out KL, as the page takes them."""
+    """Baselines and stages of a search with a held-out KL, in the form that the page takes."""
     return [
         {
             "name": row["stage"],
@@ -233,7 +234,7 @@ def _measured(result: SearchResult) -> list[dict[str, Any]]:
 
 
 def _scales(plan: ReductionPlan, prefix: int) -> np.ndarray:
-    """The tuned scale of each patch in each block, float64 [depth, patches]; 0 where it is gone."""
+    """Tuned scale of each patch in each block, float64 [depth, patches]; 0 for dropped patches."""
     scales = np.zeros((plan.model.depth, plan.model.patches))
     for block, row in enumerate(plan.tokens()):
         bias = plan.key_bias.get(block, (0.0,) * row.attention)

@@ -1,4 +1,4 @@
-"""What a plan costs in answers: KL of the dense model to the reduced one, image by image."""
+"""Score plans by the KL divergence of the reduced from the dense model, image by image."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from vp_exporter.rewrite.reduced_vit import ReducedViT
 from vp_exporter.searching.calibration import Calibration
 from vp_exporter.utils.distributed import Workers, single
 
-COMPARED = 128  # search images that candidates are compared on: on the same images their mean roots differ by little
+COMPARED = 128  # search images for comparing candidates: on equal images, mean roots have little variance
 
-# What a search has measured, by plan and batch: logits as nested lists (JSON). A checkpoint keeps it, and a search that
-# is run again from the start meets the same questions and finds them answered.
+# Measured logits by plan and batch, as nested lists (JSON). Stored in a checkpoint, so that a restarted search finds
+# its questions answered.
 Memo = MutableMapping[str, list[list[float]]]
 
 
 @dataclass(frozen=True)
 class Score:
-    """A plan on some images: mean KL of dense to reduced in nats, agreement and top-1 in percent."""
+    """Score of a plan: mean KL of dense to reduced in nats, agreement and top-1 in percent."""
 
     kl: float
     agreement: float
@@ -46,18 +46,18 @@ class Score:
 
 
 class Scorer:
-    """Runs plans over the calibration images.
+    """Runs plans on the calibration images.
 
     Args:
-        vit, description: the model, fp32, on the images' device.
-        calibration: the images.
-        workers: batches are split over them.
-        memo: kept answers; see `Memo`.
+        vit, description: The model, fp32, on the images' device.
+        calibration: The images.
+        workers: Processes that share the batches.
+        memo: Stored logits, see `Memo`.
 
     Attributes:
-        evaluations: plans run on some batches (answers from the memo not counted).
-        images_seen: images run through a reduced model, in part or whole.
-        blocks_run, blocks_asked: batches through blocks, and what they would have been without shared prefixes.
+        evaluations: Number of plans run on some batches (not counting answers from the memo).
+        images_seen: Number of images run through a reduced model, in part or completely.
+        blocks_run, blocks_asked: Batches run through blocks, with and without sharing prefixes.
     """
 
     def __init__(
@@ -77,35 +77,36 @@ class Scorer:
         self._streams: dict[int, list[Stream]] = {}
 
     def holding_out(self, images: int) -> Scorer:
-        """A scorer that searches on `Calibration.first(images)` and holds out all others; answers are shared."""
+        """A scorer that searches on `Calibration.first(images)` and holds out all others; shares the memo."""
         scorer = copy.copy(self)
         scorer.calibration = self.calibration.holding_out(images)
         scorer.forget()
         return scorer
 
     def losses(self, plan: ReductionPlan, batches: Sequence[int], temperature: float | None = None) -> Tensor:
-        """KL(dense || reduced) of each image, or a tamer measure of the same to search by.
+        """KL(dense || reduced) of each image, or a more robust loss for searching.
 
-        The mean KL hangs on the few images whose answer changes: two halves of 368 images put 20 plans in unrelated
-        orders. What a search goes by is the root of the KL softened by a temperature. To first order that is the
-        length of the change of the logits; every image has its say, and it foretells the KL on other images better
-        than the KL itself does (docs/search.md).
+        The mean KL is dominated by the few images whose prediction changes: two halves of 368 images rank 20 plans in
+        unrelated orders. Searches use the root of the KL softened by a temperature. To first order it is the norm of
+        the change of the logits; every image contributes, and it predicts the KL on other images better than the KL
+        itself (docs/search.md).
 
         Args:
-            temperature: of what a search goes by; None for the plain KL, which decides what is kept.
+            temperature: For the search loss; None for the plain KL, which decides what is kept.
 
         Returns:
-            float64 [n], nats or their root, in the order of the batches, the same on every process.
+            float64 [n], nats or their root, in the order of the batches, equal on every process.
 
         Raises:
-            SearchError: logits that are not finite; PlanError: a plan for another model.
+            SearchError: if logits are not finite.
+            PlanError: if the plan is for another model.
         """
         logits = self.logits(plan, batches)
         dense = torch.cat([self.calibration.dense(batch) for batch in batches])
         return kl(dense, logits) if temperature is None else kl(dense, logits, temperature).sqrt()
 
     def loss(self, plan: ReductionPlan, batches: Sequence[int], temperature: float | None = None) -> float:
-        """Their mean."""
+        """Mean of `losses`."""
         return float(self.losses(plan, batches, temperature).mean())
 
     def score(self, plan: ReductionPlan, batches: Sequence[int]) -> Score:
@@ -143,12 +144,12 @@ class Scorer:
         return torch.tensor([row for batch in batches for row in self.memo[f"{name}/{batch}"]], dtype=torch.float32)
 
     def remember(self, plan: ReductionPlan, batches: Sequence[int] = ()) -> None:
-        """Keep what leaves each block under `plan`: a plan that begins alike is computed from where it differs.
+        """Store the output of each block under `plan`, to run plans with the same beginning from where they differ.
 
-        It takes the place of the plan remembered before. Costs memory: tokens x width x blocks x images x 4 bytes.
+        Replaces the previously stored plan. Takes tokens x width x blocks x images x 4 bytes of memory.
 
         Args:
-            batches: to run it on now; others are kept when they are next run.
+            batches: Batches to run now; others are stored when they are next run.
         """
         keys = block_keys(plan)
         shared = _shared(keys, self._remembered_keys)
@@ -161,12 +162,12 @@ class Scorer:
                     self._run(model, keys, batch)
 
     def forget(self) -> None:
-        """Give the memory back."""
+        """Free the memory of `remember`."""
         self._remembered, self._remembered_keys, self._streams = None, [], {}
 
     @torch.inference_mode()
     def _run(self, model: ReducedViT, keys: list[str], batch: int) -> Tensor:
-        """Logits [b, C] of one batch, from the deepest block that the remembered plan shares."""
+        """Logits [b, C] of one batch, starting after the last block shared with the stored plan."""
         kept = self._streams.get(batch, [])
         shared = min(_shared(keys, self._remembered_keys), len(kept))
         own = keys == self._remembered_keys
@@ -187,7 +188,7 @@ class Scorer:
 
 
 def embed(model: ReducedViT, images: Tensor) -> Stream:
-    """What enters a reduced model's first block."""
+    """Input of a reduced model's first block."""
     return Stream(
         model.embed(images.to(model.vit.patch_embed.proj.weight.dtype)),
         model.description.prefix_tokens,
@@ -197,39 +198,39 @@ def embed(model: ReducedViT, images: Tensor) -> Stream:
 
 
 def kl(dense: Tensor, reduced: Tensor, temperature: float = 1.0) -> Tensor:
-    """temperature^2 * KL(softmax(dense / temperature) || softmax(reduced / temperature)): float64 [n], at least 0."""
+    """temperature^2 * KL(softmax(dense / temperature) || softmax(reduced / temperature)): float64 [n], non-negative."""
     p = F.log_softmax(dense.double() / temperature, dim=1)
     q = F.log_softmax(reduced.double() / temperature, dim=1)
     return temperature**2 * (p.exp() * (p - q)).sum(dim=1).clamp_min(0.0)
 
 
 def merit(plain: float, root: float) -> float:
-    """What the choice between plans hangs on, the less the better: the mean of their two losses' logarithms.
+    """Criterion for choosing between plans, lower is better: mean of the logs of two losses.
 
-    A plan's mean KL and the square of its mean root KL estimate nearly the same: one is carried by the few images whose
-    answer changes, the other one by all images, and their errors have little to do with each other.
+    A plan's mean KL and the square of its mean root KL estimate nearly the same quantity. One is dominated by the few
+    images whose prediction changes, the other by all images, so their errors are almost independent.
 
     Args:
-        plain: mean KL, nats; root: mean root of the softened KL (Scorer.losses), of the same images.
+        plain: Mean KL, nats; root: mean root of the softened KL (Scorer.losses), on the same images.
     """
     return (math.log(max(plain, 1e-12)) + 2 * math.log(max(root, 1e-6))) / 2
 
 
 def settled(losses: Sequence[tuple[float, float]]) -> int:
-    """Which plan is kept: the least `merit` where the mean KL is not above the first plan's; of equals the first.
+    """Index of the plan to keep: least `merit` among those of mean KL not above the first's; ties to the first.
 
     Args:
-        losses: of each plan on the held-out images, as `merit` takes them; first the one to beat.
+        losses: Held-out losses of each plan, as arguments of `merit`; the first is the one to beat.
     """
     sound = [i for i, (plain, _) in enumerate(losses) if plain <= losses[0][0]]
     return min(sound, key=lambda i: merit(*losses[i]))
 
 
 def block_keys(plan: ReductionPlan) -> list[str]:
-    """For each block a name of all that decides what leaves it: plans with one name there share everything up to it."""
+    """Key of everything that determines the output of each block: plans with equal keys share all up to that block."""
     data = plan.to_dict()
     inner = [step for step in plan.steps if isinstance(step, InnerStep)]
-    # Places in the grid flow from the front where a later step asks for them; sizes begin at the first inner step.
+    # Grid positions are tracked up to the last step that needs them, sizes from the first inner step on.
     tracked = max((step.block for step in inner if "positions" in step.needs), default=-1)
     sizes = [plan.proportional_attention, any(step.carries_size for step in inner)]
     first = min((step.block for step in inner), default=plan.model.depth)
@@ -243,7 +244,7 @@ def block_keys(plan: ReductionPlan) -> list[str]:
 
 
 def _shared(first: Sequence[str], second: Sequence[str]) -> int:
-    """How many blocks from the front two plans share."""
+    """Number of leading blocks that two plans share."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:
@@ -254,7 +255,7 @@ def _shared(first: Sequence[str], second: Sequence[str]) -> int:
 
 @contextmanager
 def frozen(vit: nn.Module) -> Iterator[None]:
-    """No gradients for the weights, so that activations which only they need are not kept; as they were afterwards."""
+    """Disable gradients of the weights within the context, so that activations needed only for them are not kept."""
     asked = [parameter for parameter in vit.parameters() if parameter.requires_grad]
     for parameter in asked:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a search is asked: a method, one budget, and how much it may spend."""
+"""Settings of a search: method, budget, and limits."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from vp_exporter.searching.schedule.space import SCHEDULED
 STATIC = "vpruner"
 MIXED = tuple(f"static+{name}" for name in SCHEDULED)
 METHODS = (STATIC, *SCHEDULED, *MIXED)
-# Candidates by default: exchanges soon fit the images, and schedules gain little after so many.
+# Default numbers of candidates: exchanges soon overfit, and schedules hardly improve after this many.
 EXCHANGES, SCHEDULES = 24, 120
-# Calibration images by default. Schedules are fitted to few and decided by all others, whose KL hangs on few images.
+# Default numbers of calibration images. Schedules are fitted to few images and selected on all others.
 STATIC_IMAGES, SCHEDULE_IMAGES = 512, 1536
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """A request that exists is consistent in itself, whatever the model.
+    """Settings of a search, checked for consistency independently of the model.
 
     Attributes:
-        method: a name in METHODS.
-        target_macs: share of the dense MACs, 0 to 1, both excluded; or
-        target_latency: share of the dense latency as the engine's measured table predicts it (vpruner only).
-        min_tokens: patches that every block keeps at least (vpruner).
-        multiple: patch counts are multiples of it (vpruner).
-        evaluations: candidate plans that each strategy may run; None becomes EXCHANGES for vpruner, else SCHEDULES.
-        minutes: the same by the clock, for each strategy; the result then depends on the machine.
-        strategies: of the rearrangement.
-        tuning: of the mask tuning, in order; () for none.
-        tune_steps: of Adam.
-        targets: whose loss the Fisher information is of: classes drawn from the dense model's own distribution, a probe
-            of its logits, or the labels.
-        temperature: softens the loss that candidates are compared by while searching. Plain KL decides at the end.
-        seed: of everything drawn.
+        method: A name in METHODS.
+        target_macs: Share of the dense MACs, in (0, 1); or
+        target_latency: Share of the dense latency, by the engine's measured table (vpruner only).
+        min_tokens: Minimum number of patches in every block (vpruner).
+        multiple: Patch counts are multiples of it (vpruner).
+        evaluations: Candidate plans per strategy; None for EXCHANGES with vpruner, else SCHEDULES.
+        minutes: Time limit per strategy; the result then depends on the machine.
+        strategies: Strategies of the rearrangement.
+        tuning: Stages of the mask tuning, in order; () for none.
+        tune_steps: Steps of Adam.
+        targets: Loss for the Fisher information: classes sampled from the dense model, a probe of its logits, or
+            labels.
+        temperature: Softens the loss used to compare candidates during the search. Plain KL decides at the end.
+        seed: Seed of all randomness.
 
     Raises:
-        SearchError: an unknown name, no budget or two, or a value out of its range.
+        SearchError: if a name is unknown, there is not exactly one budget, or a value is out of range.
     """
 
     method: str = STATIC
@@ -93,7 +93,7 @@ class SearchSettings:
 
     @property
     def share(self) -> float:
-        """The budget as a share of dense."""
+        """The budget as a share of the dense model."""
         return self.target_macs if self.target_macs is not None else self.target_latency or 0.0
 
     @property
@@ -102,11 +102,11 @@ class SearchSettings:
 
     @property
     def reducer(self) -> str:
-        """The data-dependent reducer or cascade, of a scheduled or mixed search."""
+        """The data-dependent reducer or cascade of a scheduled or mixed search."""
         return self.method.removeprefix("static+")
 
     def asked(self) -> dict[str, Any]:
-        """As JSON values, what is not set left out: the plan's `budget`."""
+        """Settings that are set, as JSON values: the plan's `budget`."""
         return {key: _plain(value) for key, value in asdict(self).items() if value is not None}
 
 
@@ -115,5 +115,5 @@ def _plain(value: Any) -> Any:
 
 
 def usual_images(method: str) -> int:
-    """Calibration images of a method, where nothing is said."""
+    """Default number of calibration images of a method."""
     return STATIC_IMAGES if method == STATIC else SCHEDULE_IMAGES

@@ -1,1 +1,1 @@
-"""What a plan costs on the clock."""
+"""Latency of a plan."""

@@ -1,6 +1,6 @@
-"""What a block costs on the clock, by token count: a measured table, read between its points, kept as a file.
+"""Table of measured block latencies by token count, with interpolation, stored as a file.
 
-vp_exporter.searching.cost.measured_latency makes it.
+Measured by `vp_exporter.searching.cost.measured_latency`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ FORMAT, VERSION = "vp-latency", 1
 
 @dataclass(frozen=True)
 class TimedModel:
-    """What of a model decides how long its blocks take; a table is used for models that are equal in it.
+    """Properties of a model that determine its block latency; a table applies to any model with equal ones.
 
     Attributes:
-        patches: of the dense model.
-        block_macs: of one block's linear layers, per token.
+        patches: Patches of the dense model.
+        block_macs: MACs per token of one block's linear layers.
     """
 
     embed_dim: int
@@ -41,21 +41,21 @@ class TimedModel:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured times of one batch.
+    """Measured latencies for one batch size.
 
     Attributes:
-        engine, precision, device: what was timed; device is "cpu" or "cuda".
-        batch: images per run.
-        threads: of one run; None is the engine's own choice.
-        model: what was timed.
-        tokens: measured token counts, prefix tokens included, ascending.
-        milliseconds: one block, at each of them.
-        overhead_ms: everything but the blocks, with that many tokens embedded.
-        repeats: timed runs behind each figure.
+        engine, precision, device: What was timed; device is "cpu" or "cuda".
+        batch: Images per run.
+        threads: Threads per run; None for the engine's default.
+        model: The model that was timed.
+        tokens: Measured token counts, prefix tokens included, ascending.
+        milliseconds: Time of one block at each count.
+        overhead_ms: Time of everything but the blocks, with that many tokens embedded.
+        repeats: Timed runs per figure.
         environment: vp_exporter.validation.latency.environment of the machine.
 
     Raises:
-        SearchError: on construction, for anything out of range.
+        SearchError: on construction, if a value is out of range.
     """
 
     engine: str
@@ -93,26 +93,25 @@ class LatencyTable:
         _need(isinstance(self.environment, Mapping), "environment", self.environment, "an object")
 
     def block_ms(self, tokens: float) -> float:
-        """Milliseconds of one block with this many tokens, prefix tokens included: on the line between the two measured
-        counts around it.
+        """Milliseconds of one block with this many tokens, prefix tokens included, by linear interpolation.
 
         Raises:
-            SearchError: outside of what was measured.
+            SearchError: if the count is outside the measured range.
         """
         return self._between(tokens, self.milliseconds)
 
     def overhead_at(self, tokens: float) -> float:
-        """Milliseconds of everything but the blocks with this many tokens embedded, in the same way."""
+        """Milliseconds of everything but the blocks with this many tokens embedded, by linear interpolation."""
         return self._between(tokens, self.overhead_ms)
 
     def predicted_ms(self, tokens: Sequence[int]) -> float:
         """Milliseconds of a batch under a plan of static steps.
 
         Args:
-            tokens: of each block [depth], prefix tokens included: `[row.attention for row in plan.tokens()]`.
+            tokens: Tokens of each block [depth], prefix tokens included: `[row.attention for row in plan.tokens()]`.
 
         Raises:
-            SearchError: another number of blocks, or a count outside of what was measured.
+            SearchError: if the number of blocks differs, or a count is outside the measured range.
         """
         if len(tokens) != self.model.depth:
             raise SearchError(
@@ -121,7 +120,7 @@ class LatencyTable:
         return self.overhead_at(tokens[0]) + sum(self.block_ms(n) for n in tokens)
 
     def check_model(self, description: ModelSpec) -> None:
-        """Refuse a model that this table was not measured on.
+        """Check that the table was measured on an equivalent model.
 
         Raises:
             SearchError: naming the first difference.
@@ -135,16 +134,16 @@ class LatencyTable:
                 )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as JSON values; `from_dict` reads it back equal."""
+        """The table as JSON values; the inverse of `from_dict`."""
         data = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"format": FORMAT, "version": VERSION, **data, "environment": dict(self.environment)}
 
     @classmethod
     def from_dict(cls, data: Any) -> LatencyTable:
-        """Read a table from JSON values.
+        """Create a table from JSON values.
 
         Raises:
-            SearchError: not a table, a future version, or any inconsistency.
+            SearchError: if it is not a table, is of a future version, or is inconsistent.
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
@@ -163,10 +162,10 @@ class LatencyTable:
         return cls(**{**values, "model": TimedModel(**values["model"])})
 
     def save(self, path: Path) -> None:
-        """Write the table; a crash leaves the old file or the new one.
+        """Write the table atomically.
 
         Raises:
-            SearchError: the file cannot be written.
+            SearchError: if the file cannot be written.
         """
         try:
             write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
@@ -178,7 +177,7 @@ class LatencyTable:
         """Read a table file.
 
         Raises:
-            SearchError: the file cannot be read, or is no sound table.
+            SearchError: if the file cannot be read, or is not a valid table.
         """
         try:
             data = json.loads(path.read_bytes())
@@ -198,10 +197,10 @@ class LatencyTable:
 
 
 def timed_model(description: ModelSpec) -> TimedModel:
-    """What of a model a table must agree with.
+    """Properties of a model that a table must match.
 
     Raises:
-        SearchError: its blocks differ from each other, so that none stands for all.
+        SearchError: if its blocks differ from each other, so that one cannot represent all.
     """
     if len(set(description.blocks)) != 1:
         raise SearchError(
@@ -216,10 +215,10 @@ def timed_model(description: ModelSpec) -> TimedModel:
 
 
 def latency_costs(table: LatencyTable, description: ModelSpec) -> Costs:
-    """A table as costs in milliseconds of one batch. Counts below the least measured one cost infinitely much.
+    """Costs in milliseconds per batch from a table. Counts below the smallest measured one have infinite cost.
 
     Raises:
-        SearchError: the table is of another model, or does not reach its dense token count.
+        SearchError: if the table is for another model, or does not include its dense token count.
     """
     table.check_model(description)
     prefix, patches = description.prefix_tokens, description.patches

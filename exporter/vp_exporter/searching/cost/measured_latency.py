@@ -1,8 +1,8 @@
-"""Measure a latency table: one block of the model, timed on the target engine at each token count.
+"""Measure a latency table: the time of one block on the target engine, at each token count.
 
-Two engines are built for each count: the model cut to one block, and to three blocks, both with all but that many
-patches gone before block 0. Half of their difference is one block, whatever the call itself costs; what is left of the
-first is everything else: the copies, the embedding, the head.
+Two engines are built for each count, of the model cut to one and to three blocks, with all but that many patches
+dropped before block 0. Half of their difference is the time of one block, free of the overhead of the call; the rest of
+the first is everything else: copies, embedding, head.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHORT, LONG = 1, 3  # blocks of the two engines
 
 
 def default_counts(patches: int) -> tuple[int, ...]:
-    """About 12 patch counts to measure, from 8 to all: multiples of 8 where there are enough of them."""
+    """About 12 patch counts to measure, from 8 to all; multiples of 8 if there are enough."""
     if patches < 48:
         spread = np.linspace(1, patches, 8)
         return tuple(np.unique(spread.round().astype(int)).tolist())
@@ -61,22 +61,22 @@ def measure_table(
 ) -> LatencyTable:
     """Time one block of a model on an engine.
 
-    Every round runs all engines once, in an order drawn anew, so that drift meets all counts alike; what is kept is the
-    median over rounds of each difference within a round. A run includes the copies from and to the host, as
-    vp_exporter.validation.latency has it.
+    Every round runs all engines once, in random order, so that drift affects all counts equally. The result is the
+    median over rounds of the differences within a round. A run includes copies from and to the host, as in
+    vp_exporter.validation.latency.
 
     Args:
-        engine: a name in vp_engines.backends.ENGINES.
-        precision: None takes the engine's default.
-        batch: images per run.
-        counts: patch counts to measure, in any order (prefix tokens not counted); the dense one is added. None takes
+        engine: A name in vp_engines.backends.ENGINES.
+        precision: None for the engine's default.
+        batch: Images per run.
+        counts: Patch counts to measure, in any order (prefix tokens not counted); the dense count is added. None for
             `default_counts`.
-        seconds: of timed work, all counts together; building the engines comes on top (two for each count).
-        threads: of one run on the CPU; None is the engine's own choice.
+        seconds: Timed work for all counts together, not including building the engines (two per count).
+        threads: CPU threads per run; None for the engine's default.
 
     Raises:
-        SearchError: a count or the batch out of range, blocks that differ, or times drowned in noise.
-        EngineUnavailableError, BuildError: of the engine.
+        SearchError: if a count or the batch is out of range, blocks differ, or times are too noisy.
+        EngineUnavailableError, BuildError: from the engine.
     """
     from vp_engines.backends import get_backend
     from vp_engines.backends.base import BuildOptions
@@ -139,14 +139,14 @@ def measure_table(
 
 
 def _cut(vit: nn.Module, description: ModelSpec, blocks: int) -> tuple[nn.Module, ModelSpec]:
-    """The model with so many blocks; a shallower one has its blocks copied, not shared: caches would know them."""
+    """Model cut or extended to `blocks` blocks. Extra ones are copies, since shared weights would stay in the cache."""
     twin = copy.deepcopy(vit)
     twin.blocks = nn.Sequential(*(copy.deepcopy(vit.blocks[i % description.depth]) for i in range(blocks)))
     return twin, replace(description, blocks=description.blocks[:1] * blocks)
 
 
 def _plan(description: ModelSpec, count: int) -> ReductionPlan | None:
-    """Keep so many patches from block 0 on, spread over the image; which ones does not matter to the clock."""
+    """Keep `count` patches from block 0 on, spread over the image; the choice does not affect the time."""
     if count == description.patches:
         return None
     keep = np.arange(count) * description.patches // count
@@ -156,7 +156,7 @@ def _plan(description: ModelSpec, count: int) -> ReductionPlan | None:
 def _open(
     backend: Backend, model: ReducedViT, precision: Precision, options: BuildOptions, threads: int | None
 ) -> Runner:
-    """Lower, build and load a model that `for_export` has prepared; no file is left."""
+    """Lower, build and load a model prepared by `for_export`, without leaving files."""
     from vp_engines.backends.base import BuildSource, RunOptions
     from vp_exporter.lowering import export_program, lower_onnx, signature
 
@@ -182,7 +182,7 @@ def _rounds(runners: Sequence[Runner], images: np.ndarray, seconds: float) -> np
     """Milliseconds, float64 [rounds, runners], interleaved.
 
     Raises:
-        SearchError: an output that is not finite: its time says nothing of an engine that can be used.
+        SearchError: if an output is not finite; such an engine is useless, whatever its time.
     """
     from vp_exporter.validation.finite import nonfinite_rows
     from vp_exporter.validation.latency import MAX_ROUNDS, MIN_ROUNDS, WARM_UP_CALLS

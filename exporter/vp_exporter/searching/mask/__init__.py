@@ -1,1 +1,1 @@
-"""V-Pruner's stages: the search for a static mask."""
+"""V-Pruner's stages: search for a static mask."""

@@ -1,4 +1,4 @@
-"""Static masks that a search must beat, at the same count of patches in every block, so at the same cost."""
+"""Baseline masks for a search, with the same number of patches in every block and thus at the same cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vp_exporter.searching.mask.starting_masks import squared_distances
 
 PRIOR = "fisher prior"
 
-# The importance is a squared gradient: its root is in the gradient's own unit, and a distance is not squared either.
+# The importance is a squared gradient; its root has the gradient's unit, as distances are not squared either.
 POWER = 0.5
 
 
@@ -27,28 +27,30 @@ def baselines(
     seeds: Iterable[int] = range(5),
     power: float = POWER,
 ) -> dict[str, np.ndarray]:
-    """Masks at given counts, none of which runs the model.
+    """Masks at given counts, none of which needs to run the model.
 
-    - "center": nearest to the image's centre (vp_exporter.methods.static).
-    - "grid": block 0 keeps the even grid of vp_exporter.methods.static. Those of two counts are not nested, so later
-      blocks keep the first of them in unweighted farthest-point order, beginning in the corner.
-    - "random S": drawn by seed S; nested.
-    - "fisher prior": from the first block to the last, keep the patches whose loss from this block on costs most, of
-      those still alive. (From the last to the first would let the last block decide who is embedded.)
+    - "center": nearest to the image centre (vp_exporter.methods.static).
+    - "grid": block 0 keeps the even grid of vp_exporter.methods.static. Grids of different counts are not nested, so
+    later
+      blocks keep the first of them in unweighted farthest-point order, starting in the corner.
+    - "random S": random with seed S; nested.
+    - "fisher prior": from the first block to the last, keep the remaining patches whose loss from this block on costs
+    most.
+      (From the last to the first, the last block would decide which patches are embedded.)
     - "fisher farthest-point": the first patches of one farthest-point order weighted by importance[0] ** power.
 
     Args:
-        counts: patches alive in each block, never rising.
-        description: of the model.
-        importance: float [depth, patches], the cost of losing a patch there (vp_exporter.searching.mask.fisher).
-        seeds: of the random masks.
-        power: flattens (below 1) the weights of the farthest-point order; 0 takes all alike.
+        counts: Patches in each block, non-increasing.
+        description: Description of the model.
+        importance: float [depth, patches], cost of losing a patch there (vp_exporter.searching.mask.fisher).
+        seeds: Seeds of the random masks.
+        power: Exponent of the weights of the farthest-point order; 0 gives equal weights.
 
     Returns:
         name -> lifetimes int64 [patches] (vp_exporter.searching.mask.encoding).
 
     Raises:
-        SearchError: counts or an importance that do not fit the model.
+        SearchError: if counts or importance do not fit the model.
     """
     patches, grid = description.patches, description.grid
     _check(counts, patches)
@@ -73,24 +75,24 @@ def baselines(
 
 
 def farthest_point_order(importance: np.ndarray, grid: tuple[int, int], *, power: float = POWER) -> list[int]:
-    """`farthest_point` with the weights that an importance float [patches] makes; one of zeros takes all alike."""
+    """`farthest_point` weighted by an importance, float [patches]; if it is all zeros, with equal weights."""
     top = importance.max()
     return farthest_point(grid, (importance / top if top > 0 else np.ones(len(importance))) ** power)
 
 
 def nested(order: Sequence[int], counts: Sequence[int], patches: int | None = None) -> np.ndarray:
-    """Every block keeps the first of one order.
+    """Let every block keep the first patches of one order.
 
     Args:
-        order: positions of patches, most wanted first; at least counts[0] of them.
-        counts: patches alive in each block, never rising.
-        patches: of the model; None where the order names them all.
+        order: Patch positions, best first; at least counts[0] of them.
+        counts: Patches in each block, non-increasing.
+        patches: Patches of the model; None if the order includes all.
 
     Returns:
         lifetimes int64 [patches].
 
     Raises:
-        SearchError: counts that rise or do not fit, or an order that is too short or names a patch twice.
+        SearchError: if counts increase or do not fit, or the order is too short or has duplicates.
     """
     patches = len(order) if patches is None else patches
     _check(counts, patches)
@@ -103,17 +105,17 @@ def nested(order: Sequence[int], counts: Sequence[int], patches: int | None = No
 
 
 def ranked(importance: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """From the first block to the last, keep the most important in this block of those still alive.
+    """From the first block to the last, keep the most important of the remaining patches.
 
     Args:
         importance: float [depth, patches].
-        counts: patches alive in each block, never rising.
+        counts: Patches in each block, non-increasing.
 
     Returns:
         lifetimes int64 [patches]; ties go to the lowest position.
 
     Raises:
-        SearchError: counts that rise or do not fit.
+        SearchError: if counts increase or do not fit.
     """
     patches = importance.shape[1]
     _check(counts, patches)
@@ -126,18 +128,18 @@ def ranked(importance: np.ndarray, counts: Sequence[int]) -> np.ndarray:
 
 
 def farthest_point(grid: tuple[int, int], weights: np.ndarray, among: Sequence[int] | None = None) -> list[int]:
-    """Order patches so that the first of them are spread over the image, and denser where the weight is larger.
+    """Order patches such that the first ones are spread over the image, more densely where the weight is larger.
 
-    The first is the heaviest; each next one has the largest weight x distance to the nearest chosen before it
-    (Gonzalez 1985, weighted). Distances are Euclidean, in patches; ties go to the lowest position.
+    The first is the heaviest; each next one maximises weight x distance to the nearest one chosen before (Gonzalez
+    1985, weighted). Distances are Euclidean, in patches; ties go to the lowest position.
 
     Args:
-        grid: rows and columns of patches.
+        grid: Rows and columns of patches.
         weights: float [patches], 0 or more.
-        among: order these only; None for all.
+        among: Patches to order; None for all.
 
     Returns:
-        Positions, each once.
+        Positions, without duplicates.
     """
     rest = np.arange(grid[0] * grid[1]) if among is None else np.sort(np.asarray(among, dtype=np.int64))
     distances = np.sqrt(squared_distances(grid))
@@ -145,7 +147,7 @@ def farthest_point(grid: tuple[int, int], weights: np.ndarray, among: Sequence[i
     nearest = np.ones(len(rest))  # the first is chosen by weight alone
     order: list[int] = []
     for turn in range(len(rest)):
-        # A chosen one scores below all, also where every weight that is left is 0.
+        # Chosen patches rank below all others, even those of weight 0.
         at = int(np.argmax(np.where(chosen, -1.0, weight * nearest)))
         chosen[at] = True
         order.append(int(rest[at]))
@@ -159,7 +161,7 @@ def _random(patches: int, seed: int, count: int) -> tuple[int, ...]:
 
 
 def _by_count(pick: Callable[[int], Sequence[int]], counts: Sequence[int], patches: int) -> np.ndarray:
-    """Lifetimes int64 [patches] of sets that are nested by themselves."""
+    """Lifetimes int64 [patches] from sets that are nested."""
     life = np.zeros(patches, dtype=np.int64)
     for count in counts:
         life[list(pick(count))] += 1
@@ -167,7 +169,7 @@ def _by_count(pick: Callable[[int], Sequence[int]], counts: Sequence[int], patch
 
 
 def _check(counts: Sequence[int], patches: int) -> None:
-    """Counts that a plan can have."""
+    """Check that counts are valid in a plan."""
     if not counts or counts[0] > patches or counts[-1] < 1 or any(a < b for a, b in pairwise(counts)):
         raise SearchError(
             f"counts of patches {list(counts)}",

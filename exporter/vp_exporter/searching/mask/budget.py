@@ -1,16 +1,16 @@
-"""Token Mask Search: the lifetimes that lose least within a budget, by a diagonal model of the loss.
+"""Token Mask Search: lifetimes of minimal loss within a budget, under a diagonal model of the loss.
 
-Let I[l, i] be the predicted loss when patch i is dead from block l on, and 0 when it stays. With the patches in some
+Let I[l, i] be the predicted loss if patch i is removed from block l on, and 0 if it is kept. With the patches in some
 order and every block keeping a prefix of it, n_0 >= n_1 >= ... patches, the loss is a sum over blocks,
 
     sum_i I[life_i, i] = C_0[patches] + sum_l (C_{l+1}[n_l] - C_l[n_l]),    C_l[n]: the sum of I[l] over the first n,
 
-so dynamic programming over (block, count, cost spent) finds the best counts. Given the counts, which patch gets which
-lifetime is an assignment problem. The two are solved in turn, each exactly, until neither improves.
+so dynamic programming over (block, count, cost so far) finds the best counts. Given the counts, assigning lifetimes to
+patches is an assignment problem. The two are solved in turn, each exactly, until neither improves.
 
-The dynamic programme is the exact optimum over all masks, up to the rounding of costs, if one order sorts
-I[l] - I[l+1] downwards for every l (the last one being I[depth - 1]): then every optimal assignment is nested along it.
-Otherwise it is a local optimum: no exchange of lifetimes and no other counts along its own order are better.
+The result is the exact optimum over all masks, up to the rounding of costs, if one order sorts I[l] - I[l+1] downwards
+for every l (the last one being I[depth - 1]): every optimal assignment is then nested along it. Otherwise it is a local
+optimum: it cannot be improved by exchanging lifetimes, or by other counts along its own order.
 
 Source: the Fisher mask search of Kwon et al. 2022 (arXiv:2204.09656), with lifetimes in place of independent gates.
 """
@@ -27,8 +27,8 @@ from vp_exporter.errors import SearchError
 from vp_exporter.model.spec import ModelSpec
 from vp_exporter.searching.mask.encoding import counts_of, last_is_free
 
-# Steps of the cost axis, between what the cheapest counts cost and the budget: first to find the way, then the last
-# mile. The finer one is a multiple of the coarser one, so what was within budget stays so.
+# Steps of the cost axis, from the cost of the cheapest counts to the budget: coarse first, then fine. The finer one is
+# a multiple of the coarser one, so solutions within the budget remain so.
 COARSE, FINE = 2048, 8192
 MAX_ROUNDS = 50
 MAX_BYTES = 1 << 29  # of the finer table
@@ -36,18 +36,18 @@ MAX_BYTES = 1 << 29  # of the finer table
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model costs by the number of patches alive in each block.
+    """Costs of a model by the number of patches in each block.
 
     Attributes:
-        blocks: float64 [depth, patches + 1]: block l with n patches alive (prefix tokens and pooling included);
-            infinite where it is not known: such a count is never chosen.
-        embed: float64 [patches + 1]: embedding n patches.
-        fixed: what is always paid.
+        blocks: float64 [depth, patches + 1]: cost of block l with n patches (prefix tokens and pooling included);
+            infinite if unknown, in which case the count is never chosen.
+        embed: float64 [patches + 1]: cost of embedding n patches.
+        fixed: Constant cost.
         unit: "MACs" or "ms".
-        dense_extra: what the dense model costs above a plan that keeps every patch.
+        dense_extra: Cost of the dense model beyond that of a plan that keeps every patch.
 
     Raises:
-        SearchError: shapes that do not go together, NaN or negative costs.
+        SearchError: if shapes do not match, or costs are NaN or negative.
     """
 
     blocks: np.ndarray
@@ -75,23 +75,23 @@ class Costs:
 
     @property
     def dense(self) -> float:
-        """Of the dense model."""
+        """Cost of the dense model."""
         return self.total([self.patches] * self.depth) + self.dense_extra
 
     def total(self, counts: Sequence[int]) -> float:
-        """Patches alive in each block [depth] -> cost."""
+        """Cost for the patches in each block [depth]."""
         return float(self.fixed + self.embed[counts[0]] + self.blocks[np.arange(self.depth), np.asarray(counts)].sum())
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """Result of a mask search.
 
     Attributes:
-        life: int64 [patches], blocks in which each patch is alive (vp_exporter.searching.mask.encoding).
-        counts: patches alive in each block.
-        predicted_loss: sum of I[life_i, i].
-        cost: in the unit of the costs; at most the budget.
+        life: int64 [patches], number of blocks in which each patch is kept (vp_exporter.searching.mask.encoding).
+        counts: Patches in each block.
+        predicted_loss: Sum of I[life_i, i].
+        cost: In the unit of the costs; at most the budget.
     """
 
     life: np.ndarray
@@ -101,7 +101,7 @@ class Found:
 
 
 def macs_costs(description: ModelSpec) -> Costs:
-    """Multiply-accumulates of one image, as vp_exporter.plan.macs counts them for plans of `lifetimes.plan_of`."""
+    """Multiply-accumulates per image, as counted by vp_exporter.plan.macs for plans of `encoding.plan_of`."""
     patches = np.arange(description.patches + 1, dtype=np.float64)
     tokens = patches + description.prefix_tokens
     blocks = np.stack(
@@ -128,27 +128,27 @@ def search_lifetimes(
     multiple: int = 1,
     first_block_only: bool = False,
 ) -> Found:
-    """The lifetimes of least predicted loss within a budget.
+    """Find the lifetimes of minimal predicted loss within a budget.
 
     Args:
-        importance: float64 [depth, patches], I[l, i] as above; it need not fall with l.
-        costs: of the same model.
-        budget: most that the plan may cost, in the unit of `costs`.
-        min_tokens: patches that every block keeps at least, 1 or more (prefix tokens come on top).
-        multiple: every count is a multiple of it, or all patches.
-        first_block_only: one set of patches for all blocks, so counts are equal; then the result is the exact optimum.
+        importance: float64 [depth, patches], I[l, i] as above; need not decrease with l.
+        costs: Costs of the same model.
+        budget: Maximum cost of the plan, in the unit of `costs`.
+        min_tokens: Minimum number of patches in every block, 1 or more (not counting prefix tokens).
+        multiple: Every count is a multiple of it, or all patches.
+        first_block_only: Use one set of patches for all blocks; the result is then the exact optimum.
 
     Returns:
-        Never above the budget: costs are rounded up, to (budget - cheapest) / 8192 a block. Takes about a second at 12
-        blocks and 196 patches.
+        The result, never above the budget: costs are rounded up, to (budget - cheapest) / 8192 per block. Takes about a
+        second at 12 blocks and 196 patches.
 
     Raises:
-        SearchError: importance that is not finite or has another shape; a budget that cannot be reached, or that the
-            dense model keeps; min_tokens or multiple out of range.
+        SearchError: if importance is not finite or has another shape, the budget cannot be reached or is met by the
+            dense model, or min_tokens or multiple is out of range.
     """
     importance = np.asarray(importance, dtype=np.float64)
     allowed = _check(importance, costs, budget, min_tokens, multiple)
-    # Block 0 pays for the embedding; counts that are not allowed are infinitely dear.
+    # Block 0 includes the cost of the embedding; counts that are not allowed have infinite cost.
     price = np.where(allowed, costs.blocks, np.inf)
     price[0] += costs.embed
     if first_block_only:
@@ -179,7 +179,7 @@ def search_lifetimes(
 
 
 def _check(importance: np.ndarray, costs: Costs, budget: float, min_tokens: int, multiple: int) -> np.ndarray:
-    """Refuse what cannot be searched; bool [patches + 1], the counts that are allowed."""
+    """Check the arguments; returns bool [patches + 1], the allowed counts."""
     depth, patches = costs.depth, costs.patches
     if importance.shape != (depth, patches):
         raise SearchError(
@@ -199,7 +199,7 @@ def _check(importance: np.ndarray, costs: Costs, budget: float, min_tokens: int,
         )  # fmt: skip
     if multiple < 1:
         raise SearchError(f"counts in multiples of {multiple}", expected="1 or more")
-    if not budget < costs.dense:  # NaN too
+    if not budget < costs.dense:  # also catches NaN
         raise SearchError(
             f"a budget of {_share(budget, costs)} leaves nothing to remove",
             expected=f"less than the dense model's {costs.dense:.6g} {costs.unit}", fix="lower the budget",
@@ -209,7 +209,7 @@ def _check(importance: np.ndarray, costs: Costs, budget: float, min_tokens: int,
 
 
 def _share(cost: float, costs: Costs, *, up: bool = False) -> str:
-    """A cost, and its share of the dense model's; `up` rounds it so that the printed share is enough."""
+    """Format a cost and its share of the dense model's; `up` rounds up, so that the printed share suffices."""
     share = cost / costs.dense
     if np.isfinite(share):
         share = np.ceil(share * 1000) / 1000 if up else round(share, 4)
@@ -217,7 +217,7 @@ def _share(cost: float, costs: Costs, *, up: bool = False) -> str:
 
 
 def _cheapest_counts(price: np.ndarray) -> tuple[int, ...] | None:
-    """The counts that cost least and never rise; None where there are none. Measured costs need not rise with n."""
+    """Non-increasing counts of minimal cost, or None. Measured costs need not increase with n."""
     spent = np.empty_like(price)
     least = np.zeros(price.shape[1])
     for block, row in enumerate(price):
@@ -231,13 +231,13 @@ def _cheapest_counts(price: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _equal_counts(price: np.ndarray) -> tuple[int, ...] | None:
-    """The same for one count in all blocks."""
+    """The cheapest single count for all blocks, or None."""
     total = price.sum(axis=0)
     return (int(np.argmin(total)),) * len(price) if np.isfinite(total).any() else None
 
 
 def _one_set(importance: np.ndarray, costs: Costs, price: np.ndarray, budget: float) -> Found:
-    """One set for all blocks: with n patches it is the n of largest I[0], so every n is tried."""
+    """One set for all blocks: with n patches it consists of the n of largest I[0], so every n is tried."""
     depth, patches = importance.shape
     order = np.argsort(-importance[0], kind="stable")
     best: Found | None = None
@@ -254,13 +254,11 @@ def _one_set(importance: np.ndarray, costs: Costs, price: np.ndarray, budget: fl
 def _refine(
     importance: np.ndarray, costs: Costs, price: np.ndarray, budget: float, order: np.ndarray, steps: int
 ) -> Found | None:
-    """Counts for the order, lifetimes for the counts, an order for the lifetimes, until nothing improves."""
+    """Alternate between counts for an order, lifetimes for the counts, and an order for the lifetimes."""
     best: Found | None = None
     for _ in range(MAX_ROUNDS):
-        for last_bit in (
-            1 - 1e-12,
-            1 + 1e-12,
-        ):  # a count that just fits is not lost; where a sum says otherwise, strictly
+        # Tolerate rounding first, so that counts that just fit are kept; be strict if their sum exceeds the budget.
+        for last_bit in (1 - 1e-12, 1 + 1e-12):
             counts = _best_counts(importance, price, budget - costs.fixed, order, steps, last_bit)
             if counts is None or costs.total(counts) <= budget:
                 break
@@ -276,9 +274,9 @@ def _refine(
 def _best_counts(
     importance: np.ndarray, price: np.ndarray, budget: float, order: np.ndarray, steps: int, last_bit: float
 ) -> tuple[int, ...] | None:
-    """Exact counts of least loss for nested prefixes of an order; None where rounding leaves no room.
+    """Exact counts of minimal loss for nested prefixes of an order; None if rounding leaves no room.
 
-    Only what a block costs above its cheapest count is rounded (up), so a tight budget is not lost to rounding.
+    Only the cost of a block above its cheapest count is rounded (up), so that tight budgets stay feasible.
     """
     depth, width = price.shape
     base = price.min(axis=1)
@@ -288,13 +286,13 @@ def _best_counts(
         units = np.where(above == 0, 0.0, np.inf)
     else:
         units = np.ceil(above / unit * last_bit)
-    cumulated = np.zeros((depth + 1, width))  # C_l[n]; C_depth is 0: who is never dropped costs nothing
+    cumulated = np.zeros((depth + 1, width))  # C_l[n]; C_depth is 0: patches that are never dropped cost nothing
     np.cumsum(importance[:, order], axis=1, out=cumulated[:depth, 1:])
     gain = cumulated[1:] - cumulated[:-1]
-    # loss[block][n, c]: of the blocks up to this one, which keeps n patches, within c units.
+    # loss[block][n, c]: of the blocks up to this one, which keeps n patches, within c cost units.
     loss = np.full((depth, width, steps + 1), np.inf)
     for block in range(depth):
-        # The least of the block before with this count or a larger one; all patches enter block 0.
+        # Minimum over the previous block's counts that are at least this one; all patches enter block 0.
         least = np.full(steps + 1, 0.0 if block == 0 else np.inf)
         for n in range(width - 1, -1, -1):
             if block > 0:
@@ -313,9 +311,9 @@ def _best_counts(
 
 
 def _assign(importance: np.ndarray, costs: Costs, counts: tuple[int, ...]) -> Found:
-    """The lifetimes of least loss with these counts."""
+    """Lifetimes of minimal loss with these counts."""
     depth, patches = importance.shape
-    leaving = -np.diff([patches, *counts, 0])  # how many patches live 0, 1, .. depth blocks
+    leaving = -np.diff([patches, *counts, 0])  # number of patches that live 0, 1, .. depth blocks
     slots = np.repeat(np.arange(depth + 1), leaving)
     by_life = np.vstack([importance, np.zeros(patches)])
     _, taken = linear_sum_assignment(by_life[slots].T)
@@ -325,7 +323,7 @@ def _assign(importance: np.ndarray, costs: Costs, counts: tuple[int, ...]) -> Fo
 
 
 def _order_of(importance: np.ndarray, life: np.ndarray) -> np.ndarray:
-    """An order whose prefixes give these lifetimes; among equals, who would gain most by a longer life comes first."""
+    """An order whose prefixes give these lifetimes; among equals, those that gain most from a longer life first."""
     depth, patches = importance.shape
     by_life, at = np.vstack([importance, np.zeros(patches)]), np.arange(patches)
     slope = by_life[np.maximum(life - 1, 0), at] - by_life[np.minimum(life + 1, depth), at]

@@ -1,7 +1,7 @@
-"""A static mask as lifetimes: how many blocks each patch is alive in.
+"""Encoding of a static mask as lifetimes: the number of blocks in which each patch is kept.
 
-A patch that has left never comes back, so a mask [depth, patches] is one number a patch. Exchanging the lifetimes of
-two patches keeps the count of every block, and with it the cost: swaps within a block and across blocks are both
+A dropped patch never returns, so a mask [depth, patches] is one number per patch. Exchanging the lifetimes of two
+patches preserves the count in every block, and thus the cost; swaps within a block and across blocks are both
 exchanges.
 """
 
@@ -20,15 +20,15 @@ from vp_exporter.reducers.topk import TopKStep
 
 
 def mask_of(life: np.ndarray, depth: int) -> np.ndarray:
-    """Lifetimes int [patches] -> bool [depth, patches], row b: alive in block b."""
+    """Convert lifetimes int [patches] to a mask bool [depth, patches]; row b: kept in block b."""
     return np.arange(depth)[:, None] < life[None, :]
 
 
 def life_of(mask: np.ndarray) -> np.ndarray:
-    """Mask [depth, patches] (positive is alive) -> lifetimes int64 [patches].
+    """Convert a mask [depth, patches] (positive is kept) to lifetimes int64 [patches].
 
     Raises:
-        SearchError: a patch comes back.
+        SearchError: if a patch returns after being dropped.
     """
     alive = np.asarray(mask) > 0
     life = alive.sum(axis=0).astype(np.int64)
@@ -38,17 +38,17 @@ def life_of(mask: np.ndarray) -> np.ndarray:
 
 
 def counts_of(life: np.ndarray, depth: int) -> tuple[int, ...]:
-    """Patches alive in each block."""
+    """Number of patches in each block."""
     return tuple(int((life > block).sum()) for block in range(depth))
 
 
 def last_is_free(description: ModelSpec) -> bool:
-    """Whether nobody reads the patches that leave the last block: they need no MLP there."""
+    """Whether patches can be dropped before the last MLP, because the head does not use them."""
     return description.pool == "token" and description.class_token
 
 
 def same_until(first: np.ndarray, second: np.ndarray) -> int:
-    """The first block in which two masks differ; a number above every block where they are equal."""
+    """First block in which two masks differ; larger than any block if they are equal."""
     differing = first != second
     return int(np.minimum(first, second)[differing].min()) if differing.any() else int(first.max(initial=0)) + 1
 
@@ -61,13 +61,13 @@ def plan_of(
     budget: Any = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> ReductionPlan:
-    """The plan that lifetimes make: static steps, and behind the last attention all patches leave that may.
+    """Make a plan from lifetimes: static steps, and dropping patches that are not needed after the last attention.
 
-    Where the head reads prefix tokens only, what leaves the last block is not read: dropping the patches before its MLP
-    changes no answer. The plan language has a step for it that keeps one patch (topk).
+    If the head uses prefix tokens only, dropping the patches before the last MLP does not change the output. The plan
+    uses a step that keeps one patch (topk).
 
     Raises:
-        PlanError: a block would keep no patch.
+        PlanError: if a block would keep no patch.
     """
     mask, before = mask_of(life, description.depth), np.ones(description.patches, dtype=bool)
     steps: list[Step] = []

@@ -1,6 +1,6 @@
-"""Rearrangement without learning: exchanges that cancel Fisher effects, and exchanges that lower the measured loss.
+"""Rearrangement without learning: exchanges that cancel Fisher effects, and local search on the measured loss.
 
-An exchange swaps two patches' lifetimes (vp_exporter.searching.mask.encoding): every block keeps its count of patches.
+An exchange swaps two patches' lifetimes (vp_exporter.searching.mask.encoding); every block keeps its number of patches.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from vp_exporter.searching.mask.encoding import plan_of, same_until
 from vp_exporter.searching.mask.starting_masks import squared_distances
 from vp_exporter.searching.scoring import Scorer
 
-FIRST_MOVES = 8  # exchanges in one candidate, at first
-SWEEP = 12  # candidates refused in a row before fewer exchanges are made at once
-DRAWS = 64  # candidates in a row that were seen before: the neighbourhood counts as searched
-REMEMBER_BYTES = 2**32  # of activations that the incumbent may hold, in each process
+FIRST_MOVES = 8  # initial number of exchanges per candidate
+SWEEP = 12  # consecutive rejected candidates before using fewer exchanges
+DRAWS = 64  # consecutive duplicate candidates before the neighbourhood counts as exhausted
+REMEMBER_BYTES = 2**32  # of the incumbent's activations, per process
 
 
 def block_fisher_swap(effects: np.ndarray, life: np.ndarray, *, rounds: int = 3) -> np.ndarray:
-    """Exchange lifetimes so that the effects of the patches that leave cancel; no model is run.
+    """Exchange lifetimes so that the effects of removed patches cancel, without running the model.
 
-    Kwon et al. 2022 ("A Fast Post-Training Pruning Framework for Transformers", mask rearrangement) for patches that
-    leave at different blocks. The diagonal Fisher information adds up each patch's own squared effect; this is the
-    whole matrix: cost = mean over images of (sum over patches i that leave of effects[:, life[i], i])^2. The exchange
-    that lowers it most is made (of equal ones the first pair i < j) until none does.
+    The mask rearrangement of Kwon et al. 2022 ("A Fast Post-Training Pruning Framework for Transformers"), for patches
+    that are removed at different blocks. The diagonal Fisher information sums each patch's own squared effect; this
+    uses the whole matrix: cost = mean over images of (sum over removed patches i of effects[:, life[i], i])^2. Greedily
+    makes the exchange that reduces it most (on ties, the first pair i < j) until none does.
 
     Args:
-        effects: float [images, depth, patches], signed: on an image's loss, of patch i being dead from block l.
-        life: int [patches], blocks in which each patch is alive.
-        rounds: at most `rounds * patches` exchanges.
+        effects: float [images, depth, patches], signed effect on an image's loss of removing patch i from block l on.
+        life: int [patches], number of blocks in which each patch is kept.
+        rounds: Make at most `rounds * patches` exchanges.
 
     Returns:
-        int64 [patches], the same lifetimes dealt out anew.
+        int64 [patches], the same lifetimes rearranged.
     """
     life = np.array(life, dtype=np.int64)
     images, _, patches = effects.shape
-    # One level more: a patch alive to the end has no effect.
+    # One more level: a patch kept to the end has no effect.
     effect = np.concatenate([effects, np.zeros((images, 1, patches), effects.dtype)], axis=1).astype(np.float64)
     every = np.arange(patches)
     gone = effect[:, life, every]  # [images, patches]
     total = gone.sum(axis=1)
 
     def squared(i: int) -> np.ndarray:
-        """|d_ij|^2 over j, where d_ij is what exchanging i and j adds to `total`."""
+        """|d_ij|^2 over j, where exchanging i and j adds d_ij to `total`."""
         added = effect[:, life, i] - gone[:, [i]] + effect[:, life[i], :] - gone
         square: np.ndarray = np.einsum("nj,nj->j", added, added)
         return square
@@ -60,7 +60,7 @@ def block_fisher_swap(effects: np.ndarray, life: np.ndarray, *, rounds: int = 3)
         half = towards[life, :].T - towards[life, every][:, None]  # [i, j]
         change = np.where(pairs & (life[:, None] != life[None, :]), 2 * (half + half.T) + square, np.inf)
         best = int(change.argmin())
-        if not change.flat[best] < -1e-9 * (total @ total):  # rounding is no gain
+        if not change.flat[best] < -1e-9 * (total @ total):  # ignore gains within rounding
             break
         i, j = divmod(best, patches)
         life[[i, j]] = life[[j, i]]
@@ -76,10 +76,10 @@ class Incumbent:
 
     Args:
         life: int [patches].
-        batches: all that are searched on.
+        batches: All batches to search on.
 
     Attributes:
-        loss: mean over the images of `batches`, as Scorer.losses has it at the temperature.
+        loss: Mean over the images of `batches`, of Scorer.losses at the temperature.
     """
 
     def __init__(self, scorer: Scorer, life: np.ndarray, batches: Sequence[int], temperature: float) -> None:
@@ -87,7 +87,7 @@ class Incumbent:
         self.move(life)
 
     def move(self, life: np.ndarray) -> None:
-        """Take `life` as the incumbent."""
+        """Replace the incumbent by `life`."""
         self.life = np.array(life, dtype=np.int64)
         self._plan = plan_of(self.life, self.scorer.description)
         losses = self.scorer.losses(self._plan, self.batches, self.temperature)
@@ -97,18 +97,18 @@ class Incumbent:
         self._unshared, self._remembered = 0, False
 
     def losses(self, batches: Sequence[int]) -> np.ndarray:
-        """Of the incumbent: float64 [n]."""
+        """Losses of the incumbent: float64 [n]."""
         return np.concatenate([self._losses[batch].numpy() for batch in batches])
 
     def difference(self, life: np.ndarray, batches: Sequence[int]) -> np.ndarray:
-        """Loss of a candidate less that of the incumbent: float64 [n], negative where the candidate is better."""
+        """Loss of a candidate minus that of the incumbent: float64 [n], negative if the candidate is better."""
         self._share(life, len(batches))
         plan = plan_of(life, self.scorer.description)
         theirs: np.ndarray = self.scorer.losses(plan, batches, self.temperature).numpy()
         return theirs - self.losses(batches)
 
     def _share(self, life: np.ndarray, batches: int) -> None:
-        """Remember the incumbent once the blocks computed again for want of it outweigh one run of it."""
+        """Store the incumbent's activations once recomputing them has cost more than a run of it."""
         depth = self.scorer.description.depth
         self._unshared += min(same_until(self.life, life), depth) * batches
         if self._remembered or self._unshared < depth * len(self.batches):
@@ -119,7 +119,7 @@ class Incumbent:
             self.scorer.remember(self._plan, fitting)
 
     def _fitting(self) -> tuple[int, ...]:
-        """The batches whose activations fit into REMEMBER_BYTES."""
+        """Batches whose activations fit in REMEMBER_BYTES."""
         description, kept, used = self.scorer.description, [], 0
         tokens = description.patches + description.prefix_tokens
         for batch in self.batches:
@@ -143,25 +143,25 @@ def local_search(
     temperature: float = 3.0,
     batches_per_evaluation: int | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Draw exchanges and keep those that lower the loss.
+    """Draw random exchanges and keep those that lower the loss.
 
-    A candidate is the incumbent after 8 exchanges (4, 2, 1 once a sweep of candidates was refused). It is run on a few
-    batches first, in turn, and on the others if it is better there: most candidates are not, and running them on all is
-    what takes the time. It is kept where its mean loss over all of `batches` is lower.
+    A candidate is the incumbent after 8 exchanges (then 4, 2, 1, each time after a sweep of rejected candidates). It is
+    first run on a few batches, in rotation, and on the others only if it is better there, since most candidates are
+    not. It is kept if its mean loss over all of `batches` is lower.
 
     Args:
-        life: int [patches], where to start.
-        limits: each candidate spends one, however many batches it is run on.
-        importance: float [depth, patches], of a patch being dead from a block on: which exchanges are likely.
-        seed: of the draws; the only chance in it.
-        temperature: of the loss.
-        batches_per_evaluation: those a candidate is run on first; None is a quarter of them.
+        life: int [patches], starting point.
+        limits: Each candidate counts as one evaluation, however many batches it is run on.
+        importance: float [depth, patches], of removing a patch from a block on; determines which exchanges are likely.
+        seed: Seed of the draws, the only source of randomness.
+        temperature: Temperature of the loss.
+        batches_per_evaluation: Batches that a candidate is run on first; None for a quarter of them.
 
     Returns:
         Lifetimes int64 [patches], and their loss on `batches` (nats).
 
     Raises:
-        SearchError: losses that are not finite.
+        SearchError: if losses are not finite.
     """
     rng = np.random.default_rng(seed)
     draw = Exchanges(importance, scorer.description)
@@ -199,7 +199,7 @@ def local_search(
 
 
 class Exchanges:
-    """Draws exchanges: a patch that matters little leaves earlier for one that matters more, or that stands alone.
+    """Draws exchanges: an unimportant patch leaves earlier in favour of one that is more important or isolated.
 
     Args:
         importance: float [depth, patches].
@@ -211,12 +211,12 @@ class Exchanges:
         np.fill_diagonal(self.distance, np.inf)
 
     def __call__(self, life: np.ndarray, moves: int, rng: np.random.Generator) -> np.ndarray:
-        """int64 [patches]: `life` after up to `moves` exchanges, no patch in two of them."""
+        """`life` after up to `moves` exchanges of disjoint pairs: int64 [patches]."""
         life, free = life.copy(), np.ones(len(life), dtype=bool)
         for _ in range(moves):
             if not free.any() or life[free].min() == life[free].max():
                 break
-            short = np.flatnonzero(free & (life < life[free].max()))  # may live longer
+            short = np.flatnonzero(free & (life < life[free].max()))  # candidates for a longer life
             alive = life[None, :] > life[short, None]
             alone = np.where(alive, self.distance[short], np.inf).min(axis=1)
             j = _pick(short, np.exp(self.log_importance[life[short], short]) * alone, rng)
@@ -232,9 +232,9 @@ def _pick(items: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> i
 
 
 def standard_log(importance: np.ndarray) -> np.ndarray:
-    """log importance, float64 [depth, patches], of mean 0 and deviation 1 over patches and blocks, within 3 deviations.
+    """Standardised log importance, float64 [depth, patches]: mean 0, deviation 1 over patches and blocks, clipped at 3.
 
-    Blocks differ by orders of magnitude and so do patches; an importance of 0 must stay finite.
+    Blocks and patches differ by orders of magnitude; an importance of 0 stays finite.
     """
     values = np.asarray(importance, dtype=np.float64)
     logs = np.log(np.maximum(values, 1e-12 * max(float(values.max()), 1e-300)))

@@ -1,10 +1,10 @@
-"""What each patch matters in each block: gradients with respect to gates on the keys, and the diagonal Fisher of them.
+"""Importance of each patch in each block: gradients with respect to gates on the keys, and their diagonal Fisher.
 
-One gate m[l, j] a block and patch: its logarithm is added to the logit of that key, for every query and every head of
-block l, so 1 leaves the model as it is and 0 removes the key. At m = 1 the logit's derivative with respect to m is 1,
-and the gradient of a gate is the sum over heads and queries of the loss's gradient with respect to the logit.
+Each block and patch has a gate m[l, j], whose logarithm is added to the logit of that key for every query and head of
+block l: 1 leaves the model unchanged and 0 removes the key. At m = 1 the logit's derivative with respect to m is 1, so
+the gradient of a gate is the sum over heads and queries of the loss's gradient with respect to the logit.
 
-A gate sees attention only. Where the head pools over patches, that a removed patch also leaves the pool is not in it.
+A gate only affects attention. If the head pools over patches, the effect of removing a patch from the pool is missing.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ def gate_gradients(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """The gradient of each image's loss with respect to the gates of the dense model. One backward pass a batch.
+    """Gradient of each image's loss with respect to the gates of the dense model. One backward pass per batch.
 
-    The mean of the squares over images is the diagonal of a curvature matrix; `targets` says of which:
+    The mean over images of the squares is the diagonal of a curvature matrix, depending on `targets`:
 
-    - "model": loss -log softmax(logits / temperature)[y], with a class y drawn for each image from the dense model's
-      own softmax(logits / temperature). The Fisher in expectation over the draws; with labels in the place of y it is
-      the empirical Fisher, which is neither the Fisher nor the Hessian (Kunstner, Balles and Hennig, "Limitations of
-      the empirical Fisher approximation", NeurIPS 2019).
+    - "model": loss -log softmax(logits / temperature)[y], with a class y sampled per image from the dense model's own
+      softmax(logits / temperature): the Fisher in expectation over the samples. With labels for y it is the empirical
+      Fisher, which is neither the Fisher nor the Hessian (Kunstner, Balles and Hennig, "Limitations of the empirical
+      Fisher approximation", NeurIPS 2019).
     - "labels": cross-entropy with the label, at temperature 1: the empirical Fisher.
     - "logits": sum over classes of v_c (logit_c - mean logit) with random signs v, a Hutchinson probe of the
-      Gauss-Newton matrix of the squared distance between logits. Every image weighs in, where the other two are
-      carried by the few that the model is unsure of. It knows no temperature.
+    Gauss-Newton
+      matrix of the squared distance between logits. Every image contributes, whereas the other two are dominated by the
+      few that the model is unsure of. Independent of the temperature.
 
     Args:
-        scorer: its model, images and workers are used; nothing of it changes.
-        batches: numbers of the calibration's batches; they are split over the workers.
-        targets, temperature: see above.
-        seed: of the draws, which depend on it and on the number of the batch alone.
+        scorer: Provides model, images and workers; not modified.
+        batches: Batch numbers of the calibration images; distributed over the workers.
+        targets, temperature: See above.
+        seed: Seed of the samples, which depend only on it and the batch number.
 
     Returns:
-        float32 [n, depth, patches] on the CPU: images in the order of the batches, patches without prefix tokens.
-        The same on every process, and for any number of them.
+        float32 [n, depth, patches] on the CPU: images in the order of the batches, patches without prefix tokens. Equal
+        on every process, and for any number of processes.
 
     Raises:
-        SearchError: no batches, unknown targets, a temperature not above 0, no labels where they are asked for, or
-            gradients that are not finite.
+        SearchError: if there are no batches, targets are unknown, the temperature is not above 0, required labels are
+            missing, or gradients are not finite.
     """
     if targets not in TARGETS:
         raise SearchError(f"targets is {targets!r}", expected=" or ".join(TARGETS))
@@ -70,11 +71,11 @@ def gate_gradients(
             "the calibration images have no labels", expected="a label for each image",
             fix="take the dense model's own answers as the target",
         )  # fmt: skip
-    # Gates are set on this view of the model; its parameters are the scorer's own.
+    # Gates are set on this view of the model, which shares the scorer's parameters.
     model = ReducedViT(scorer.vit, scorer.description).to(scorer.device)
     for block in model.blocks:
         block.attention_form = (
-            "explicit"  # fused kernels have no, or no repeatable, gradient of the mask on some devices
+            "explicit"  # on some devices, fused kernels have no or no reproducible gradient of the mask
         )
 
     def one(batch: int) -> Tensor:
@@ -85,7 +86,7 @@ def gate_gradients(
     with frozen(scorer.vit), torch.inference_mode(False), torch.enable_grad():
         parts = scorer.workers.map(one, batches)
     gradients = torch.cat(parts)
-    # After the gather, so that every process raises alike.
+    # After the gather, so that every process raises.
     if not torch.isfinite(gradients).all():
         raise SearchError(
             "the gradients of the key gates are NaN or infinite", expected="finite gradients",
@@ -95,9 +96,9 @@ def gate_gradients(
 
 
 def dead_from(gradients: Tensor) -> Tensor:
-    """The gradient with respect to one gate that closes a patch in block l and every later one.
+    """Gradient with respect to a single gate that closes a patch in block l and every later one.
 
-    Removing patch i from block l on changes an image's loss by minus this, to first order.
+    To first order, removing patch i from block l on changes an image's loss by minus this.
 
     Args:
         gradients: [n, depth, patches].
@@ -109,25 +110,26 @@ def dead_from(gradients: Tensor) -> Tensor:
 
 
 def importance(gradients: Tensor) -> np.ndarray:
-    """What it costs to lose a patch from a block on: the mean over images of `dead_from` squared.
+    """Cost of losing a patch from a block on: mean over images of `dead_from` squared.
 
     Args:
         gradients: [n, depth, patches].
 
     Returns:
-        float64 [depth, patches]. For targets "model" at temperature 1, half of it estimates the KL of losing each.
+        float64 [depth, patches]. For targets "model" at temperature 1, half of it estimates the KL of losing each
+        patch.
     """
     found: np.ndarray = dead_from(gradients).square().mean(dim=0).cpu().numpy()
     return found
 
 
 def _target(calibration: Calibration, batch: int, targets: str, temperature: float, seed: int) -> Tensor:
-    """Classes int64 [b], or for "logits" float64 [b, C], the weight of each logit in the loss."""
+    """Classes int64 [b], or for "logits" the weight of each logit in the loss, float64 [b, C]."""
     if targets == "labels":
         labels = calibration.labels(batch)
         assert labels is not None
         return labels
-    rng = np.random.default_rng([seed, batch])  # numpy's: the same draws whatever the device
+    rng = np.random.default_rng([seed, batch])  # numpy's generator gives the same samples on any device
     dense = calibration.dense(batch).double().numpy()
     if targets == "logits":
         signs = rng.integers(0, 2, size=dense.shape) * 2.0 - 1.0
@@ -140,7 +142,7 @@ def _target(calibration: Calibration, batch: int, targets: str, temperature: flo
 
 
 def _backward(model: ReducedViT, images: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """float32 [b, depth, patches]. Images do not meet in the model, so the sum of their losses gives each its own."""
+    """Gradients float32 [b, depth, patches]. Images are independent, so the summed loss gives each its own gradient."""
     description = model.description
     tokens = description.prefix_tokens + description.patches
     gates = [torch.zeros(len(images), tokens, device=images.device, requires_grad=True) for _ in model.blocks]

@@ -1,9 +1,9 @@
-"""How a block's attention answers to scales of its keys, to first order, and the normal equations of that.
+"""First-order model of a block's attention under scaling of its keys, and its normal equations.
 
-A key bias log s_j multiplies what key j has in the softmax's sum by s_j. With p the attention probabilities of a head,
-v its values and o = p v its output, d o_i / d s_j = p_ij (v_j - o_i) at s = 1. After the output projection W_O the
-heads add up to one column of a linear model for each token. It is the mask rescaling of Kwon et al. (2022, "A Fast
-Post-Training Pruning Framework for Transformers"), with tokens for units.
+A key bias log s_j multiplies key j's term in the softmax by s_j. With p the attention probabilities of a head, v its
+values and o = p v its output, d o_i / d s_j = p_ij (v_j - o_i) at s = 1. After the output projection W_O the heads sum
+to one column of a linear model per token. This is the mask rescaling of Kwon et al. (2022, "A Fast Post-Training
+Pruning Framework for Transformers"), with tokens as units.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.rewrite.attention import attention
 from vp_exporter.rewrite.block import ReducedBlock, qkv_of
 
-CHUNK = 2**24  # numbers of the linear model's matrix that are in memory at once: 64 MiB
+CHUNK = 2**24  # elements of the linear model's matrix in memory at a time: 64 MiB
 
 
 def why_not_linear(vit: nn.Module) -> str | None:
-    """Why least squares cannot pass through a model's attention; None where it can."""
+    """Why least squares is not applicable to a model's attention, or None."""
     for number, block in enumerate(vit.blocks):
         layer = block.attn
         if not isinstance(layer.norm, nn.Identity):
@@ -39,11 +39,11 @@ def why_not_linear(vit: nn.Module) -> str | None:
 
 
 def heads_of(block: ReducedBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, N, d] of what enters a block's attention, [B, N, D]."""
+    """Queries, keys and values [B, H, N, d] from the input of a block's attention, [B, N, D]."""
     layer = block.block[0].attn
     tokens, heads, width = x.shape[1], layer.num_heads, layer.head_dim
     x = block.block[0].norm1(x)
-    if layer.qkv is None:  # EVA-02's projections
+    if layer.qkv is None:  # separate projections of EVA-02
         q, k, v = (
             project(x).reshape(-1, tokens, heads, width).transpose(1, 2)
             for project in (layer.q_proj, layer.k_proj, layer.v_proj)
@@ -54,7 +54,7 @@ def heads_of(block: ReducedBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attended(block: ReducedBlock, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The stream after attention, its residual included: [B, N, D] -> [B, N, D]; `bias` is float32 [N]."""
+    """Output of attention including the residual: [B, N, D] -> [B, N, D]; `bias` is float32 [N]."""
     out, _ = block._attend(block.block[0].norm1(x), None if bias is None else bias[None])
     return x + block._scale(out, 1)
 
@@ -66,19 +66,19 @@ def through_mlp(block: ReducedBlock, x: Tensor) -> Tensor:
 
 
 def responses(block: ReducedBlock, x: Tensor, bias: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The linear model of `attended` at some queries.
+    """Linear model of `attended` at some queries.
 
     Args:
-        x: [B, N, D], what enters the attention.
-        bias: float32 [N], the biases to linearise at.
-        rows: int64 [R], the queries.
+        x: [B, N, D], input of the attention.
+        bias: float32 [N], biases to linearise at.
+        rows: int64 [R], queries.
 
     Returns:
-        [B, N, R, D]: by how much the output at each query changes with the log of each key's scale; and that output
-        (residual included) as it is, [B, R, D].
+        [B, N, R, D], derivative of the output at each query with respect to the log of each key's scale; and that
+        output itself (residual included), [B, R, D].
 
     Raises:
-        SearchError: the attention's output is normalised or gated.
+        SearchError: if the attention's output is normalised or gated.
     """
     layer = block.block[0].attn
     if not isinstance(layer.norm, nn.Identity) or layer.gate is not None:
@@ -90,7 +90,7 @@ def responses(block: ReducedBlock, x: Tensor, bias: Tensor, rows: Tensor) -> tup
     logits = (q.index_select(2, rows) * layer.head_dim**-0.5) @ k.transpose(-2, -1)
     p = torch.softmax(logits + bias.to(logits.dtype), dim=-1)  # [B, H, R, N]
     weight = layer.proj.weight.reshape(-1, layer.num_heads, layer.head_dim)  # [D, H, d]
-    # Each head's value and output, projected to the width of the stream.
+    # Value and output of each head, projected to the width of the stream.
     values = block._scale(torch.einsum("bhnc,dhc->bhnd", v, weight), 1)
     outputs = block._scale(torch.einsum("bhrc,dhc->bhrd", p @ v, weight), 1)
     matrix = p.permute(0, 3, 2, 1) @ values.transpose(1, 2)  # over heads: [B, N, R, H] [B, N, H, D]
@@ -102,7 +102,7 @@ def responses(block: ReducedBlock, x: Tensor, bias: Tensor, rows: Tensor) -> tup
 
 
 def answers(block: ReducedBlock, x: Tensor, trials: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    """What `attended` gives at some queries under each of several biases: [B, R, D] each."""
+    """Output of `attended` at some queries under each of several biases: [B, R, D] each."""
     layer = block.block[0].attn
     q, k, v = heads_of(block, x)
     q = q.index_select(2, rows)
@@ -116,9 +116,9 @@ def normal_equations(
     """A^T A and A^T b of the weighted least squares of `attended` against a target.
 
     Args:
-        x, bias, rows: as for `responses`.
-        target: [B, N, D], what the stream after attention ought to be.
-        weights: float32 [R], of each query's squared error.
+        x, bias, rows: As for `responses`.
+        target: [B, N, D], desired output after attention.
+        weights: float32 [R], weight of each query's squared error.
 
     Returns:
         float64 [N, N + 1]: A^T A, and A^T b as the last column.
@@ -140,12 +140,12 @@ def solve(equations: Tensor, ridge: float) -> Tensor | None:
     """Changes e of the scales that minimise |A e - b|^2 + ridge * mean(diag(A^T A)) * |e|^2.
 
     Args:
-        equations: float64 [N, N + 1], of `normal_equations`.
-        ridge: towards e = 0, relative to the mean squared column; it also decides what the data do not (one scale for
-            all tokens changes nothing).
+        equations: float64 [N, N + 1], from `normal_equations`.
+        ridge: Regularisation towards e = 0, relative to the mean squared column; also resolves directions that the data
+            leave open (one common scale for all tokens has no effect).
 
     Returns:
-        float64 [N]; None where nothing hangs on the scales (a single token), or the equations have no finite solution.
+        float64 [N]; None if the scales have no effect (a single token), or the equations have no finite solution.
     """
     square, right = equations[:, :-1], equations[:, -1]
     mean = float(square.diagonal().mean())
@@ -157,15 +157,15 @@ def solve(equations: Tensor, ridge: float) -> Tensor | None:
 
 
 def row_weights(description: ModelSpec, tokens: int, *, last: bool, class_weight: float) -> np.ndarray:
-    """What the squared error of each surviving token's output counts.
+    """Weight of the squared error of each remaining token's output.
 
-    Where the head reads prefix tokens (class token; distillation token), they count together `class_weight` times as
-    much as all other tokens together: they decide the answer, and one of 197 rows would vanish among the others. In the
-    last block the others then count nothing: nobody reads them. Under a head that pools patches all weigh alike.
+    If the head reads prefix tokens (class or distillation token), their total weight is `class_weight` times that of
+    all other tokens: they determine the output, and one of 197 rows would hardly matter otherwise. In the last block,
+    the others then have weight 0, since they are not used. If the head pools patches, all weights are equal.
 
     Args:
-        tokens: of the block's attention, prefix tokens included.
-        last: whether it is the model's last block.
+        tokens: Tokens in the block's attention, prefix tokens included.
+        last: Whether it is the model's last block.
 
     Returns:
         float64 [tokens].
@@ -182,16 +182,17 @@ def row_weights(description: ModelSpec, tokens: int, *, last: bool, class_weight
 
 
 def sample_rows(weights: np.ndarray, queries: int | None, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A share of the queries: those with a weight of their own always, of the others `queries` drawn at random.
+    """Sample queries: those with a weight of their own always, and `queries` random ones of the others.
 
     Args:
-        weights: of `row_weights`.
-        queries: how many to draw; None for all.
+        weights: From `row_weights`.
+        queries: Number of samples; None for all.
 
     Returns:
-        int64 [R] queries, ascending, and float32 [R] weights, those of the drawn ones raised so that sums are unbiased.
+        int64 [R] queries, ascending, and float32 [R] weights, with those of sampled queries raised to make sums
+        unbiased.
     """
-    common = weights == weights[-1]  # the patches, and prefix tokens that nobody reads
+    common = weights == weights[-1]  # patches, and prefix tokens that the head does not read
     drawn = np.flatnonzero(common & (weights > 0))
     always = np.flatnonzero(~common & (weights > 0))
     scaled = weights.copy()

@@ -1,8 +1,8 @@
-"""Rearrangement by reinforcement learning: PPO (Schulman et al. 2017) over exchanges, starting at the Fisher prior.
+"""Rearrangement by reinforcement learning: PPO (Schulman et al. 2017) over exchanges, starting from the Fisher prior.
 
-After V-Pruner (AAAI 2026), whose abstract names PPO, a Fisher prior and a reward of performance and cost; its text and
-code were not found, so states, actions and network are this project's own. An episode exchanges a few pairs of
-lifetimes, starting at the best mask so far; the reward comes at its end: how much lower the loss is on some images.
+Follows V-Pruner (AAAI 2026), whose abstract mentions PPO, a Fisher prior and a reward of performance and cost. Its text
+and code were not available, so states, actions and network are our own. An episode exchanges a few pairs of lifetimes,
+starting from the best mask so far; the reward at its end is the reduction of the loss on some images.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from vp_exporter.searching.mask.exchange import Incumbent, standard_log
 from vp_exporter.searching.scoring import Scorer
 
 CLIP, LAMBDA, EPOCHS, ENTROPY, VALUE = 0.2, 0.95, 4, 0.01, 0.5
-PRIOR_SLOPE = 2.0  # of the untrained logits over standardised log importance
+PRIOR_SLOPE = 2.0  # initial slope of the logits over the standardised log importance
 FEATURES, HIDDEN = 10, 32
-PATIENCE = 2  # updates without a better mask before episodes become shorter
-CONFIRMED = 2  # candidates of an update that are run on more batches, at most
+PATIENCE = 2  # updates without a better mask before episodes are shortened
+CONFIRMED = 2  # maximum number of candidates per update that are run on more batches
 
 
 class Policy(nn.Module):
-    """A network over single tokens, its weights shared, with two logits for each token and one value for the mask.
+    """A network applied to each token with shared weights: two logits per token, and one value for the mask.
 
-    The last layers start at zero, so that an untrained policy prefers what the Fisher prior does: to shorten what
-    matters least, to lengthen what matters most.
+    The last layers are initialised to zero, so that an untrained policy follows the Fisher prior: shorten the least
+    important patches, lengthen the most important ones.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -59,13 +59,13 @@ class Policy(nn.Module):
 
 @dataclass(frozen=True)
 class Steps:
-    """Episodes side by side; every shape begins with [steps, episodes].
+    """A batch of episodes; every shape begins with [steps, episodes].
 
     Attributes:
         state: [..., patches, FEATURES].
-        may_shorten, may_lengthen: bool [..., patches], the tokens that the action might name.
+        may_shorten, may_lengthen: bool [..., patches], valid tokens for the action.
         shortened, lengthened: int64 [...], the action.
-        log_probability, value: float32 [...], the policy's at that time.
+        log_probability, value: float32 [...], from the policy at that time.
     """
 
     state: Tensor
@@ -78,13 +78,13 @@ class Steps:
 
 
 class Learner:
-    """Proposes masks and learns from their rewards. Runs on the CPU, its chance comes from `seed` alone.
+    """Proposes masks and learns from their rewards. Runs on the CPU; all randomness comes from `seed`.
 
     Args:
-        effects: float [images, depth, patches], see `greedy.block_fisher_swap`.
+        effects: float [images, depth, patches], see `exchange.block_fisher_swap`.
         importance: float [depth, patches].
-        grid: rows and columns of patches.
-        learning_rate: of Adam.
+        grid: Rows and columns of patches.
+        learning_rate: Of Adam.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Learner:
         self.policy = Policy(self.generator)
         self.optimiser = torch.optim.Adam(self.policy.parameters(), lr=learning_rate)
         images, self.depth, self.patches = effects.shape
-        # One level more for patches that never leave: no effect; the last block's importance stands in for theirs.
+        # One more level for patches that are never removed: no effect, and the last block's importance.
         last = torch.zeros(images, 1, self.patches)
         self.effect = torch.cat([torch.from_numpy(np.asarray(effects, dtype=np.float32)), last], dim=1)
         self.norm = self.effect.norm(dim=0)
@@ -116,14 +116,14 @@ class Learner:
         self._steps: Steps | None = None
 
     def state(self, life: Tensor, done: float) -> Tensor:
-        """What the policy sees of masks int64 [episodes, patches]: float32 [episodes, patches, FEATURES].
+        """Features of masks int64 [episodes, patches]: float32 [episodes, patches, FEATURES].
 
-        Log importance of dying at the next shorter lifetime, and at its own; lifetime, row, column, distance from the
-        middle; lifetime of its eight neighbours; cosine between its effect (dying earlier, and as it does) and that of
-        all patches that leave; share of the episode done.
+        Log importance at the next shorter lifetime and at the patch's own; lifetime, row, column, distance from the
+        centre; mean lifetime of its eight neighbours; cosine between its effect (when removed earlier, and as it is)
+        and that of all removed patches; progress of the episode.
         """
         every = torch.arange(self.patches).expand_as(life)
-        levels = life[0].unique()  # exchanges keep them
+        levels = life[0].unique()  # unchanged by exchanges
         shorter = levels[(torch.searchsorted(levels, life) - 1).clamp_min(0)]
         total = self.effect[:, life, every].sum(dim=-1)  # [images, episodes]
         along = torch.einsum("ne,nlp->elp", total, self.effect)
@@ -152,12 +152,12 @@ class Learner:
 
     @torch.no_grad()
     def propose(self, life: np.ndarray, *, episodes: int, exchanges: int) -> np.ndarray:
-        """Play episodes from `life` int64 [patches]; a patch is exchanged once in an episode, so none is undone.
+        """Play episodes from `life` int64 [patches]; each patch is exchanged at most once per episode.
 
         Returns:
-            int64 [episodes, patches]; none where all lifetimes are equal.
+            int64 [episodes, patches]; no episodes if all lifetimes are equal.
         """
-        # With m patches outside the commonest lifetime, m / 2 exchanges never use all but one lifetime up.
+        # With m patches outside the most common lifetime, m / 2 exchanges always leave at least two lifetimes.
         others = len(life) - int(np.bincount(life).max())
         exchanges = min(exchanges, -(-others // 2))
         if not exchanges:
@@ -184,14 +184,14 @@ class Learner:
         return torch.multinomial(_log(logits, allowed).exp(), 1, generator=self.generator).squeeze(1)
 
     def learn(self, rewards: np.ndarray) -> None:
-        """One PPO update from the rewards, float [episodes], of what was proposed last (the first ones, if fewer)."""
+        """One PPO update from the rewards, float [episodes], of the latest proposals (the first ones, if fewer)."""
         assert self._steps is not None, "propose first"
         count = len(rewards)
         old = Steps(*(getattr(self._steps, name)[:, :count] for name in Steps.__dataclass_fields__))
         advantage, following = torch.zeros_like(old.value), torch.zeros(count)
         following_value = torch.from_numpy(
             np.asarray(rewards, dtype=np.float32)
-        )  # gamma 1: the end is worth its reward
+        )  # gamma 1: the final reward is not discounted
         for step in reversed(range(len(old.value))):
             following = following_value - old.value[step] + LAMBDA * following
             advantage[step], following_value = following, old.value[step]
@@ -212,7 +212,7 @@ class Learner:
 
 
 def _log(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Log probabilities; those that are not allowed have none (a large negative number: its gradient stays finite)."""
+    """Log probabilities; disallowed actions get a large negative number, which keeps gradients finite."""
     return logits.masked_fill(~allowed, -1e9).log_softmax(dim=-1)
 
 
@@ -237,24 +237,25 @@ def ppo_search(
 ) -> tuple[np.ndarray, float]:
     """Let a policy propose exchanges, and keep what lowers the loss.
 
-    The candidates of an update are run on the same few batches, drawn by `seed`. Reward = (incumbent's loss - theirs) /
-    incumbent's loss there, within +-1, - beta * max(0, cost / budget - 1); an exchange keeps the cost, so the second
-    term is 0 for a start within the budget. The best of them are run on the other batches, until their mean loss is no
-    longer lower; where it is on all of them, the incumbent moves there, and the next episodes start from it.
+    All candidates of an update are run on the same few batches, drawn by `seed`. Reward = (incumbent's loss - theirs) /
+    incumbent's loss there, clipped to +-1, - beta * max(0, cost / budget - 1); exchanges preserve the cost, so the
+    second term is 0 if the start is within the budget. The best candidates are then run on the other batches, for as
+    long as their mean loss stays lower. If it is lower on all of them, the candidate becomes the incumbent, from which
+    the next episodes start.
 
     Args:
-        life: int [patches], where to start.
-        effects: float [images, depth, patches]; importance: float [depth, patches]. Of the Fisher prior.
-        limits: each candidate spends one, however many batches it is run on.
-        exchanges: length of an episode, at first; halved after updates that found nothing better.
-        batches_per_evaluation: those a candidate is run on first; None is an eighth of them.
-        costs, budget, beta: the cost of lifetimes, what it may be, and the weight of what exceeds it.
+        life: int [patches], starting point.
+        effects: float [images, depth, patches]; importance: float [depth, patches]. From the Fisher prior.
+        limits: Each candidate counts as one evaluation, however many batches it is run on.
+        exchanges: Initial length of an episode; halved after updates without improvement.
+        batches_per_evaluation: Batches that a candidate is run on first; None for an eighth of them.
+        costs, budget, beta: Cost of lifetimes, its limit, and the weight of exceeding it.
 
     Returns:
         Lifetimes int64 [patches], and their loss on `batches` (nats).
 
     Raises:
-        SearchError: losses that are not finite.
+        SearchError: if losses are not finite.
     """
     incumbent = Incumbent(scorer, life, batches, temperature)
     learner = Learner(effects, importance, scorer.description.grid, seed=seed, learning_rate=learning_rate)
@@ -262,7 +263,7 @@ def ppo_search(
     first = max(1, min(batches_per_evaluation or len(batches) // 8, len(batches)))
     failed = 0
     while limits.left:
-        # The leader alone plays and learns: the others need no bit-equal network to decide alike.
+        # Only the leader plays and learns, so the network need not be bitwise equal on all processes.
         lives = scorer.workers.from_leader(
             partial(learner.propose, incumbent.life, episodes=episodes_per_update, exchanges=exchanges)
         )
@@ -290,7 +291,7 @@ def ppo_search(
 
 
 def _confirm(incumbent: Incumbent, lives: np.ndarray, rewards: Sequence[float], chosen: Sequence[int]) -> bool:
-    """Move the incumbent to the first of the best candidates that is better on all batches; whether there was one."""
+    """Adopt the first of the best candidates that is better on all batches; returns whether there was one."""
     for k in sorted(range(len(rewards)), key=lambda k: -rewards[k])[:CONFIRMED]:
         if rewards[k] > 0 and _stays_better(incumbent, lives[k], chosen):
             incumbent.move(lives[k])
@@ -299,9 +300,9 @@ def _confirm(incumbent: Incumbent, lives: np.ndarray, rewards: Sequence[float], 
 
 
 def _stays_better(incumbent: Incumbent, life: np.ndarray, chosen: Sequence[int]) -> bool:
-    """Whether a candidate's mean loss is below the incumbent's, asked again after each batch.
+    """Whether a candidate's mean loss stays below the incumbent's, checked after each batch.
 
-    The best of some candidates on a few images mostly owes it to these images, and shows it soon.
+    The best candidate on a few images is often so by chance, which soon shows on others.
     """
     changes: list[float] = []
     for part in [list(chosen), *([batch] for batch in incumbent.batches if batch not in chosen)]:

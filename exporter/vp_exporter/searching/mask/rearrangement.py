@@ -1,4 +1,4 @@
-"""Stage 2, rearrangement: which patches leave when, the counts of every block staying as stage 1 found them."""
+"""Stage 2, rearrangement: change which patches leave when, keeping the counts found by stage 1."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ STRATEGIES = ("greedy", "ppo")
 
 @dataclass(frozen=True)
 class Rearranged:
-    """The mask that is best on held-out images.
+    """Result of the rearrangement: the best mask on held-out images.
 
     Attributes:
         life: int64 [patches].
-        strategy: how it was found: "greedy", "ppo", "block fisher swap", or "start" (nothing beat a start).
-        start: the name of the start that it came from.
-        prior_kl, kl: of the Fisher prior and of `life` on the held-out batches: mean KL(dense || reduced), nats.
-        rows: one for each candidate: {strategy, start, search_loss, held_kl, held_loss, evaluations, seconds}; the
-            losses are what a search goes by (Scorer.losses).
-        lives: what each strategy ended at, kept or not.
+        strategy: "greedy", "ppo", "block fisher swap", or "start" (no start was improved).
+        start: Name of the start that it came from.
+        prior_kl, kl: Mean KL(dense || reduced) of the Fisher prior and of `life` on the held-out batches, nats.
+        rows: One per candidate: {strategy, start, search_loss, held_kl, held_loss, evaluations, seconds}; losses are
+            those used by the search (Scorer.losses).
+        lives: Final lifetimes of each strategy, whether kept or not.
     """
 
     life: np.ndarray
@@ -46,7 +46,7 @@ class Rearranged:
 
     @property
     def gain(self) -> float:
-        """Nats by which it beats the Fisher prior on held-out images; 0 where the prior was kept."""
+        """Reduction of the held-out KL against the Fisher prior, in nats; 0 if the prior was kept."""
         return self.prior_kl - self.kl
 
     def __str__(self) -> str:
@@ -70,23 +70,24 @@ def rearrange(
     strategies: Sequence[str] = STRATEGIES,
     trace: Trace,
 ) -> Rearranged:
-    """Improve the best of some masks by exchanges.
+    """Improve the best of several masks by exchanges.
 
-    The best start on the search batches, and what `block_fisher_swap` makes of it, are compared; each strategy goes on
-    from the better one, with the same limits. Then all of them, starts included, meet the held-out images: of those
-    whose plain KL is not above the Fisher prior's the one of least merit (scoring.settled), of equal ones the prior.
+    Compares the best start on the search batches with what `block_fisher_swap` makes of it; each strategy continues
+    from the better one, with the same limits. All of them, starts included, are then evaluated on the held-out images.
+    Among those whose plain KL is not above the Fisher prior's, the one of least merit (scoring.settled) is kept; on
+    ties, the prior.
 
     Args:
-        starts: lifetimes int [patches] by name, "fisher prior" among them. A strategy keeps the counts of its start.
-        effects: float [images, depth, patches]; importance: float [depth, patches]. See `greedy`.
-        evaluations, seconds: of each strategy; None for no limit.
-        seed: of the strategies.
-        temperature: of the loss that is searched on.
-        strategies: of "greedy" and "ppo".
-        trace: gets a row for each candidate.
+        starts: Lifetimes int [patches] by name, including "fisher prior". A strategy keeps the counts of its start.
+        effects: float [images, depth, patches]; importance: float [depth, patches]. See `exchange`.
+        evaluations, seconds: Limits of each strategy; None for no limit.
+        seed: Seed of the strategies.
+        temperature: Temperature of the loss used by the search.
+        strategies: Of "greedy" and "ppo".
+        trace: Receives a row per candidate.
 
     Raises:
-        SearchError: no Fisher prior among the starts, an unknown strategy, arrays of another model, or losses that are
+        SearchError: if the Fisher prior is missing, a strategy is unknown, arrays do not fit the model, or losses are
             not finite.
     """
     _check(scorer, starts, effects, importance, strategies)
@@ -111,12 +112,12 @@ def rearrange(
         add(strategy, start, life, loss, 1)
         trace.add(START, loss, min(entry[3] for entry in found))
 
-    measure(START, PRIOR, starts[PRIOR])  # first: of equal ones it is kept
+    measure(START, PRIOR, starts[PRIOR])  # first, so that it wins ties
     for name, life in starts.items():
         if name != PRIOR:
             measure(START, name, life)
     _, start, life, _ = min(found, key=lambda entry: entry[3])
-    # From one process: a last bit of a matrix product could decide otherwise on another machine.
+    # On one process: the last bit of a matrix product could lead to another decision on another machine.
     measure(SWAP, start, workers.from_leader(lambda: block_fisher_swap(effects, life)))
     life, loss = min(((entry[2], entry[3]) for entry in found), key=lambda entry: entry[1])
     for strategy in strategies:

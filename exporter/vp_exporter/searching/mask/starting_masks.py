@@ -1,8 +1,8 @@
-"""Static masks whose dropped patches lie apart: each one leaves neighbours that tell nearly the same.
+"""Starting masks whose dropped patches are spread out, such that each leaves similar neighbours.
 
-What a patch is worth hangs on which of its neighbours stay. Learning that from pairs takes more images than a search
-has; that it falls with the distance is known beforehand. So dropped patches repel each other here, and the model is
-only asked which of a few such masks is best: a choice among few does not overfit, as exchanges of single patches do.
+The value of a patch depends on which of its neighbours remain. A search has too few images to learn this from pairs,
+but it is known to fall with the distance. So dropped patches repel each other here, and the model only selects among a
+few such masks: unlike exchanges of single patches, this does not overfit.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import numpy as np
 
 from vp_exporter.searching.mask.encoding import life_of
 
-REACHES = (0.8, 1.2, 2.0)  # patches; of the repulsion
-PULLS = (0.0, 0.3)  # what the importance counts against the repulsion
-TRIES = 16  # random beginnings; the one that ends lowest is taken
+REACHES = (0.8, 1.2, 2.0)  # of the repulsion, in patches
+PULLS = (0.0, 0.3)  # weight of the importance relative to the repulsion
+TRIES = 16  # random initialisations, of which the best is taken
 
 
 def starting_masks(
     counts: Sequence[int], grid: tuple[int, int], importance: np.ndarray, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A mask for each reach of the repulsion, with and without the importance.
+    """Masks for each reach of the repulsion, with and without the importance.
 
     Args:
-        counts: patches alive in each block, never rising.
+        counts: Patches in each block, non-increasing.
         importance: float [patches], of losing each from the first block on.
-        seed: of the beginnings.
+        seed: Seed of the initialisations.
 
     Returns:
-        lifetimes int64 [patches] by name. What later blocks drop joins what the first ones have dropped.
+        lifetimes int64 [patches] by name. Patches dropped by a block stay dropped in later ones.
     """
     patches = grid[0] * grid[1]
-    root = np.sqrt(np.maximum(importance, 0.0))  # a gradient's own unit
+    root = np.sqrt(np.maximum(importance, 0.0))  # has the unit of a gradient
     worth = root / root.mean() if root.mean() > 0 else np.zeros(patches)
     found = {}
     for reach in REACHES:
@@ -41,7 +41,7 @@ def starting_masks(
             dropped, rows = np.zeros(patches, dtype=bool), []
             for count in counts:
                 if patches - count > int(dropped.sum()):
-                    # The usual repulsion on a dropped patch makes the two terms of one scale.
+                    # Scale the importance to the typical repulsion on a dropped patch.
                     scale = pull * (patches - count) * float(near.sum()) / patches**2
                     dropped = drop(near, scale * worth, patches - count, dropped, seed)
                 rows.append(~dropped)
@@ -51,17 +51,17 @@ def starting_masks(
 
 
 def squared_distances(grid: tuple[int, int]) -> np.ndarray:
-    """Between the middles of patches, in patches, squared: int64 [patches, patches]."""
+    """Squared distances between patch centres, in patches: int64 [patches, patches]."""
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     square: np.ndarray = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
     return square
 
 
 def kernel(grid: tuple[int, int], reach: float) -> np.ndarray:
-    """How strongly dropped patches repel each other: exp(-distance^2 / (2 reach^2)), float64 [patches, patches].
+    """Repulsion between dropped patches: exp(-distance^2 / (2 reach^2)), float64 [patches, patches].
 
     Args:
-        reach: in patches. A patch does not repel itself.
+        reach: In patches. The diagonal is 0.
     """
     near: np.ndarray = np.exp(-squared_distances(grid) / (2 * reach**2))
     np.fill_diagonal(near, 0.0)
@@ -69,21 +69,21 @@ def kernel(grid: tuple[int, int], reach: float) -> np.ndarray:
 
 
 def energy(near: np.ndarray, worth: np.ndarray, dropped: np.ndarray) -> float:
-    """The repulsion of all pairs of dropped patches, each once, and what the dropped ones are worth."""
+    """Energy: repulsion of all pairs of dropped patches, each counted once, plus the importance of dropped patches."""
     mask = dropped.astype(np.float64)
     return float(mask @ near @ mask / 2 + worth @ mask)
 
 
 def drop(near: np.ndarray, worth: np.ndarray, count: int, fixed: np.ndarray, seed: int) -> np.ndarray:
-    """Patches of least energy, among TRIES descents by the best exchange from random beginnings.
+    """Patches to drop at minimal energy, from TRIES descents by best exchange with random initialisation.
 
     Args:
-        near: float [patches, patches], of `kernel`; worth: float [patches].
-        count: how many to drop.
-        fixed: bool [patches], dropped already; at most `count`.
+        near: float [patches, patches], from `kernel`; worth: float [patches].
+        count: Number of patches to drop.
+        fixed: bool [patches], patches already dropped; at most `count`.
 
     Returns:
-        bool [patches], dropped; `fixed` is among them.
+        bool [patches], dropped patches, including `fixed`.
     """
     rng, best, least = np.random.default_rng(seed), fixed, np.inf
     for _ in range(TRIES):
@@ -97,7 +97,7 @@ def drop(near: np.ndarray, worth: np.ndarray, count: int, fixed: np.ndarray, see
 
 
 def _descend(near: np.ndarray, worth: np.ndarray, dropped: np.ndarray, fixed: np.ndarray) -> None:
-    """Exchange a dropped patch for a kept one, the best pair each time, until none lowers the energy; in place."""
+    """Repeatedly make the best exchange of a dropped for a kept patch until none lowers the energy; in place."""
     while True:
         field = near @ dropped + worth
         out, into = np.flatnonzero(dropped & ~fixed), np.flatnonzero(~dropped)

@@ -1,11 +1,11 @@
-"""Token Mask Tuning: a scale for every surviving token, as an additive attention logit log s (a plan's key_bias).
+"""Token Mask Tuning: a scale for every remaining token, as an additive attention logit log s (a plan's key_bias).
 
-What a static step drops is missing in each softmax, and what stays counts for more than it did, the class token above
-all. A bias for every surviving key, in every block that has lost patches, gives the balance back; it costs one constant
-row a block.
+Tokens dropped by a static step are missing in each softmax, which gives the remaining ones too much weight, most of all
+the class token. A bias for every key in each block that has lost patches restores the balance, at the cost of one
+constant row per block.
 
-Blocks that still hold every patch are left alone: as long as nothing has been dropped they equal the dense model. So
-are blocks behind a step that chooses by image: a bias belongs to a place in the grid.
+Blocks that still have every patch are left alone: before anything is dropped, they equal the dense model. So are blocks
+after a step that chooses per image, since a bias belongs to a grid position.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from vp_exporter.searching.scoring import COMPARED, Scorer, embed, frozen, kl
 METHODS = ("shared", "least-squares", "adam")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of log(patches / alive)
 FRACTIONS = (0.0, 0.25, 0.5, 1.0)  # of the least-squares step
-LIMIT = 10.0  # nats: a bias of -10 is a token that is gone
-SMOOTH = 1e-4  # nats: where the root of a smaller KL than that would have an endless slope
-DIGITS = 6  # of a bias in the plan: far below what an engine in fp16 keeps
+LIMIT = 10.0  # nats: a bias of -10 practically removes a token
+SMOOTH = 1e-4  # nats: below it the root of the KL has too steep a slope
+DIGITS = 6  # of a bias in the plan: far below fp16 resolution
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Tuned:
     """A tuned plan.
 
     Attributes:
-        plan: the given one where nothing helped.
-        kl_before, kl_after: mean KL(dense || reduced) on the held-out batches, nats; after <= before.
-        rows: {"stage", "held_kl" and "held_loss" (of what the stage gave; None where it gave nothing), "accepted",
-            "seconds", "note"}; the loss is what a search goes by (Scorer.losses).
+        plan: The given plan if nothing helped.
+        kl_before, kl_after: Mean KL(dense || reduced) on the held-out batches, nats; after <= before.
+        rows: {"stage", "held_kl" and "held_loss" (of the stage's result, None without one), "accepted", "seconds",
+            "note"}; the loss is that used by the search (Scorer.losses).
     """
 
     plan: ReductionPlan
@@ -72,16 +72,16 @@ def tune(
     lr: float = 0.03,
     methods: Sequence[str] = METHODS,
 ) -> Tuned:
-    """Run stages one after another, Adam on the search batches, the others on COMPARED images of them.
+    """Run the stages in order: Adam on all search batches, others on COMPARED images of them.
 
-    Each is kept only if on the held-out images both the plain KL and the loss that a search goes by fall.
+    A stage is kept only if it lowers both the plain KL and the loss used by the search on the held-out images.
 
     Args:
-        steps, seed, temperature, lr: of `adam`; the seed also draws the queries of `least_squares`.
-        methods: of METHODS, in the order to run them in.
+        steps, seed, temperature, lr: As for `adam`; the seed is also used for the queries of `least_squares`.
+        methods: Of METHODS, in execution order.
 
     Raises:
-        SearchError: an unknown method, or a value out of its range.
+        SearchError: if a method is unknown, or a value is out of range.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
@@ -117,7 +117,7 @@ def tune(
 
 
 def tunable(plan: ReductionPlan) -> tuple[int, ...]:
-    """Blocks that have lost patches, and whose tokens have places in the grid."""
+    """Blocks that have lost patches, and whose tokens have fixed grid positions."""
     return tuple(
         number
         for number, row in enumerate(plan.tokens())
@@ -133,17 +133,18 @@ def shared_bias(
     shares: Sequence[float] = SHARES,
     temperature: float = 3.0,
 ) -> ReductionPlan:
-    """Raise all patches alike against the prefix tokens by share * log(patches / alive); the share with the least loss.
+    """Raise all patches equally against the prefix tokens, by the share of log(patches / alive) with the lowest loss.
 
-    With share 1 each survivor counts for patches / alive of the dense model's. It is added to what biases the plan has.
+    With share 1 each remaining patch counts as much as patches / alive patches of the dense model. Added to existing
+    biases.
 
     Args:
-        batches: to measure the loss on, softened by `temperature`.
-        shares: to choose from; the first of equals.
+        batches: Used to measure the loss, softened by `temperature`.
+        shares: Candidates; ties go to the first.
     """
     prefix = plan.model.prefix_tokens
     blocks, tokens = tunable(plan), plan.tokens()
-    if not prefix or not blocks:  # one bias for all tokens changes nothing
+    if not prefix or not blocks:  # a bias common to all tokens has no effect
         return plan
     now = biases(plan, blocks)
 
@@ -172,29 +173,28 @@ def least_squares(
     queries: int | None = 16,
     seed: int = 0,
 ) -> ReductionPlan:
-    """Fit each block's scales so that the surviving tokens leave its attention as they do in the dense model.
+    """Fit each block's scales such that the remaining tokens after attention match those of the dense model.
 
-    Block by block from the front, the student running with the scales found so far. The target is the stream after
-    attention, residual included (as in Kwon et al.), so a block also makes up for what those before it have left wrong.
-    The scales are relative to the plan's own biases, and the model is linear around them
-    (vp_exporter.searching.mask.least_squares); of its solution that fraction in FRACTIONS is taken which gives the
-    least true error, on other queries.
+    Proceeds block by block, running the reduced model with the scales found so far. The target is the stream after
+    attention, residual included (as in Kwon et al.), so a block also compensates errors of earlier ones. Scales are
+    relative to the plan's own biases, around which the model is linearised (vp_exporter.searching.mask.least_squares).
+    The step is scaled by the one of FRACTIONS with the lowest true error on other queries.
 
     Args:
-        batches: to fit on.
-        ridge: pull towards no change, relative to the mean squared column.
-        bound: scales stay in 1/bound..bound, and a block with a solution |s - 1| > bound keeps the biases that it had
-            (Kwon et al. stop there, and leave all later blocks).
-        class_weight: what the tokens that the head reads weigh together, relative to all others together.
-        queries: query tokens, drawn anew for each batch and block, that the equations are summed over besides those
-            that the head reads; None for all. Each costs N^2 D multiplications an image.
-        seed: of their choice.
+        batches: Used for fitting.
+        ridge: Regularisation towards no change, relative to the mean squared column.
+        bound: Scales are limited to 1/bound..bound, and a block with a solution |s - 1| > bound keeps its biases (Kwon
+            et al. stop there, and leave all later blocks).
+        class_weight: Total weight of the tokens that the head reads, relative to all others.
+        queries: Number of query tokens per batch and block, drawn at random, to sum the equations over in addition to
+            those that the head reads; None for all. Each costs N^2 D multiplications per image.
+        seed: Seed of their choice.
 
     Returns:
-        The plan with biases, the same on every process.
+        The plan with biases, equal on every process.
 
     Raises:
-        SearchError: attention outputs that are normalised or gated (tune by `adam` alone), or a value out of its range.
+        SearchError: if attention outputs are normalised or gated (use `adam` alone), or a value is out of range.
     """
     reason = why_not_linear(scorer.vit)
     if reason:
@@ -239,7 +239,7 @@ def least_squares(
 
 @dataclass(frozen=True)
 class _Fit:
-    """One block of `least_squares`: what enters it in the student, and the dense model's stream after attention."""
+    """One block of `least_squares`: its input in the reduced model, and the dense model's stream after attention."""
 
     block: ReducedBlock
     kept: Tensor
@@ -250,7 +250,7 @@ class _Fit:
     teachers: Mapping[int, Tensor]
 
     def run(self, scorer: Scorer, batches: Sequence[int], start: Tensor, ridge: float, bound: float) -> Tensor | None:
-        """The biases float64 [N], on the CPU; None to leave them as they are."""
+        """Biases float64 [N], on the CPU; None to leave them unchanged."""
         parts = scorer.workers.map(lambda batch: self.equations(batch, start), batches)
         change = solve(torch.stack(parts).sum(dim=0), ridge)
         if change is None or float(change.abs().max()) > bound:
@@ -277,7 +277,7 @@ class _Fit:
         return normal_equations(self.block, x, bias, self.target(batch), rows, weights)
 
     def errors(self, batch: int, trials: Sequence[Tensor]) -> Tensor:
-        """float64 [trials], the weighted squared error of other queries than those that were fitted."""
+        """float64 [trials], weighted squared error at queries that were not used for fitting."""
         x = self.entering(batch)
         rows, weights = (part.to(x.device) for part in sample_rows(self.weights, self.queries, (*self.seed, batch, 1)))
         wanted = self.target(batch).index_select(1, rows)
@@ -297,23 +297,24 @@ def adam(
     decay: float = 1e-3,
     parts: int = 4,
 ) -> ReductionPlan:
-    """Adam on all biases against the root of the softened KL to the dense model, the rate falling linearly to 0.
+    """Optimise all biases with Adam on the root of the softened KL; the learning rate falls linearly to 0.
 
-    The KL is carried by a handful of images, its root by all (Scorer.losses).
+    The KL is dominated by a handful of images, its root is not (Scorer.losses).
 
     Args:
-        batches: to fit on. A step takes 1/parts of the images of each of `parts` batches: as many images as one batch
-            has, and up to `parts` processes share them. The cut, and so the result, is the same for any number of them.
-        lr: nats a step, at first.
-        temperature: of both sides' softmax.
-        seed: of the batches' order.
-        decay: weight of half the squared distance to the biases at the start.
+        batches: Used for fitting. A step takes 1/parts of the images from each of `parts` batches: as many images as
+            one batch has, shared by up to `parts` processes. The split, and thus the result, does not depend on their
+            number.
+        lr: Initial learning rate, in nats per step.
+        temperature: Of both sides' softmax.
+        seed: Seed of the batch order.
+        decay: Weight of half the squared distance to the initial biases.
 
     Returns:
-        The plan with biases, the same on every process; they are within LIMIT.
+        The plan with biases, equal on every process; they are within LIMIT.
 
     Raises:
-        SearchError: a value out of its range, or a gradient that is not finite.
+        SearchError: if a value is out of range, or a gradient is not finite.
     """
     if not (steps >= 0 and lr > 0 and temperature > 0 and decay >= 0 and parts >= 1):
         raise SearchError(
@@ -330,11 +331,11 @@ def adam(
     optimiser = torch.optim.Adam([now], lr=lr)  # on the CPU in float64: the same arithmetic on every process
     model = _model(scorer, plan)
     for block in model.blocks:
-        # Plain matrix products: the gradient of a fused attention adds up in any order on a GPU.
+        # Plain matrix products: on a GPU, the gradient of fused attention is summed in varying order.
         block.attention_form = "explicit"
 
     def gradient(batch: int, part: int) -> Tensor:
-        """float64 [biases + 1]: the gradient summed over the part's images, and how many they are."""
+        """float64 [biases + 1]: gradient summed over the part's images, and their number."""
         images, dense = (
             of[part * len(of) // parts : (part + 1) * len(of) // parts]
             for of in (scorer.calibration.images(batch), scorer.calibration.dense(batch))
@@ -369,7 +370,7 @@ def adam(
 
 
 def _groups(batches: Sequence[int], parts: int, seed: int) -> Iterator[tuple[list[int], int]]:
-    """Groups of at most `parts` batches and the part of each to take, without end; every image once an epoch."""
+    """Endless groups of at most `parts` batches and the part of each to take; every image once per epoch."""
     rng = np.random.default_rng(seed)
     while True:
         for part in range(parts):
@@ -384,18 +385,18 @@ def _device(scorer: Scorer) -> torch.device:
 
 
 def _model(scorer: Scorer, plan: ReductionPlan | None) -> ReducedViT:
-    # A plan's positions are made on the CPU.
+    # Positions in a plan are created on the CPU.
     return ReducedViT(scorer.vit, scorer.description, plan).to(_device(scorer))
 
 
 def biases(plan: ReductionPlan, blocks: Sequence[int]) -> dict[int, np.ndarray]:
-    """float64 [N] of each block; zeros where the plan has none."""
+    """float64 [N] of each block; zeros if the plan has none."""
     tokens = plan.tokens()
     return {block: np.array(plan.key_bias.get(block, (0.0,) * tokens[block].attention)) for block in blocks}
 
 
 def with_biases(plan: ReductionPlan, rows: Mapping[int, np.ndarray]) -> ReductionPlan:
-    """The plan with these blocks' biases in place of its own; a row of zeros costs nothing, and is left out."""
+    """Replace the biases of these blocks in the plan; rows of zeros are left out, as they have no effect."""
     merged = {block: row for block, row in plan.key_bias.items() if block not in rows}
     for block, row in rows.items():
         rounded = tuple(round(float(value), DIGITS) + 0.0 for value in row)

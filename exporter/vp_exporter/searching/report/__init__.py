@@ -1,1 +1,1 @@
-"""What a search says of itself: its verdict, its page and the pictures on it."""
+"""Report of a search: verdict, page and plots."""

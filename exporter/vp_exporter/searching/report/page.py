@@ -1,4 +1,4 @@
-"""search.json for machines, search.html for people: what a search did, on one page without scripts or network."""
+"""Write a search report: search.json, and search.html, a single page without scripts or network access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import jinja2
 
 FORMAT, VERSION = "vp-search", 1
-OUTCOMES = {  # of a verdict: the colour it has in the report's style, and its heading
+OUTCOMES = {  # verdict -> colour in the report's style, and heading
     "better": ("passed", "Better than every baseline"),
     "worse": ("failed", "A baseline is better"),
     "unproven": ("measured", "No gain proven"),
@@ -30,7 +30,7 @@ OUTCOMES = {  # of a verdict: the colour it has in the report's style, and its h
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the page: `name` is its file's, without .png; `text` says what is seen; `alt` is read aloud."""
+    """A plot on the page: `name` of its file, without .png; `text` is the caption; `alt` the alternative text."""
 
     name: str
     title: str
@@ -44,30 +44,30 @@ class Picture:
 
 
 def write_page(folder: str | Path, result: Mapping[str, Any]) -> list[Path]:
-    """Write search.html, search.json and a PNG for each picture into an existing folder, over what is there.
+    """Write search.html, search.json and a PNG for each plot into an existing folder, replacing existing files.
 
-    Everything is drawn before anything is written, and each file is replaced in one step.
+    Everything is rendered before anything is written, and each file is written atomically.
 
     Args:
-        result: what to show; a key that is missing or None leaves its section out. Put no path of this machine into it.
-            title, model, method, budget: one line each.
-            verdict: of `SearchVerdict.to_dict`; without it the page says what the rows alone tell.
+        result: Content; sections whose key is missing or None are left out. Must not contain local paths.
+            title, model, method, budget: One line each.
+            verdict: From `SearchVerdict.to_dict`; derived from the rows if missing.
             facts: [name, value] pairs.
-            stages: rows {"name", "macs_share" (0 to 1 of dense), "kl" (nats), "agreement" (percent), "evaluations",
+            stages: Rows {"name", "macs_share" (0 to 1 of dense), "kl" (nats), "agreement" (percent), "evaluations",
                 "seconds", "accepted" (bool), "winner" (bool)}, measured on the held-out images; baselines: the same.
-            grid: rows and columns of patches; needed by the next three where they make no square.
+            grid: Rows and columns of patches; needed by the next three unless it is square.
             importance: [depth, patches]; life: int [patches], or mask: [depth, patches]; key_scales: [depth, patches],
-                0 or NaN where a patch is gone.
+                0 or NaN for dropped patches.
             tokens: {"counts": {name: tokens at the attention of each block}, "dense": tokens}.
-            trace: rows of `Trace`; front: points of `pictures.front`.
-            warnings: one line each.
+            trace: Rows of `Trace`; front: points of `pictures.front`.
+            warnings: One line each.
 
     Returns:
         The files written.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
-        SearchError: the folder cannot be written.
+        PackageMissingError: if matplotlib is not installed.
+        SearchError: if the folder cannot be written.
     """
     folder, drawn = Path(folder), _pictures(result)
     body = plain({"format": FORMAT, "version": VERSION, **result})
@@ -132,7 +132,7 @@ def _pictures(result: Mapping[str, Any]) -> list[Picture]:
 
 
 def _grid(result: Mapping[str, Any], values: np.ndarray) -> tuple[int, int]:
-    """The patch grid: given, or a square; a single row where neither is."""
+    """The patch grid as given, else a square, else a single row."""
     patches = values.shape[-1]
     if result.get("grid") is not None:
         rows, columns = (int(side) for side in result["grid"])
@@ -174,7 +174,8 @@ def _environment() -> jinja2.Environment:
 
     here = Path(__file__).parent
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader([here, here.parents[1] / "validation"]),  # the report's style is this page's too
+        # shares the style of the validation report
+        loader=jinja2.FileSystemLoader([here, here.parents[1] / "validation"]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -183,7 +184,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row of a table as text; "–" where a figure is missing."""
+    """Format a table row; "–" for missing figures."""
     accepted = row.get("accepted")
     return {
         "name": str(row.get("name", "")),
@@ -200,7 +201,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 def _mark(
     stages: Sequence[dict[str, str]], baselines: Sequence[dict[str, str]], verdict: Mapping[str, Any] | None
 ) -> None:
-    """Mark the stage whose plan is handed over (where none says so the last that was kept), and the best baseline."""
+    """Mark the stage of the final plan (by default the last accepted one), and the best baseline."""
     kept = [row for row in stages if row["accepted"] != "rejected" and row["kl"] != "–"]
     if kept and not any(row["mark"] for row in stages):
         kept[-1]["mark"] = "winner"
@@ -210,7 +211,7 @@ def _mark(
 
 
 def _figures(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, detail) of the last stage that was kept."""
+    """(name, value, detail) of the last accepted stage."""
     kept = [row for row in result.get("stages") or () if row.get("accepted") in (True, None)]
     if not kept:
         return []

@@ -1,6 +1,6 @@
-"""What a search saw and decided, as PNG pictures. Blocks are numbered from 0, as in plans.
+"""Plots of a search, as PNG. Blocks are numbered from 0, as in plans.
 
-matplotlib is imported inside the functions only, and no picture touches its global state.
+matplotlib is imported inside functions only, and its global state is never changed.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too; their yellow is too pale for lines on white.
+# Okabe and Ito's colour-blind safe palette; yellow is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GONE = "#e9ecef"
-GONE_DARK = "#b4bcc4"  # beside a colour map whose middle is nearly white
+GONE_DARK = "#b4bcc4"  # on colour maps whose middle is nearly white
 MARKERS = "osD^vPX"
-MAX_POINTS = 5000  # dots in the progress picture: more are ink and no news
+MAX_POINTS = 5000  # dots in the progress plot; more are not readable
 
 
 def importance_maps(importance: np.ndarray, grid: tuple[int, int]) -> bytes:
-    """Heat maps over the patch grid, one a block, with one logarithmic colour scale.
+    """Heat maps over the patch grid, one per block, with a common logarithmic colour scale.
 
     Args:
         importance: [depth, patches], nats squared, 0 or more.
-        grid: rows and columns of patches.
+        grid: Rows and columns of patches.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
+        PackageMissingError: if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import LogNorm, Normalize
 
     values = np.ma.masked_invalid(np.asarray(importance, dtype=np.float64))
-    positive = values[values > 1e-30].compressed()  # less is nothing, and would be 0 in float32
+    positive = values[values > 1e-30].compressed()  # smaller values would underflow float32
     norm: Normalize = Normalize(0, 1)
     if len(positive):
-        # A few patches that hardly matter must not stretch the scale until all others look alike.
+        # Keep a few unimportant patches from stretching the scale.
         high = float(positive.max())
         low = min(max(float(np.quantile(positive, 0.01)), 1e-6 * high), high / 2)
         norm = LogNorm(low, high, clip=True)
@@ -53,15 +53,15 @@ def importance_maps(importance: np.ndarray, grid: tuple[int, int]) -> bytes:
 
 
 def key_bias_map(scales: np.ndarray, grid: tuple[int, int]) -> bytes:
-    """The tuned key scales, one map a block; blocks that were not tuned (every scale 1) are left out.
+    """Maps of the tuned key scales, one per tuned block (blocks with all scales 1 are left out).
 
     Args:
-        scales: [depth, patches]: what each patch's exponentiated attention logit is multiplied by, above 0; 0 or NaN
-            where the patch is gone.
-        grid: rows and columns of patches.
+        scales: [depth, patches]: factor of each patch's exponentiated attention logit, above 0; 0 or NaN for dropped
+            patches.
+        grid: Rows and columns of patches.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
+        PackageMissingError: if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import Normalize
@@ -77,15 +77,15 @@ def key_bias_map(scales: np.ndarray, grid: tuple[int, int]) -> bytes:
 
 
 def kept_sets(kept: np.ndarray, grid: tuple[int, int], depth: int | None = None) -> bytes:
-    """Which patches each block still has; one picture for a run of blocks with the same set.
+    """Maps of the patches kept in each block; consecutive blocks with equal sets share one.
 
     Args:
-        kept: a mask [depth, patches] (positive is alive), or lifetimes int [patches].
-        grid: rows and columns of patches.
-        depth: blocks, for lifetimes; their maximum where it is not given.
+        kept: A mask [depth, patches] (positive is kept), or lifetimes int [patches].
+        grid: Rows and columns of patches.
+        depth: Number of blocks, for lifetimes; defaults to their maximum.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
+        PackageMissingError: if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.colors import ListedColormap, to_hex
@@ -117,21 +117,21 @@ def kept_sets(kept: np.ndarray, grid: tuple[int, int], depth: int | None = None)
 
 
 def tokens_per_block(counts: Mapping[str, Sequence[int]], dense: int) -> bytes:
-    """Steps over the blocks, one line a name.
+    """Step plot of token counts over the blocks, one line per name.
 
     Args:
         counts: name -> tokens that enter the attention of each block.
-        dense: tokens of the model that is not reduced.
+        dense: Tokens of the dense model.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
+        PackageMissingError: if matplotlib is not installed.
     """
     require_matplotlib()
     depth = max((len(row) for row in counts.values()), default=1)
     figure, axis = _axes(3.4)
     axis.axhline(dense, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="dense")
     for i, (name, row) in enumerate(counts.items()):
-        # Edges, not points: a count holds for the whole width of its block.
+        # Steps rather than points: a count applies to a whole block.
         axis.stairs(
             np.asarray(row, dtype=np.float64), np.arange(len(row) + 1) - 0.5, baseline=None, label=plain_text(name),
             color=COLOURS[i % len(COLOURS)], linewidth=2.0, linestyle="-" if i < len(COLOURS) else "--",
@@ -146,13 +146,13 @@ def tokens_per_block(counts: Mapping[str, Sequence[int]], dense: int) -> bytes:
 
 
 def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The loss of every candidate as a dot, the best of its stage as a line.
+    """Plot the loss of every candidate as a dot, and the best of its stage as a line.
 
     Args:
-        rows: of `vp_exporter.searching.limits.Trace`.
+        rows: Of `vp_exporter.searching.limits.Trace`.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
+        PackageMissingError: if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.ticker import MaxNLocator
@@ -182,14 +182,14 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def front(points: Sequence[Mapping[str, Any]]) -> bytes:
-    """KL and agreement against multiply-accumulates; points of the same name are joined.
+    """Plot KL and agreement against multiply-accumulates; points of one name are joined.
 
     Args:
         points: {"name", "macs_share" (0 to 1 of the dense model), "kl" (nats), "agreement" (percent)}, and "baseline":
-            true for what is shown only to compare with. A figure that is None or missing is not drawn.
+            true for points shown for comparison. Figures that are None or missing are not drawn.
 
     Raises:
-        PackageMissingError: matplotlib is not installed.
+        PackageMissingError: if matplotlib is not installed.
     """
     require_matplotlib()
     figure, (left, right) = _axes(3.8, columns=2)
@@ -231,7 +231,7 @@ def _heat_maps(
     tick: Callable[[float, Any], str] = lambda value, _: f"{value:.3g}",
     gone: str = GONE,
 ) -> bytes:
-    """Maps side by side, and the colour bar they share."""
+    """Maps side by side with a common colour bar."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -248,7 +248,7 @@ def _heat_maps(
     if isinstance(norm, LogNorm):
         drawn.ax.xaxis.set_major_locator(LogLocator(numticks=6))
         drawn.ax.xaxis.set_minor_formatter(NullFormatter())
-        if float(norm.vmax or 1) < 20 * float(norm.vmin or 1):  # less than a decade or so: name the ends
+        if float(norm.vmax or 1) < 20 * float(norm.vmin or 1):  # less than about a decade: label the ends
             drawn.ax.xaxis.set_ticks(np.geomspace(float(norm.vmin or 1), float(norm.vmax or 1), 3))
     else:
         drawn.ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 5, 10]))
@@ -268,7 +268,7 @@ def _grid_of_axes(
     gap = 0.14
     width = min(
         (WIDTH - gap) / max(columns, 4) - gap, max(0.95, 2.0 * grid[1] / grid[0])
-    )  # a tall grid must not fill the page
+    )  # limits the height of tall grids
     high = width * grid[0] / grid[1]
     height = bottom + lines * (high + title_height + gap)
     figure = _figure(WIDTH, height)
@@ -287,7 +287,7 @@ def _tiles(axis: Axes, values: np.ndarray, **style: Any) -> None:
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_color(LINE)
-    if max(values.shape) <= 40:  # thin lines between patches, until they would hide them
+    if max(values.shape) <= 40:  # grid lines between patches, unless they would hide them
         rows, columns = values.shape
         axis.autoscale(False)
         axis.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, colors="white", linewidth=0.4)
@@ -325,7 +325,7 @@ def _legend_below(figure: Figure, axis: Axes, title: str | None = None) -> None:
 
 
 def _log_axis(axis: Axes, values: Sequence[float]) -> None:
-    """Logarithmic, with plain numbers; a range of less than a decade gets numbers between its powers of ten."""
+    """Logarithmic axis with plain numbers; a range of less than a decade gets labels between powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     known = [value for value in values if math.isfinite(value) and value > 0]
@@ -343,6 +343,6 @@ def _log_axis(axis: Axes, values: Sequence[float]) -> None:
 
 
 def _positive(values: Sequence[float]) -> np.ndarray:
-    """What a logarithmic axis can show: NaN where a value is 0 or below, or not finite."""
+    """Values for a logarithmic axis: NaN where not positive or not finite."""
     array = np.asarray(values, dtype=np.float64)
     return np.where(np.isfinite(array) & (array > 0), array, np.nan)

@@ -1,4 +1,4 @@
-"""Whether a search was worth it: its plan against the best of the baselines, image by image."""
+"""Compare the plan of a search with the best baseline, image by image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vp_exporter.validation.intervals import Interval, bootstrap_mean
 
 @dataclass(frozen=True)
 class SearchVerdict:
-    """The plan that is handed over against the baseline with the least KL, on the held-out images.
+    """Comparison of the final plan with the baseline of lowest KL, on the held-out images.
 
     Attributes:
-        outcome: "better" or "worse" where the interval of the difference leaves out 0; else "unproven".
-        baseline: its name.
-        kl, baseline_kl: mean KL to the dense model, nats.
-        difference: kl less baseline_kl, with the bootstrap interval over pairs; None where only the means are known.
-        images: held-out images; None likewise.
+        outcome: "better" or "worse" if the interval of the difference excludes 0; else "unproven".
+        baseline: Name of the baseline.
+        kl, baseline_kl: Mean KL to the dense model, nats.
+        difference: kl minus baseline_kl, with a paired bootstrap interval; None if only means are known.
+        images: Number of held-out images; None if only means are known.
     """
 
     outcome: Literal["better", "worse", "unproven"]
@@ -32,7 +32,7 @@ class SearchVerdict:
 
     @property
     def text(self) -> str:
-        """One sentence or two."""
+        """One or two sentences."""
         against = f"KL {self.kl:.4f} against {self.baseline_kl:.4f} nats of {self.baseline}"
         change = f" ({100 * (self.kl / self.baseline_kl - 1):+.0f}%)".replace("-", "−") if self.baseline_kl > 0 else ""
         found = f"{against}, the best baseline{change}"
@@ -47,7 +47,7 @@ class SearchVerdict:
         return f"No gain over the best baseline is proven: {found}; {interval} holds 0."
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Convert to plain JSON values."""
         return {**asdict(self), "text": self.text}
 
 
@@ -55,8 +55,8 @@ def judge_search(name: str, own: Sequence[float] | np.ndarray, baseline: Sequenc
     """Compare two plans on the same images.
 
     Args:
-        name: of the baseline.
-        own, baseline: KL of each image, nats, in one order.
+        name: Name of the baseline.
+        own, baseline: KL of each image, nats, in the same order.
     """
     first, second = np.asarray(own, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     difference = bootstrap_mean(first - second)
@@ -69,7 +69,7 @@ def judge_search(name: str, own: Sequence[float] | np.ndarray, baseline: Sequenc
 
 
 def from_rows(stages: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]) -> SearchVerdict | None:
-    """What rows of means alone tell: the last stage that was kept against the best baseline; None without both."""
+    """Verdict from means alone, for the last accepted stage and the best baseline; None if either is missing."""
     own = [row for row in stages if row.get("accepted") in (True, None) and _known(row)]
     others = [row for row in baselines if _known(row)]
     if not own or not others:

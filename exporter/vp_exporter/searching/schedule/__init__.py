@@ -1,1 +1,1 @@
-"""The search for how many tokens a reducer removes at each block."""
+"""Search for the number of tokens that a reducer removes at each block."""

@@ -1,4 +1,4 @@
-"""Bayesian optimisation of a schedule: a Gaussian process of what has been evaluated says what to evaluate next."""
+"""Bayesian optimisation of a schedule, with a Gaussian process as surrogate."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from vp_exporter.searching.schedule.gaussian_process import GaussianProcess
 from vp_exporter.searching.schedule.space import TAU, Extras, Space
 from vp_exporter.searching.scoring import Scorer
 
-FITTED = 256  # search images: a quarter of them, in turn, for each candidate, all for the best ones
-FINALISTS = 6  # schedules that meet all of these images
-SIZES = (1, 2, 4, 8, 16, 32)  # tokens that one move shifts, at most a 12th of all
-_PARENTS, _POOL = 6, 64  # proposals are neighbours of so many schedules; of so many proposals one is run
-_PATIENCE = 40  # candidates in a row after which the same schedule is still thought the best: the search has ended
-_SETTING = 0.4  # of the proposals change a setting, where there is one
-# Settings that a proposal tries; those of tau are always drop, always merge (shares vary less), and the published one.
+FITTED = 256  # search images: a quarter of them, in rotation, for each candidate, all for the best ones
+FINALISTS = 6  # number of schedules evaluated on all of these images
+SIZES = (1, 2, 4, 8, 16, 32)  # tokens shifted by one move, at most a 12th of all
+_PARENTS, _POOL = 6, 64  # proposals are neighbours of this many schedules; one of this many proposals is run
+_PATIENCE = 40  # stop after this many candidates without a new best schedule
+_SETTING = 0.4  # share of the proposals that change a setting, if there is one
+# Settings to propose; for tau: always drop, always merge (variances of the scores are smaller), and the published
+# value.
 _OPTIONS = {
     "tau": (0.0, TAU, 1.0), "clusters": (0.0, 0.05, 0.15, 0.3, 0.6), "pairs": (0.0, 0.08, 0.25, 0.5),
     "dropped": (0.0, 0.25, 0.5, 0.75, 1.0), "merged": (0.0, 1.0),
@@ -33,8 +34,8 @@ class Candidate:
     """A schedule that was run.
 
     Attributes:
-        loss: its mean over a part of the search images, times what the first start loses on all for what it loses on
-            that part: parts are not equally hard.
+        loss: Its mean over a part of the search images, normalised for the difficulty of the part: multiplied by the
+            first start's loss on all images divided by that on the part.
     """
 
     removed: tuple[int, ...]
@@ -45,20 +46,19 @@ class Candidate:
 
 
 class BayesianOptimisation:
-    """A search in one space; `begin`, then `improve` as often as there is something to spend, then `finalists`.
+    """Bayesian optimisation in one space: call `begin`, then `improve` while the budget lasts, then `finalists`.
 
-    Candidates are run on one part of the search images after another: what is common to neighbours on different images
-    holds for all of them, while a search on one part ends where that part is luckiest. Which candidate is best, and
-    which one to run next, is what the surrogate says of all that were run; the leader decides for all processes, as the
-    last bit of a sum may differ.
+    Candidates are run on different parts of the search images in rotation: a trend common to neighbours on different
+    images generalises, while a search on one part would overfit to it. The surrogate, fitted to all candidates, selects
+    the best and the next one to run. The leader decides for all processes, since the last bit of a sum may differ.
 
     Args:
-        extras: settings to start from; the published ones by default.
+        extras: Initial settings; by default the published ones.
 
     Attributes:
-        found: every candidate that was run.
-        best: the one that the surrogate thinks best.
-        expected: the logarithm of its loss, as the surrogate has it.
+        found: Every candidate that was run.
+        best: Best candidate by the surrogate.
+        expected: Log of its loss by the surrogate.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class BayesianOptimisation:
         self._batches = scorer.calibration.first(FITTED)
         size = -(-len(self._batches) // 4)
         self._parts = [self._batches[i : i + size] for i in range(0, len(self._batches), size)]
-        self._difficulty: list[float] = []  # of each part: all images' loss over its own, under the first start
+        # of each part: the first start's loss on all images divided by that on the part
+        self._difficulty: list[float] = []
         self._order: list[int] = []
         self._expected: list[float] = []
         self._name = space.method if space.keep is None else f"static {space.start} + {space.method}"
@@ -96,7 +97,7 @@ class BayesianOptimisation:
         return self._expected[self._order[0]]
 
     def begin(self, starts: Sequence[tuple[int, ...] | None]) -> None:
-        """Run some schedules, one at least; None stands for one that cannot meet the budget."""
+        """Run at least one schedule; None stands for a schedule that cannot meet the budget."""
         for removed in starts:
             if removed is not None and (self.limits.left or not self.found):
                 self._try(removed, self.extras, "start")
@@ -117,7 +118,7 @@ class BayesianOptimisation:
             same = same + 1 if self.best is before else 0
 
     def finalists(self, count: int) -> list[ReductionPlan]:
-        """Of the FINALISTS thought best those with the least loss on all search images, then as many other starts."""
+        """Of the best FINALISTS, those with the lowest loss on all search images, followed by as many other starts."""
         chosen = [self.found[i].plan for i in self._order[:FINALISTS]]
         losses = [self.scorer.loss(plan, self._batches, self.temperature) for plan in chosen]
         best = [chosen[i] for i in sorted(range(len(chosen)), key=lambda i: losses[i])[:count]]
@@ -125,7 +126,7 @@ class BayesianOptimisation:
         return [*best, *[plan for plan in starts if plan not in best][:count]]
 
     def _try(self, removed: Sequence[int], extras: Extras, stage: str) -> None:
-        """Run a candidate, unless it was."""
+        """Run a candidate, unless it has been run."""
         plan = self.space.plan(removed, extras)
         name = plan.fingerprint()
         if name in self._seen:
@@ -144,24 +145,24 @@ class BayesianOptimisation:
         self.trace.add(f"{self._name}: {stage}", loss, min(one.loss for one in self.found))
 
     def _rank(self) -> None:
-        """Order what was found by what the surrogate expects of it."""
+        """Sort candidates by the surrogate's expectation."""
         self._expected = self.scorer.workers.from_leader(self._fit)
         self._order = sorted(range(len(self.found)), key=lambda i: self._expected[i])
 
     def _fit(self) -> list[float]:
-        """Fit the surrogate, which the leader alone has, to what was found; what it expects of that."""
+        """Fit the surrogate (on the leader only) and return its expectation for each candidate."""
         points = self._points(self.found)
         self._process = GaussianProcess.fit(*points, np.log([max(one.loss, 1e-9) for one in self.found]))
         expected: list[float] = self._process.predict(*points)[0].tolist()
         return expected
 
     def _points(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
-        """Where they lie, as the surrogate takes it: shares float64 [n, d], settings float64 [n, e]."""
+        """Coordinates of candidates for the surrogate: shares float64 [n, d], settings float64 [n, e]."""
         shares, settings = zip(*(self._point(one.removed, one.extras) for one in candidates), strict=True)
         return np.stack(shares), np.stack(settings)
 
     def _point(self, removed: Sequence[int], extras: Extras) -> tuple[np.ndarray, np.ndarray]:
-        """Where a schedule lies: roots of the shares that leave each block, and the settings in 0..1 where they act."""
+        """Coordinates of a schedule: roots of the shares that leave each block, and active settings scaled to 0..1."""
         shares = np.sqrt(np.array(self.space.alive(removed)[: self.space.decided]) / self.space.start)
         settings = []
         for field in dataclasses.fields(extras):
@@ -173,7 +174,7 @@ class BayesianOptimisation:
         return shares, np.array(settings)
 
     def _propose(self) -> tuple[tuple[int, ...], Extras] | None:
-        """The neighbour of the best with the least lower bound (mean less one deviation); None where all were run."""
+        """Neighbour of the best schedules with the least lower bound (mean - deviation); None if all were run."""
         parents = [self.found[i] for i in self._order[:_PARENTS]]
         pool: dict[str, Candidate] = {}
         for _ in range(4 * _POOL):
@@ -192,7 +193,7 @@ class BayesianOptimisation:
         return chosen.removed, chosen.extras
 
     def _neighbour(self, parents: Sequence[Candidate]) -> tuple[tuple[int, ...], Extras]:
-        """One to three shifts, or the middle of two parents; or another setting of a block, of half of them, of all."""
+        """One to three shifts, or the midpoint of two parents; or a new setting for one, half or all of the blocks."""
         rng = self._rng
         parent = parents[int(rng.integers(len(parents)))]
         removed, extras = parent.removed, parent.extras

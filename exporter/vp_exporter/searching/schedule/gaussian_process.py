@@ -1,9 +1,9 @@
-"""A Gaussian process over schedules: what their losses have in common, without what is each one's own.
+"""Gaussian process over schedules, which smooths the losses of individual plans.
 
-Moving a single token makes other tokens meet, and a plan's loss on some images jumps by a tenth for no reason that
-would hold on others. A search that takes the least loss it has seen takes the luckiest plan. A process with a noise
-term, fitted to all plans seen so far, says what a plan's neighbours would have it cost (Rasmussen and Williams 2006,
-chapters 2 and 5).
+Moving a single token changes which other tokens are matched, so a plan's loss on some images fluctuates by a tenth, in
+ways that do not generalise. Taking the lowest observed loss would select the luckiest plan. A process with a noise
+term, fitted to all plans so far, estimates a plan's loss from its neighbours (Rasmussen and Williams 2006, chapters 2
+and 5).
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LENGTHS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # root mean square over the blocks; roots of shares lie in 0..1
-_SETTINGS = (0.25, 1.0)  # the same for settings, in 0..1
-_NOISES = (0.01, 0.05, 0.2, 0.5, 1.0)  # variance of what is a plan's own, as a share of what neighbours have in common
+_LENGTHS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # RMS over the blocks; roots of shares are in 0..1
+_SETTINGS = (0.25, 1.0)  # likewise for settings, in 0..1
+_NOISES = (0.01, 0.05, 0.2, 0.5, 1.0)  # noise variance relative to the signal variance
 
 
 @dataclass(frozen=True)
 class GaussianProcess:
-    """Fitted to some points; `predict` speaks of others.
+    """A Gaussian process fitted to some points.
 
     Attributes:
-        counts, settings: float [n, d], the points, in two groups that have a length scale each.
-        scales: length scale of counts, of settings, and the noise.
+        counts, settings: float [n, d], the points, in two groups with separate length scales.
+        scales: Length scale of counts, of settings, and the noise.
     """
 
     counts: np.ndarray
@@ -37,7 +37,7 @@ class GaussianProcess:
 
     @classmethod
     def fit(cls, counts: np.ndarray, settings: np.ndarray, values: Sequence[float] | np.ndarray) -> GaussianProcess:
-        """The scales of most marginal likelihood, by trying all of a few; the amplitude in closed form.
+        """Fit hyperparameters by maximum marginal likelihood over a small grid; the amplitude has a closed form.
 
         Args:
             counts: float [n, d]; settings: float [n, e], e may be 0. Points may repeat.
@@ -65,7 +65,7 @@ class GaussianProcess:
         )
 
     def predict(self, counts: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation, float64 [m] each, of what neighbours have in common (the noise left out)."""
+        """Mean and deviation, float64 [m] each, without the noise."""
         length, other, _ = self.scales
         square = _squares(counts, self.counts) / length**2 + _squares(settings, self.settings) / other**2
         kernel = np.exp(-square / 2)
@@ -74,7 +74,7 @@ class GaussianProcess:
 
 
 def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean squared difference over the last axis: float64 [n, m]; zeros where that axis is empty."""
+    """Mean squared difference over the last axis: float64 [n, m]; zeros if that axis is empty."""
     if not a.shape[1]:
         return np.zeros((len(a), len(b)))
     square: np.ndarray = ((a[:, None, :] - b[None, :, :]) ** 2).mean(axis=2)

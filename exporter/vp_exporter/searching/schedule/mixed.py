@@ -1,4 +1,4 @@
-"""Mixed plans: some patches never enter, and a data-dependent reducer goes on from there, under one budget."""
+"""Mixed plans: a static drop at block 0 followed by a data-dependent reducer, under one budget."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vp_exporter.searching.schedule.search import Scheduled, begin, sensitivity,
 from vp_exporter.searching.schedule.space import Space, uniform
 from vp_exporter.searching.scoring import Scorer
 
-DROPS = (0, 8, 16, 32, 48, 64)  # patches that a static step at block 0 drops
-_SHORT = 24  # evaluations that each size gets where only the clock ends the search
+DROPS = (0, 8, 16, 32, 48, 64)  # patches dropped by a static step at block 0
+_SHORT = 24  # evaluations per size if only time is limited
 
 
 def search_mixed(
@@ -31,20 +31,21 @@ def search_mixed(
     temperature: float = 3.0,
     trace: Trace | None = None,
 ) -> Scheduled:
-    """Drop the patches least worth at block 0, search the reducer's schedule for what is left, choose both together.
+    """Drop the lowest-ranked patches at block 0 and search the reducer's schedule for the rest; choose both jointly.
 
-    Each size of the drop gets a short search, half of the evaluations between them; the best goes on with the rest.
+    Each drop size gets a short search, together half of the evaluations; the best continues with the rest.
 
     Args:
-        life_order: every patch once, best first.
-        drops: sizes to try; those that leave less than half of the patches, or meet the budget alone, are left out.
+        life_order: All patches, best first.
+        drops: Sizes to try, except those that leave less than half of the patches or meet the budget alone.
 
     Returns:
-        The winner, its method "static+" and the reducer's; the uniform schedule is that of the reducer alone.
+        The winner, with method "static+" and the reducer's name; the uniform schedule is that of the reducer alone.
 
     Raises:
-        SearchError: an order that is none, no size that fits, or a budget out of reach.
-        PlanError: the uniform schedule does not reach the budget, or the model lacks what the method needs.
+        SearchError: if the order is invalid, no size fits, or the budget is out of reach.
+        PlanError: if the uniform schedule does not reach the budget, or the model lacks something that the method
+            needs.
     """
     description = scorer.description
     order = [int(patch) for patch in life_order]
@@ -56,7 +57,7 @@ def search_mixed(
     first = len(trace.rows)
     spaces = [whole] if 0 in drops else []
     for drop in sorted({drop for drop in drops if 0 < drop <= description.patches // 2}):
-        # Not below what the drop alone reaches: there is nothing left to schedule then.
+        # Skip sizes that meet the budget alone, leaving nothing to schedule.
         space = dataclasses.replace(whole, keep=tuple(sorted(order[: description.patches - drop])))
         if space.macs([0] * space.decided) > space.budget:
             spaces.append(space)
@@ -70,7 +71,7 @@ def search_mixed(
         if best is not None and not limits.left:
             break
         until = limits.spent + share
-        # What is best for the sizes before is a start for this one.
+        # Start from the best of the previous sizes.
         extras, more = (None, []) if best is None else (best.best.extras, [space.scaled(best.best.removed)])
         optimisation = BayesianOptimisation(
             scorer, space, limits, seed=seed, temperature=temperature, trace=trace, extras=extras

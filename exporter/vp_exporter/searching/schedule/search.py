@@ -1,8 +1,7 @@
-"""How many tokens leave where: schedules of data-dependent reducers that lose least at a MAC budget.
+"""Search for schedules of data-dependent reducers with minimal loss at a MAC budget.
 
-A schedule is `alive`, the patch tokens that leave each block. Starts are the papers' uniform schedule, shapes of a few
-numbers and the optimum of a table of sensitivities; vp_exporter.searching.schedule.bayesian_optimisation goes on from
-there.
+A schedule is `alive`, the patch tokens that leave each block. It starts from the papers' uniform schedule, shapes with
+few parameters, and the optimum of a sensitivity table; `bayesian_optimisation` continues from there.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from vp_exporter.searching.schedule.sensitivity import LEVELS, Sensitivity, allo
 from vp_exporter.searching.schedule.space import Extras, Space, uniform, usual_shapes
 from vp_exporter.searching.scoring import Scorer, merit, settled
 
-SETTLED = 3  # schedules that meet the held-out images, and as many other starts
-LOOK, STAYING = 256, 3  # held-out images after which so many of them go on
+SETTLED = 3  # schedules evaluated on the held-out images, plus as many other starts
+LOOK, STAYING = 256, 3  # after this many held-out images, this many schedules continue
 _GRID, _COSTS = 24, 1200  # levels of a count and of the budget in the dynamic program
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """What a search found.
+    """Result of a schedule search.
 
     Attributes:
-        plan: the winner; on the held-out images no worse than `uniform_plan`.
-        kl, uniform_kl: mean KL on the held-out images, nats, temperature 1.
-        rows: of the trace, as far as this search added them; losses are those of the search (roots, softened).
+        plan: The winner; on the held-out images no worse than `uniform_plan`.
+        kl, uniform_kl: Mean KL on the held-out images, nats, temperature 1.
+        rows: This search's rows of the trace; losses are those used by the search (roots, softened).
     """
 
     plan: ReductionPlan
@@ -49,9 +48,9 @@ class Scheduled:
 def sensitivity(
     scorer: Scorer, space: Space, limits: Limits, temperature: float, *, images: int = 32
 ) -> Sensitivity | None:
-    """The table of a space without a static step, on the first batches that hold `images` images.
+    """Sensitivity table of a space without a static step, on the first batches that hold `images` images.
 
-    At most a third of the evaluations go into it: it has fewer levels, or there is none, where they do not suffice.
+    Takes at most a third of the evaluations: with fewer, it has fewer levels, or is omitted.
     """
     counts = sorted({min(space.start - 1, max(space.least(space.start), rounded(share * space.start)))
                      for share in LEVELS} - {0}, reverse=True)  # fmt: skip
@@ -78,9 +77,9 @@ def sensitivity(
 
 
 def planned(space: Space, table: Sensitivity, power: float = 1.0) -> tuple[int, ...] | None:
-    """The optimum of a table: losses add up where `power` is 1, their roots where it is 1/2.
+    """Optimum of a sensitivity table; losses add up for `power` 1, their roots for 1/2.
 
-    Counts lie on a grid, and every block's MACs are rounded up, so what is left is filled afterwards.
+    Counts are on a grid, and MACs of blocks are rounded up; the remaining budget is filled afterwards.
     """
     model, depth = space.description, space.description.depth
     counts = sorted({rounded(float(x)) for x in np.linspace(1, space.start, _GRID)}, reverse=True)
@@ -121,16 +120,17 @@ def search_schedule(
     temperature: float = 3.0,
     trace: Trace | None = None,
 ) -> Scheduled:
-    """Search the counts and settings of a reducer; the papers' uniform schedule is what it must beat.
+    """Search counts and settings of a reducer, with the papers' uniform schedule as the baseline.
 
     Args:
-        target: MACs as a share of the dense model's; the plan has at most that.
-        evaluations, seconds: what it may spend (vp_exporter.searching.limits).
-        temperature: of the losses that it searches on; held-out losses are plain.
+        target: Maximum MACs as a share of the dense model's.
+        evaluations, seconds: Limits (vp_exporter.searching.limits).
+        temperature: Of the losses used by the search; held-out losses are plain.
 
     Raises:
-        SearchError: an unknown method, or a budget out of reach.
-        PlanError: the uniform schedule does not reach the budget, or the model lacks what the method needs.
+        SearchError: if the method is unknown, or the budget is out of reach.
+        PlanError: if the uniform schedule does not reach the budget, or the model lacks something that the method
+            needs.
     """
     trace = Trace() if trace is None else trace
     first = len(trace.rows)
@@ -152,7 +152,7 @@ def begin(
     *,
     shapes: bool = True,
 ) -> None:
-    """Start from the uniform schedule, from the optima of a table, from `more` and from the usual shapes."""
+    """Start from the uniform schedule, optima of a table, `more`, and the usual shapes."""
     space = optimisation.space
     alive = [row.mlp - space.description.prefix_tokens for row in even.tokens()]
     weights = [a - b for a, b in pairwise((space.description.patches, *alive))]
@@ -163,11 +163,11 @@ def begin(
 def settle(
     scorer: Scorer, optimisation: BayesianOptimisation, even: ReductionPlan, rows: list[dict[str, Any]]
 ) -> Scheduled:
-    """The best schedules, other starts and the uniform one on the held-out images; gives the memory back.
+    """Evaluate the best schedules, other starts and the uniform one on the held-out images; frees the scorer's memory.
 
-    What is best on the search images has been fitted to them, the usual shapes have not. The first LOOK held-out images
-    say which few meet all of them. Of those whose plain KL is not above the uniform schedule's the one of least merit
-    (scoring.settled).
+    Other starts are included because the best ones are fitted to the search images. The first LOOK held-out images
+    select the few that run on all. Among those whose plain KL is not above the uniform schedule's, the one of least
+    merit wins (scoring.settled).
     """
     held = scorer.calibration.held
 

@@ -1,4 +1,4 @@
-"""What one reduction alone costs at each block, and the schedule that is cheapest if such losses add up."""
+"""Sensitivity of the loss to a single reduction at each block, and the best schedule if such losses are additive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.searching.scoring import Scorer
 
-LEVELS = (0.7, 0.25)  # shares of the patch tokens that one step leaves
+LEVELS = (0.7, 0.25)  # shares of the patch tokens kept by one step
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,18 @@ class Sensitivity:
     """Losses of plans with one step.
 
     Attributes:
-        shares: of the patch tokens that the step leaves, falling, below 1.
-        losses: [depth][shares], nats; of losses that a search goes by (Scorer.losses), the square of the mean.
+        shares: Shares of the patch tokens that the step keeps, descending, below 1.
+        losses: [depth][shares], nats; if measured as roots (Scorer.losses), the square of the mean.
     """
 
     shares: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
 
     def at(self, block: int, share: float) -> float:
-        """The loss where `share` of the tokens leaves a block: it never falls as more goes, and is 0 at a share of 1.
+        """Loss if `share` of the tokens remains after a block: non-increasing in the share, and 0 at a share of 1.
 
-        Linear in the logarithm of the share between what was measured, and beyond it with the last slope: halving again
-        what is left costs as much as halving did.
+        Linear in the log of the share between measured shares; extrapolated with the last slope, so halving the rest
+        again costs as much as the last halving.
         """
         x = np.array([0.0, *(-math.log(share) for share in self.shares)])
         y = np.maximum.accumulate([0.0, *self.losses[block]])
@@ -55,16 +55,16 @@ def measure(
 
     Args:
         plan_at: (block, patch tokens that leave it) -> the plan with this step alone.
-        counts: falling, below `patches`.
-        blocks: those to measure; the others are taken to cost nothing.
-        left: asked before each plan is run (it counts them); False ends it.
+        counts: Descending, below `patches`.
+        blocks: Blocks to measure; others are assumed to cost nothing.
+        left: Called before each plan, which it counts; False stops.
 
     Returns:
-        The table; None where `left` ended it early.
+        The table; None if stopped by `left`.
     """
     depth = scorer.description.depth
-    # The dense plan itself shares nothing with these: proportional attention and token sizes are part of what names a
-    # prefix. A plan that acts at the last block alone is as dense before it, and named alike.
+    # The dense plan shares no prefix with these, since the key of a prefix includes proportional attention and token
+    # sizes. A plan that only acts at the last block has the same key and is dense up to there.
     scorer.remember(plan_at(depth - 1, counts[-1]), batches)
     losses = [[0.0] * len(counts) for _ in range(depth)]
     for block in blocks:
@@ -72,23 +72,23 @@ def measure(
             if not left():
                 return None
             loss = scorer.loss(plan_at(block, count), batches, temperature)
-            losses[block][level] = loss if temperature is None else loss**2  # roots do not add up, as changes do not
+            losses[block][level] = loss if temperature is None else loss**2  # roots do not add up
     return Sensitivity(tuple(count / patches for count in counts), tuple(map(tuple, losses)))
 
 
 def allocate(losses: np.ndarray, costs: np.ndarray, budget: int) -> tuple[int, ...] | None:
-    """The levels with the least sum of losses within a budget, by dynamic programming over (block, level, cost).
+    """Levels with the minimal sum of losses within a budget, by dynamic programming over (block, level, cost).
 
     Args:
-        losses: float [blocks, L, L], of block b where level i enters and level o leaves; infinite where that cannot be.
-        costs: whole numbers [blocks, L, L], at least 0.
-        budget: on the sum of the costs.
+        losses: float [blocks, L, L], of block b if level i enters and level o leaves; infinite if impossible.
+        costs: Integers [blocks, L, L], at least 0.
+        budget: Maximum sum of the costs.
 
     Returns:
-        The level that leaves each block, where level 0 enters the first one; None where nothing fits.
+        The level after each block, with level 0 before the first; None if nothing fits.
     """
     blocks, levels, _ = losses.shape
-    value = np.full((levels, budget + 1), np.inf)  # the least loss with at most this cost
+    value = np.full((levels, budget + 1), np.inf)  # lowest loss at this cost or less
     value[0] = 0.0
     came_from = np.zeros((blocks, levels, budget + 1), dtype=np.int64)
     for block in range(blocks):

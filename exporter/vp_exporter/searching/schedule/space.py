@@ -1,4 +1,4 @@
-"""What can be scheduled: tokens that leave each block, a reducer's settings, and the plans they make at a budget."""
+"""Search space of schedules: tokens that leave each block, reducer settings, and the resulting plans at a budget."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from vp_exporter.reducers import REDUCERS, StaticStep
 from vp_exporter.searching.mask.encoding import last_is_free
 
 METHODS = ("tome", "ppt", "evit", "bat", "topk", "diffrate")
-MERGED = "tome+"  # before a method's name: ToMe reduces some of the blocks, the first half to begin with
-CASCADES = tuple(f"{MERGED}{name}" for name in METHODS if name not in ("tome", "ppt"))  # PPT merges and drops itself
+MERGED = "tome+"  # prefix of a method's name: ToMe is used in some of the blocks, initially the first half
+CASCADES = tuple(f"{MERGED}{name}" for name in METHODS if name not in ("tome", "ppt"))  # PPT includes merging
 SCHEDULED = (*METHODS, *CASCADES)
 HALVING = ("tome", "ppt")  # bipartite matching merges at most half
-TAU = 7e-5  # PPT's, of DeiT-S at 197 tokens
+TAU = 7e-5  # PPT's value for DeiT-S at 197 tokens
 
 
 @dataclass(frozen=True)
 class Extras:
-    """A reducer's settings besides the counts, one for each block; an empty one is the default.
+    """Settings of a reducer besides the counts, one per block; empty for the default.
 
     Attributes:
-        tau: of ppt.
-        clusters: of bat, as a share of the patch tokens that leave.
-        pairs: of bat, as a share of the attentive tokens.
-        dropped: of diffrate: of what leaves the share that is dropped, not merged.
-        merged: of "tome+NAME": 1 where ToMe reduces a block, 0 where NAME does.
+        tau: Of ppt.
+        clusters: Of bat, as a share of the patch tokens that leave.
+        pairs: Of bat, as a share of the attentive tokens.
+        dropped: Of diffrate: share of the removed tokens that is dropped rather than merged.
+        merged: Of "tome+NAME": 1 if ToMe is used in a block, 0 if NAME is.
     """
 
     tau: tuple[float, ...] = ()
@@ -48,9 +48,9 @@ class Extras:
 
     @classmethod
     def of(cls, method: str, depth: int) -> Extras:
-        """The published settings; BAT's split, which is not published, as methods.stages has it.
+        """Published settings, and methods.stages for BAT's unpublished split.
 
-        Class attention says little in the first blocks, so a cascade merges in the first half of them.
+        A cascade merges in the first half of the blocks, where class attention is not informative.
         """
         if method.startswith(MERGED):
             merged = tuple(float(block < depth // 2) for block in range(depth))
@@ -72,17 +72,17 @@ def steps_of(
     *,
     patches: int | None = None,
 ) -> Steps:
-    """The steps of a schedule; none at a block that as many tokens leave as enter.
+    """Steps of a schedule; blocks without a reduction have none.
 
-    EViT's fused token is one of those alive; where 1 is alive it is the best patch alone (the reducer keeps one). In a
-    cascade ToMe, which merges at most half, leaves the blocks that more leave to the other reducer.
+    EViT's fused token counts as alive; if 1 is alive, it is the best patch without fusing (the reducer keeps one). In a
+    cascade, blocks that remove more than half use the other reducer, since ToMe merges at most half.
 
     Args:
-        alive: patch tokens that leave each block.
-        patches: that enter the first one; all of the model by default.
+        alive: Patch tokens that leave each block.
+        patches: Patch tokens that enter the first block; by default all.
 
     Raises:
-        SearchError: a schedule of another depth, one that rises, or one that leaves nothing.
+        SearchError: if the schedule has another depth, increases, or removes everything.
     """
     depth, prefix = description.depth, description.prefix_tokens
     said, usual = extras or Extras(), Extras.of(method, depth)
@@ -116,14 +116,14 @@ def steps_of(
 
 @dataclass(frozen=True)
 class Space:
-    """The schedules of one method at one budget. They are searched as `removed`: tokens that leave at each block.
+    """Schedules of one method at one budget, searched in terms of `removed`: tokens removed at each block.
 
     Attributes:
         target: MACs as a share of the dense model's.
-        keep: patches that a static step at block 0 keeps; None: all, and no such step.
+        keep: Patches kept by a static step at block 0; None for all, without such a step.
 
     Raises:
-        SearchError: an unknown method, or a budget out of reach.
+        SearchError: if the method is unknown, or the budget is out of reach.
     """
 
     method: str
@@ -157,21 +157,24 @@ class Space:
 
     @property
     def decided(self) -> int:
-        """Blocks to decide about. Where the class token alone is read, what leaves the last block is not: there as many
-        patches go as the reducer lets go, with no change of the answer."""
+        """Number of blocks to decide about.
+
+        If the head only reads the class token, tokens after the last block are not used: it removes as many as the
+        reducer allows, which does not change the output.
+        """
         return self.description.depth - last_is_free(self.description)
 
     def least(self, entering: int) -> int:
-        """The fewest patch tokens that can leave a block."""
+        """Minimum number of patch tokens after a block."""
         return entering - entering // 2 if self.method in HALVING else 1
 
     @property
     def most(self) -> tuple[int, ...]:
-        """Everything leaves as early as it can."""
+        """Schedule that removes everything as early as possible."""
         return self.clip([self.start] * self.decided)
 
     def clip(self, removed: Sequence[int]) -> tuple[int, ...]:
-        """No more than can leave."""
+        """Limit the counts to what can be removed."""
         n, done = self.start, []
         for count in removed:
             done.append(min(max(0, count), n - self.least(n)))
@@ -188,7 +191,7 @@ class Space:
         return tuple(counts[1:])
 
     def macs(self, removed: Sequence[int]) -> int:
-        """As count_macs has them of the plan, without making it."""
+        """MACs as counted by count_macs for the plan, without building it."""
         model, alive = self.description, self.alive(removed)
         fixed, per_token = model.head_macs
         total = self.start * model.patch_embed_macs + fixed
@@ -198,17 +201,17 @@ class Space:
         return total
 
     def block_macs(self, block: int, entering: int, leaving: int) -> tuple[int, int]:
-        """Attention and MLP of one block."""
+        """MACs of attention and MLP of one block."""
         one, prefix = self.description.blocks[block], self.description.prefix_tokens
         n, m = prefix + entering, prefix + leaving
         return n * one.attention_linear + 2 * n * n * one.attention_width, m * one.mlp_linear
 
     def plan(self, removed: Sequence[int], extras: Extras) -> ReductionPlan:
-        """The plan of a schedule."""
+        """Plan of a schedule."""
         return self.plan_of(self.alive(removed), extras)
 
     def plan_of(self, alive: Sequence[int], extras: Extras) -> ReductionPlan:
-        """The same by what is alive."""
+        """Plan of a schedule given as `alive`."""
         front: Steps = () if self.keep is None else (StaticStep(0, self.keep),)
         steps = front + steps_of(self.method, alive, self.description, extras, patches=self.start)
         return ReductionPlan(
@@ -220,7 +223,7 @@ class Space:
         )
 
     def fill(self, removed: Sequence[int]) -> tuple[int, ...]:
-        """Take tokens back where the budget has room: the largest one that fits, until none does."""
+        """Reduce the removed counts as far as the budget allows: repeatedly the largest change that fits."""
         now = self.clip(removed)
         while True:
             room = [
@@ -233,7 +236,7 @@ class Space:
             now = self.clip(max(room)[2])
 
     def solve(self, shape: Callable[[float], Sequence[int]], high: float) -> tuple[int, ...] | None:
-        """The least u from 0 to `high` at which a line of schedules meets the budget, filled; None where none does."""
+        """Schedule at the least u from 0 to `high` that meets the budget, filled; None if there is none."""
         if self.macs(shape(high)) > self.budget:
             return None
         low = 0.0
@@ -243,11 +246,11 @@ class Space:
         return self.fill(shape(high))
 
     def scaled(self, weights: Sequence[float]) -> tuple[int, ...] | None:
-        """Tokens leave in these proportions."""
+        """Remove tokens in these proportions."""
         return self.solve(lambda u: [rounded(u * weight) for weight in weights[: self.decided]], 4.0 * self.start)
 
     def shifted(self, removed: Sequence[int], back: int, to: int, size: int) -> tuple[int, ...] | None:
-        """`size` tokens fewer leave at block `back`, and at block `to` as many more as the budget asks for."""
+        """Remove `size` fewer tokens at block `back`, and as many more at block `to` as the budget requires."""
         base = add(removed, back, -min(size, removed[back]))
         low, high = 0, self.start
         if self.macs(add(base, to, high)) > self.budget:
@@ -259,37 +262,37 @@ class Space:
 
 
 def uniform(method: str, description: ModelSpec, target: float) -> ReductionPlan:
-    """The paper's schedule, with MACs as near below `target` as it comes.
+    """The paper's schedule, with MACs as close below `target` as possible.
 
-    ToMe removes the same count at every block; PPT, EViT, Top-K and BAT act after each quarter at an even rate (PPT
-    with tau 7e-5); DiffRate's published curve is scaled. Of a cascade it is the second reducer's.
+    ToMe removes the same number at every block; PPT, EViT, Top-K and BAT act after each quarter at an even rate (PPT
+    with tau 7e-5); DiffRate's published curve is scaled. For a cascade, that of the second reducer.
 
     Raises:
-        PlanError: out of its reach, or a model without a class token where one is needed.
+        PlanError: if it is out of reach, or a required class token is missing.
     """
     dense, asked, method = count_macs(description).total, target, method.removeprefix(MERGED)
     while True:
         plan = build_plan(MethodRequest(method, target_macs=asked, tau=TAU if method == "ppt" else None), description)
         if count_macs(description, plan).total <= target * dense:
             return plan
-        asked -= 0.0005  # the nearest plan may lie above what is asked
+        asked -= 0.0005  # the closest plan may be above the target
 
 
 def add(removed: Sequence[int], block: int, count: int) -> tuple[int, ...]:
-    """`count` more at one block."""
+    """Add `count` at one block."""
     return (*removed[:block], removed[block] + count, *removed[block + 1 :])
 
 
 def places_of(depth: int) -> list[float]:
-    """Where blocks end, as shares of the depth."""
+    """End of each block as a share of the depth."""
     return [(block + 1) / depth for block in range(depth)]
 
 
 def usual_shapes(space: Space) -> list[tuple[int, ...] | None]:
-    """Schedules of a few numbers that meet the budget; None for each that does not.
+    """Schedules with few parameters that meet the budget; None for each that cannot.
 
-    From every block of the first half on the same count or a rising one, quarters at an even rate, DiffRate's curve.
-    Of what a schedule can win by, where reduction begins and whether it rises is most.
+    A constant or increasing count from each block of the first half on, an even rate per quarter, DiffRate's curve. The
+    start of the reduction and whether it increases matter most.
     """
     depth = space.description.depth
     curve = [share_alive(place) for place in places_of(depth)]
