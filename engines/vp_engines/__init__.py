@@ -20,6 +20,7 @@ from vp_engines.errors import (
     BundleIncompatibleError,
     EngineUnavailableError,
     InputError,
+    PackageMissingError,
     VpError,
 )
 from vp_engines.version import installed_version
@@ -27,6 +28,8 @@ from vp_engines.version import installed_version
 if TYPE_CHECKING:
     from vp_engines.bundle import read_manifest, verify_bundle
     from vp_engines.engine import Engine, load
+    from vp_engines.manifest import Manifest, Preprocessing
+    from vp_engines.serving.triton.repository import ServeOptions, write_repository
 
     __version__: str
 
@@ -38,18 +41,27 @@ __all__ = [
     "Engine",
     "EngineUnavailableError",
     "InputError",
+    "Manifest",
+    "PackageMissingError",
+    "Preprocessing",
+    "ServeOptions",
     "VpError",
     "__version__",
     "load",
     "read_manifest",
     "verify_bundle",
+    "write_repository",
 ]
 
 _LAZY = {
     "Engine": "vp_engines.engine",
+    "Manifest": "vp_engines.manifest",
+    "Preprocessing": "vp_engines.manifest",
+    "ServeOptions": "vp_engines.serving.triton.repository",
     "load": "vp_engines.engine",
     "read_manifest": "vp_engines.bundle",
     "verify_bundle": "vp_engines.bundle",
+    "write_repository": "vp_engines.serving.triton.repository",
 }
 
 

@@ -70,13 +70,31 @@ def read_manifest(path: str | Path) -> Manifest:
 
     Raises:
         BundleError: if there is no bundle, or its manifest is corrupt or of another major version.
+
+    Example:
+        >>> import vp_engines
+        >>> manifest = vp_engines.read_manifest("tiny.vpe")
+        >>> manifest.model.name, manifest.plan.method, manifest.engine.name
+        ('vit_tiny_patch16_224', 'grid', 'ort')
     """
     with _opened(Path(path)) as root:
         return _read_manifest(root)[0]
 
 
 def verify_bundle(path: str | Path) -> Bundle:
-    """Verify every file without keeping any. Raises the same errors as `read_bundle`."""
+    """Verify every file without keeping any.
+
+    Raises:
+        BundleError: if there is no bundle, or it cannot be read.
+        BundleCorruptError: if a file is missing, extra, altered or unsafe; names the file.
+        BundleIncompatibleError: if the format has another major version.
+
+    Example:
+        >>> import vp_engines
+        >>> bundle = vp_engines.verify_bundle("tiny.vpe")
+        >>> len(bundle.digest), "plan.json" in {file.path for file in bundle.manifest.files}
+        (64, True)
+    """
     return read_bundle(path, keep=lambda name: False)
 
 

@@ -31,6 +31,13 @@ class Engine:
     Attributes:
         manifest: Manifest of the bundle.
         variant: "reduced" or "dense".
+
+    Example:
+        >>> import vp_engines
+        >>> with vp_engines.load("tiny.vpe", threads=1) as engine:
+        ...     batch = engine.preprocess(["cat.jpg"])
+        ...     print(batch.shape, engine.run(batch)["logits"].shape)
+        (1, 3, 64, 64) (1, 3)
     """
 
     def __init__(self, manifest: Manifest, variant: str, runner: Runner, reopen: tuple[Any, ...] | None = None) -> None:
@@ -154,6 +161,12 @@ def load(
         BundleCorruptError: if a file is missing, extra, altered or unsafe.
         BundleIncompatibleError: if this version or machine cannot run the bundle.
         EngineUnavailableError: if the engine's package or device is missing.
+
+    Example:
+        >>> import vp_engines
+        >>> with vp_engines.load("tiny.vpe", variant="dense") as engine:
+        ...     print(engine)
+        <Engine 'tiny' dense, ort fp32>
     """
     if variant not in VARIANT_FOLDERS:
         raise InputError(f"variant {variant!r}", expected=f"one of {', '.join(VARIANT_FOLDERS)}")

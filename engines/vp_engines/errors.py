@@ -19,6 +19,11 @@ class VpError(Exception):
         found: What was found, including the offending value.
         expected: What was expected; omit if `found` implies it.
         fix: What to do about it.
+
+    Example:
+        >>> from vp_engines import VpError
+        >>> print(VpError("`threads` is 0", expected="1 or more", fix="leave it out"))
+        `threads` is 0; expected 1 or more; leave it out
     """
 
     exit_code = EXIT_BAD_INPUT

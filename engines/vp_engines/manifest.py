@@ -168,6 +168,11 @@ class Preprocessing(_Part):
         crop_mode: `center` and `squash` crop input_size from the centre, padding with black if too small; `border` pads
             with the mean colour.
         mean, std: Per channel, on the scale 0 to 1.
+
+    Example:
+        >>> import vp_engines
+        >>> print(vp_engines.read_manifest("tiny.vpe").preprocessing.summary())
+        resize shorter side 71 (bicubic), crop 64x64, center, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5
     """
 
     input_size: Annotated[tuple[Literal[3], Positive, Positive], Field(strict=False)]
@@ -237,7 +242,14 @@ class ValidationInfo(_Part):
 
 
 class Manifest(_Part):
-    """Everything known about a bundle before deserialising it."""
+    """Everything known about a bundle before deserialising it.
+
+    Example:
+        >>> import vp_engines
+        >>> manifest = vp_engines.read_manifest("tiny.vpe")
+        >>> manifest.inputs[0].shape, sorted(manifest.variants)
+        (('batch', 3, 64, 64), ['dense', 'reduced'])
+    """
 
     format: Literal["vpe"]
     format_version: Name

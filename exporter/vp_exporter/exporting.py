@@ -72,6 +72,11 @@ class ExportResult:
         path: the bundle.
         manifest: of the bundle.
         report: how it compares with dense; None where it was not validated.
+
+    Example:
+        >>> done = vp.export(vit, plan, "tiny.vpe", data="val/")  # doctest: +SKIP
+        >>> done.path.name, done.manifest.plan.method
+        ('tiny.vpe', 'grid')
     """
 
     path: Path

@@ -11,6 +11,11 @@ class KernelError(ValueError):
         argument: Name in the operator's signature.
         found: Value or property found.
         expected: What is allowed.
+
+    Example:
+        >>> from vp_kernels import KernelError
+        >>> print(KernelError("vp::select", "k", "0", "1 .. 16"))
+        vp::select: k is 0; expected 1 .. 16
     """
 
     def __init__(self, operator: str, argument: str, found: str, expected: str) -> None:

@@ -38,7 +38,13 @@ _ROOMS: tuple[ModuleType, ...] = tuple(
 
 
 def function_names() -> list[str]:
-    """Operator types that have a function body, e.g. "MatchMergeSize"."""
+    """Operator types that have a function body, e.g. "MatchMergeSize".
+
+    Example:
+        >>> from vp_kernels import function_names
+        >>> "Select" in function_names()
+        True
+    """
     return list(_rooms())
 
 
@@ -52,6 +58,14 @@ def add_functions(model: onnx.ModelProto) -> list[str]:
 
     Raises:
         KernelError: if a node of the domain has an unknown type, or the opset is below 18; the model is then unchanged.
+
+    Example:
+        >>> from onnx import helper
+        >>> from vp_kernels import add_functions
+        >>> node = helper.make_node("Select", ["scores"], ["index"], domain="vp", k=2)
+        >>> graph = helper.make_graph([node], "g", [], [])
+        >>> add_functions(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]))
+        ['Select']
     """
     used = sorted({each.op_type for each in model.graph.node if each.domain == DOMAIN})
     opset = _opset(model)
@@ -80,6 +94,17 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises:
         KernelError: as for `add_functions`.
+
+    Example:
+        >>> from onnx import helper
+        >>> from vp_kernels import add_functions, inline
+        >>> node = helper.make_node("Select", ["scores"], ["index"], domain="vp", k=2)
+        >>> graph = helper.make_graph([node], "g", [], [])
+        >>> model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+        >>> add_functions(model)
+        ['Select']
+        >>> "TopK" in {each.op_type for each in inline(model).graph.node}
+        True
     """
     import onnx
     from onnx import inliner

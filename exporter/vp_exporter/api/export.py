@@ -105,11 +105,11 @@ def export(
 
     Example:
         >>> import timm, vp_exporter as vp
-        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
-        >>> plan = vp.build_plan("tome", vit, target_macs=0.8)
-        >>> done = vp.export(vit, plan, "tiny.vpe", engine="ort", seconds=0.1)
-        >>> done.report.verdict.status
-        'unvalidated'
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3)
+        >>> plan = vp.build_plan("grid", vit, target_macs=0.7)
+        >>> done = vp.export(vit, plan, "tiny.vpe", engine="ort", data="val/", seconds=0.1)
+        >>> print(done.report.verdict)  # doctest: +ELLIPSIS
+        Measured, with no budget to hold: ...
     """
     for name, value in (("precision", precision), ("device", device), ("kernels", kernels)):
         if value not in _CHOICES[name]:

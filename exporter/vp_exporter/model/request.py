@@ -20,6 +20,14 @@ class ModelRequest:
         num_classes: None takes it from the weights, or timm's default; 0 omits the head.
         img_size: Height and width in pixels; None takes timm's default.
         use_ema: Averaged weights of a checkpoint that has both; None takes them if present.
+
+    Example:
+        >>> import vp_exporter as vp
+        >>> tiny = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
+        >>> request = vp.ModelRequest("vit_tiny_patch16_224", tiny, random_init=True, num_classes=3)
+        >>> plan = vp.build_plan("grid", request, keep_rate=0.5)
+        >>> vp.reduce(request, plan).vit.head
+        Linear(in_features=64, out_features=3, bias=True)
     """
 
     name: str

@@ -38,6 +38,13 @@ class ReducedViT(nn.Module):
     Raises:
         PlanError: if the plan is for another model.
         UnsupportedModelError: if the vp operators do not support the model's heads.
+
+    Example:
+        >>> import timm, torch, vp_exporter as vp
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+        >>> reduced = vp.reduce(vit, vp.build_plan("tome", vit, r=4))
+        >>> [tokens.shape[1] for tokens in reduced.block_tokens(torch.zeros(1, 3, 64, 64))]
+        [13, 9]
     """
 
     places: Tensor | None

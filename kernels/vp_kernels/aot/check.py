@@ -53,6 +53,11 @@ def check_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         AotError: if the folder differs from its index; names the first difference, in one line.
+
+    Example:
+        >>> from vp_kernels import check_index
+        >>> check_index("build/kernels")["format"]  # doctest: +SKIP
+        'vp-kernels-aot'
     """
     root = Path(folder)
     index = _read_index(root)

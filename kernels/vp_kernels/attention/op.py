@@ -33,6 +33,13 @@ def attention(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "no
 
     Raises:
         KernelError: if an argument has an unsupported device, dtype, shape, stride or value.
+
+    Example:
+        >>> import torch
+        >>> from vp_kernels.ops import attention
+        >>> out, received = attention(torch.randn(2, 17, 3, 2, 32), importance="class")
+        >>> out.shape, received.shape
+        (torch.Size([2, 17, 64]), torch.Size([2, 17]))
     """
     out, received = _attention(qkv, key_bias, importance)
     return out, (None if importance == "none" else received)

@@ -44,6 +44,14 @@ def density_merge(
 
     Raises:
         KernelError: if an argument has an unsupported device, dtype, shape, stride or count.
+
+    Example:
+        >>> import torch
+        >>> from vp_kernels.ops import density_merge
+        >>> x, scores = torch.randn(2, 17, 64), torch.rand(2, 17)
+        >>> merged, size = density_merge(x, scores, None, tokens_out=10, clusters=3, pairs=2, prefix=1)
+        >>> merged.shape, size.sum(1)
+        (torch.Size([2, 10, 64]), tensor([17., 17.]))
     """
     found: tuple[Tensor, Tensor] = torch.ops.vp.density_merge(
         x, scores, size, tokens_out, clusters, pairs, prefix, weights

@@ -43,6 +43,14 @@ def gather_norm(
     Raises:
         KernelError: if an argument is not as above. Indices are not checked while compiling or capturing a CUDA graph;
             a row with an index outside 0 .. N - 1 is then NaN.
+
+    Example:
+        >>> import torch
+        >>> from vp_kernels.ops import gather_norm
+        >>> x, index = torch.randn(2, 17, 64), torch.tensor([0, 3, 5])
+        >>> kept, normed = gather_norm(x, index, torch.ones(64), torch.zeros(64), 1e-6)
+        >>> torch.equal(kept, x[:, index]), normed.shape
+        (True, torch.Size([2, 3, 64]))
     """
     found: tuple[Tensor, Tensor] = _operator(x, index, weight, bias, eps, residual, extra)
     return found

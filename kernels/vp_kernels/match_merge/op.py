@@ -48,6 +48,14 @@ def match_merge(
 
     Raises:
         KernelError: if an argument has an unsupported device, dtype, shape, stride or range.
+
+    Example:
+        >>> import torch
+        >>> from vp_kernels.ops import match_merge
+        >>> x = torch.randn(2, 17, 64)
+        >>> merged, size = match_merge(x, x, None, r=4, prefix=1)
+        >>> merged.shape, size.sum(1)
+        (torch.Size([2, 13, 64]), tensor([17., 17.]))
     """
     return _match_merge(x, metric, size, r, prefix, scores, tau)
 

@@ -41,6 +41,14 @@ def merge_rows(
         KernelError: if an argument has an unsupported device, dtype, shape or stride, or an index is out of range.
             Indices are not checked while tracing or compiling: a row of x out of range then reads as NaN, and a source
             that joins a row out of range is dropped.
+
+    Example:
+        >>> import torch
+        >>> from vp_kernels.ops import merge_rows
+        >>> x = torch.tensor([[[1.0], [2.0], [4.0]]])
+        >>> merged, mass = merge_rows(x, torch.tensor([[0, 1]]), torch.tensor([[2]]), torch.tensor([[1]]))
+        >>> merged.flatten(), mass
+        (tensor([1., 3.]), tensor([[1., 2.]]))
     """
     return _merge_rows(x, keep, source, into, source_weight, keep_weight)
 

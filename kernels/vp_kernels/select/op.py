@@ -26,6 +26,12 @@ def select(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
 
     Raises:
         KernelError: if an argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> from vp_kernels.ops import select
+        >>> select(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 2)
+        tensor([[1, 3]])
     """
     index: Tensor = _select(scores, k, by_score)
     return index
@@ -45,6 +51,13 @@ def select_fuse(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         KernelError: if an argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> from vp_kernels.ops import select_fuse
+        >>> index, fused = select_fuse(torch.rand(2, 16), torch.randn(2, 17, 64), 11)
+        >>> index.shape, fused.shape
+        (torch.Size([2, 11]), torch.Size([2, 1, 64]))
     """
     found: tuple[Tensor, Tensor] = _select_fuse(scores, x, k)
     return found

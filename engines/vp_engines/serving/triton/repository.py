@@ -99,6 +99,11 @@ class ServeOptions:
 
     Raises:
         InputError: if a value is invalid.
+
+    Example:
+        >>> from vp_engines import ServeOptions
+        >>> ServeOptions(backend="python", preprocess="model").instances
+        1
     """
 
     name: str | None = None
@@ -169,12 +174,19 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
 
     Args:
         repository: Folder of models; created if missing.
+        options: How to serve it; None for the defaults.
 
     Raises:
         BundleError: if the bundle is not valid, its signature differs from that of the model's other versions, the
             version exists, or writing fails. Nothing is left half-written.
         InputError: if the server does not support the name, or the engine was not built for the batch.
         EngineUnavailableError: if tritonclient is not installed.
+
+    Example:
+        >>> from vp_engines import ServeOptions, write_repository
+        >>> served = write_repository("tiny.vpe", "models", ServeOptions(backend="python"))
+        >>> served.name, served.version
+        ('tiny', 1)
     """
     options = options or ServeOptions()
     definitions()
