@@ -1,4 +1,4 @@
-"""What the benchmarks share: the flowers model and photographs in ../shared, and how a results file is written."""
+"""Shared by the benchmarks: the flowers model and photographs in ../shared, and writing results files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 WEIGHTS = SHARED / "models" / "flowers_vits16.safetensors"
 VAL = SHARED / "data" / "flowers" / "val"
 MODEL = "vit_small_patch16_224"
-MEAN, STD, CROP_PCT = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875  # the photographs are stored at 256 pixels
+MEAN, STD, CROP_PCT = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875  # photographs are stored at 256 pixels
 THREADS = 2
 
 
 def need_shared() -> None:
-    """Stop where there is nothing to measure.
+    """Exit if ../shared is missing.
 
     Raises:
         SystemExit: with the reason.
@@ -44,21 +44,21 @@ def load_flowers() -> LoadedModel:
 
 
 def preparation(model: LoadedModel) -> Callable[[Path], np.ndarray]:
-    """Photograph -> float32 [3, 224, 224], as the model was trained."""
+    """The model's preprocessing: photograph -> float32 [3, 224, 224]."""
     spec = preprocessing_of(model.vit, model.description, PreprocessingOverrides(CROP_PCT, None, MEAN, STD))
     return lambda path: preprocess([path], spec)[0]
 
 
 def spread(count: int, wanted: int = 16) -> list[int]:
-    """`wanted` of `count` indices, evenly spaced, so that every class is met; all where there are fewer."""
+    """`wanted` of `count` indices, evenly spaced so that every class is covered; all if there are fewer."""
     wanted = min(wanted, count)
     return [i * count // wanted for i in range(wanted)]
 
 
 def session_options() -> Any:
-    """ONNX Runtime's options as our own backend sets them (vp_engines.backends.ort), for sessions that it cannot open.
+    """ONNX Runtime session options as in our backend (vp_engines.backends.ort), for sessions that it cannot open.
 
-    Spinning threads of an idle session would steal the other's cores in an interleaved run: they are off there too.
+    Spinning is off there too: threads of an idle session would take the other's cores in an interleaved run.
     """
     import onnxruntime as ort
 
@@ -70,16 +70,16 @@ def session_options() -> Any:
 
 
 def command_line(script: str) -> str:
-    """The command that makes a results file again, without this machine's paths."""
+    """The command that reproduces a results file, without local paths."""
     given = re.sub(r" --(cache[ =]\S+|measured)", "", " ".join(["", *sys.argv[1:]]))
     return f"python benchmarks/{script}.py" + re.sub(r"--out[ =]\S+", f"--out docs/results/{script}.md", given)
 
 
 def machine(date: str | None = None) -> str:
-    """Where the figures come from, one line.
+    """Description of the machine, one line.
 
     Args:
-        date: of the measurements; None is today.
+        date: Date of the measurements; None for today.
     """
     facts = environment(threads=THREADS)
     return (
@@ -89,23 +89,23 @@ def machine(date: str | None = None) -> str:
 
 
 def prose(text: str) -> str:
-    """A paragraph, wrapped."""
+    """Wrap a paragraph."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def span(found: Mapping[str, float], digits: int, scale: float = 1.0) -> str:
-    """An interval, as "0.97 (0.95-0.98)"."""
+    """Format an interval, as "0.97 (0.95-0.98)"."""
     value, low, high = (f"{found[key] * scale:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} ({low}-{high})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table, an empty one behind it."""
+    """Lines of a Markdown table, followed by an empty one."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
 class Cache:
-    """What has been measured under these settings, in a file where one is named: an interrupted run goes on from it."""
+    """Measurements made with the given settings, stored in a file if one is named, so that a run can be resumed."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
@@ -118,7 +118,7 @@ class Cache:
                 print("the cache is of other settings, code or versions: starting over", flush=True)
 
     def get(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of that key, with the "date" of its measurement; measured where it is not there yet."""
+        """The row of a key, with the "date" of its measurement; measured if missing."""
         if key not in self.rows:
             start = time.perf_counter()
             self.rows[key] = {**measure(), "date": datetime.now(UTC).date().isoformat()}

@@ -1,9 +1,9 @@
-"""What the C++ loader costs over torch's own: a run over the bare AOTI runner, opening over sha256sum and bare load.
+"""Overhead of the C++ loader: a run against torch's AOTI runner, opening against sha256sum and a bare load.
 
     python benchmarks/cpp_loader.py --out docs/results/cpp.md
 
-The bundle is the flowers ViT-S/16 for aoti, with its dense twin, exported once into build/. Both sides of each
-comparison run in one process, interleaved, each first every other time; medians.
+Uses an aoti bundle of the flowers ViT-S/16 with its dense baseline, exported once into build/. Both sides of a
+comparison run in one process, interleaved, in alternating order; figures are medians.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from common import MODEL, THREADS, WEIGHTS, command_line, machine, need_shared, 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cpp" / "bench"
 BUNDLES = ROOT / "build" / "bench-cpp"
-RUN_BAR, OPEN_BAR = 50.0, 1.3  # microseconds over the bare runner; times sha256sum and load
+RUN_BAR, OPEN_BAR = 50.0, 1.3  # microseconds over the bare runner; multiple of sha256sum plus load
 
 
 def built() -> Path:
-    """The program that measures (engines/cpp/bench)."""
+    """Path of the measuring program (engines/cpp/bench), which must have been built."""
     options = ["-DVP_ENGINE_BENCH=ON", "-DVP_ENGINE_AOTI=ON", "-DBUILD_TESTING=OFF"]
     configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DPython3_EXECUTABLE={sys.executable}", *options]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
@@ -34,7 +34,7 @@ def built() -> Path:
 
 
 def exported(name: str, *options: object) -> Path:
-    """A bundle, exported where it is not there yet."""
+    """Export a bundle, unless it exists."""
     bundle = BUNDLES / name
     if not bundle.is_dir():
         BUNDLES.mkdir(parents=True, exist_ok=True)

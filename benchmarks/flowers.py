@@ -1,10 +1,10 @@
-"""One command, every engine that runs here: the flowers ViT-S/16 with a static plan of MAC ratio about 1.6.
+"""Benchmark all available engines: the flowers ViT-S/16 with a static plan of MAC ratio about 1.6.
 
     python benchmarks/flowers.py --out docs/results/flowers.md
 
-Needs the model and the photographs in ../shared (see ../shared/data/README.md). Each engine's bundle is made by
-vp-export as a user would, in a process of its own whose time and peak memory are measured; then both its engines run
-interleaved over the same inputs. The dense baseline is also timed against the plain torch.onnx export of timm's model.
+Needs the model and photographs in ../shared (see ../shared/data/README.md). Each engine's bundle is made by vp-export
+in a process of its own, measuring time and peak memory; then its two engines run interleaved on the same inputs. The
+dense baseline is also timed against the plain torch.onnx export of timm's model.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from vp_exporter.validation.report import ReportData
 from vp_exporter.validation.verdict import Budget
 
 IMAGENET = ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD)), "--crop-pct", str(CROP_PCT)]
-KEEP, SEED = 124, 0  # patches kept at random from block 0 on: MAC ratio 1.62
+KEEP, SEED = 124, 0  # random patches kept from block 0 on: MAC ratio 1.62
 
 
 def make_mask(folder: Path) -> Path:
-    """The static mask [12, 196]: the same random patches in every block."""
+    """A static mask [12, 196] with the same random patches in every block."""
     kept = np.random.default_rng(SEED).choice(196, KEEP, replace=False)
     mask = np.zeros((12, 196), np.uint8)
     mask[:, kept] = 1
@@ -60,7 +60,7 @@ def make_mask(folder: Path) -> Path:
 
 
 def export(engine: str, precision: str, mask: Path, out: Path, extra: Iterable[str] = ()) -> tuple[float, float, float]:
-    """Run vp-export; wall seconds, peak memory in GiB, and seconds in the engine's own builder (reduced engine)."""
+    """Run vp-export; returns wall seconds, peak memory in GiB, and seconds in the engine's builder (reduced engine)."""
     command = [
         sys.executable,
         "-m",
@@ -90,7 +90,7 @@ def export(engine: str, precision: str, mask: Path, out: Path, extra: Iterable[s
     return wall, memory, float(built[1])
 
 
-# A small process in between: a child's peak memory starts at its parent's, which here has held a whole model.
+# An intermediate process: a child's peak memory starts at that of its parent, which has held a whole model here.
 WATCH = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -101,7 +101,7 @@ sys.exit(code)
 
 
 def plain_onnx(model: LoadedModel, path: Path) -> Any:
-    """timm's model as torch.onnx exports it, in a plain ONNX Runtime session: what a user has today."""
+    """timm's model exported by torch.onnx, in a plain ONNX Runtime session, as a user would do without this project."""
     import onnxruntime as ort
     import torch
 
@@ -127,7 +127,7 @@ def plain_onnx(model: LoadedModel, path: Path) -> Any:
 
 
 def precision_errors(bundle: Path, model: LoadedModel, mask: Path, images: np.ndarray) -> tuple[float, float]:
-    """Largest absolute logit difference to PyTorch in fp32 of the reduced engine, and of the dense one."""
+    """Largest absolute logit difference to PyTorch in fp32, of the reduced and of the dense engine."""
     import torch
 
     from vp_exporter.rewrite.reduced_vit import ReducedViT
@@ -142,7 +142,7 @@ def precision_errors(bundle: Path, model: LoadedModel, mask: Path, images: np.nd
 
 
 def seconds_of(code: str, *args: str) -> float:
-    """Best of three fresh processes: seconds that `code` prints."""
+    """Seconds printed by `code`, best of three fresh processes."""
     return min(
         float(subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True).stdout)
         for _ in range(3)
@@ -193,7 +193,7 @@ def main() -> None:
                 notes.append(f"- `{engine}`: not measured, {ready.reason}")
                 continue
             extra = ["--compute-capability", "8.9"] if engine == "trt-rtx" else []
-            # Inductor compiles for minutes in every precision, and this CPU has neither fp16 nor bf16 arithmetic.
+            # Inductor takes minutes per precision, and this CPU has neither fp16 nor bf16 arithmetic.
             for precision in ("fp32",) if engine == "aoti" else backend.precisions:
                 bundle = work / f"{engine}-{precision}.vpe"
                 took, memory, building = export(engine, precision, mask, bundle, extra)
@@ -303,7 +303,7 @@ def main() -> None:
 
 
 def images_of(bundle: Path) -> np.ndarray:
-    """Sixteen photographs, evenly spaced over the validation part, as the model sees them."""
+    """Sixteen preprocessed photographs, evenly spaced over the validation part."""
     from vp_engines.preprocess import preprocess
 
     paths = sorted(VAL.rglob("*.jpg"))

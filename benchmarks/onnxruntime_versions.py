@@ -1,12 +1,12 @@
-"""Which ONNX Runtime runs what we write: measures the tables of engines/vp_engines/backends/ort_versions.py.
+"""Measure which ONNX Runtime runs our graphs: the tables of engines/vp_engines/backends/ort_versions.py.
 
     python benchmarks/onnxruntime_versions.py            # measures, prints the tables, compares
-    python benchmarks/onnxruntime_versions.py --write    # and puts them into it
+    python benchmarks/onnxruntime_versions.py --write    # and updates the file
 
-Every version is installed by pip into a folder of its own and used by a process of its own. Measured on the CPU: an
-empty graph of each IR version and opset; each operator of our graphs by itself, in every combination of types that they
-have it in; and whole graphs (every method and the dense model, in torch's operations and over the vp operators, fp32
-and fp16, opset 23 and 18), whose logits are compared with torch's.
+Every version is installed by pip into a folder of its own and run in a process of its own. Measured on the CPU: an
+empty graph of each IR version and opset; each operator of our graphs by itself, in every combination of types that
+occurs; and whole graphs (every method and the dense model, with torch operations and with the vp operators, fp32 and
+fp16, opset 23 and 18), whose logits are compared with torch's.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "engines/vp_engines/backends/ort_versions.py"
-# The first release of each series that PyPI has for Python 3.11, and the newest of all.
+# The first release of each series available for Python 3.11, and the newest of all.
 VERSIONS = (
     *("1.17.1", "1.18.0", "1.19.0", "1.20.0", "1.21.0", "1.22.0", "1.23.0"),
     *("1.24.1", "1.25.0", "1.26.0", "1.28.0", "1.30.0", "1.32.0"),
 )
-NUMPY_1 = ("1.17.", "1.18.")  # these import with numpy 1 only
+NUMPY_1 = ("1.17.", "1.18.")  # need numpy 1
 IRS, OPSETS = range(8, 14), range(18, 26)
-OTHERS = (("LpNormalization", 22),)  # what our graphs had, and avoid
+OTHERS = (("LpNormalization", 22),)  # used by earlier graphs, now avoided
 BATCH = 3
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.3}  # of the logits of a random model, whose spread is about 10; ties may flip
 
-# What a process of each version does: cases in, {name: why not, or None} out.
+# Run with each version: takes cases, returns {name: error or None}.
 WORKER = """
 import json, pickle, sys
 import numpy as np
@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def install(version: str, work: Path) -> Path:
-    """A folder with one version, made where it is missing."""
+    """Folder with one version, installed if missing."""
     folder = work / version
     if not (folder / "onnxruntime").is_dir():
         numpy = ["numpy<2"] if version.startswith(NUMPY_1) else []
@@ -109,7 +109,7 @@ def install(version: str, work: Path) -> Path:
 
 
 def ask(folder: Path, cases: Path) -> dict[str, str | None]:
-    """What one version says of every case."""
+    """Result of every case with one version."""
     env = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(cases)], env=env, check=True, stdout=subprocess.PIPE, text=True
@@ -120,7 +120,7 @@ def ask(folder: Path, cases: Path) -> dict[str, str | None]:
 
 
 def least(keys: Iterable[Any], answers: Mapping[str, Mapping[str, str | None]]) -> str:
-    """The version from which on all cases run."""
+    """The oldest version from which on all cases run."""
     found = "none"
     for version in reversed(list(answers)):
         if any(answers[version][repr(key)] is not None for key in keys):
@@ -130,7 +130,7 @@ def least(keys: Iterable[Any], answers: Mapping[str, Mapping[str, str | None]]) 
 
 
 def whole_graphs() -> dict[str, tuple[bytes, Any, Any, float]]:
-    """name -> (ONNX file, images, torch's logits, how far from them ONNX Runtime may be)."""
+    """name -> (ONNX file, images, torch's logits, tolerance)."""
     import tempfile
 
     import timm
@@ -182,7 +182,7 @@ def whole_graphs() -> dict[str, tuple[bytes, Any, Any, float]]:
 
 
 def single_nodes(content: bytes) -> dict[tuple[Any, ...], bytes]:
-    """(operator, the opset its form is from, types of its inputs) -> a model of that one node."""
+    """(operator, opset of its form, types of its inputs) -> a model with that one node."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -210,7 +210,7 @@ def single_nodes(content: bytes) -> dict[tuple[Any, ...], bytes]:
         body = [*(constants[n] for n in inputs if n in constants), node]
         fed = [values[name] for name in inputs if name not in weights and name not in constants]
         single = helper.make_graph(body, "one", fed, outputs, [weights[name] for name in inputs if name in weights])
-        # In the oldest opset that has this form: what the opset itself needs is measured apart.
+        # In the oldest opset with this form: the opset itself is measured separately.
         imports = [helper.make_opsetid("", max(since, OPSETS[0]))] + (
             [helper.make_opsetid(node.domain, 1)] if node.domain else []
         )
@@ -220,7 +220,7 @@ def single_nodes(content: bytes) -> dict[tuple[Any, ...], bytes]:
 
 
 def type_of(value: Any, constant: Any) -> int:
-    """The element type of a value; 0 of an input left out."""
+    """Element type of a value; 0 for an omitted input."""
     if constant is not None:
         attribute = constant.attribute[0]
         floats = attribute.name in ("value_float", "value_floats")
@@ -240,7 +240,7 @@ def one_node(ir: int, opset: int, op_type: str = "Relu") -> bytes:
 
 
 def compare(graphs: Mapping[str, Any], answers: Mapping[str, Any], tables: Mapping[str, Any]) -> list[str]:
-    """Where a whole graph does not run from the version on that the tables name for it."""
+    """Whole graphs that do not run from the version that the tables give."""
     import onnx
 
     from vp_engines.backends import ort_versions
@@ -262,14 +262,14 @@ def compare(graphs: Mapping[str, Any], answers: Mapping[str, Any], tables: Mappi
 
 
 def current() -> dict[str, dict[Any, str]]:
-    """The tables of the file."""
+    """The tables in the file."""
     from vp_engines.backends import ort_versions
 
     return {name: dict(getattr(ort_versions, name)) for name in ("IR_VERSIONS", "OPSETS", "OPERATORS")}
 
 
 def written(name: str, table: Mapping[Any, str]) -> str:
-    """A table as Python."""
+    """A table as Python source."""
     kind = "dict[tuple[str, int], str]" if name == "OPERATORS" else "dict[int, str]"
     rows = [
         f"    {json.dumps(key) if isinstance(key, int) else spelled(key)}: {json.dumps(table[key])},\n" for key in table
@@ -282,7 +282,7 @@ def spelled(operator: tuple[str, int]) -> str:
 
 
 def replaced(source: str, text: Mapping[str, str]) -> str:
-    """The file with these tables in place of its own."""
+    """The file with its tables replaced."""
     import re
 
     for name, table in text.items():

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own profile of lowered models: which nodes took how long, and how much of it a plan has added."""
+"""ONNX Runtime's profile of lowered models: time of each node, and the share of nodes added by a plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common import session_options
 from vp_engines.backends.ort import runs_in_profile
 
 WARM_UP = 3
-# What a plan adds: its reducers, the mask that proportional attention gives to Attention, the gathers of static steps.
+# Nodes added by a plan: reducers, the mask of proportional attention, the gathers of static steps.
 ADDED = re.compile(r"blocks\.\d+(\.(statistics|see|reduce)/|/(Unsqueeze|Expand|Gather)\.)|embed/Gather\.")
 MASK = re.compile(r"blocks\.\d+(/(Unsqueeze|Expand)\.|\.reduce/Log\.)")
 Kernel = tuple[str, str, float]  # node, operator, milliseconds
@@ -25,12 +25,12 @@ Run = list[Kernel]
 
 
 def profile(paths: Sequence[Path], images: np.ndarray, counts: Mapping[int, int]) -> list[dict[int, list[Run]]]:
-    """For each model, by batch size, the kernels of each run; the models take turns.
+    """Kernels of each run, for each model by batch size; the models take turns.
 
     Args:
-        paths: ONNX files; the profiler's logs lie beside them for a moment.
+        paths: ONNX files; the profiler temporarily writes its logs beside them.
         images: float32 [n, 3, H, W], repeated or cut to each batch size.
-        counts: batch size -> runs, after a few that warm up.
+        counts: Batch size -> runs, after a few for warm-up.
     """
     sessions = []
     for path in paths:
@@ -57,19 +57,19 @@ def _runs(events: list[dict[str, Any]]) -> list[Run]:
 
 
 def kinds(run: Run) -> Counter[tuple[str, str]]:
-    """How often each (name with its numbers blotted out, operator) stands among the nodes that no plan has added."""
+    """Count (name with its numbers masked, operator) among the nodes that are not added by a plan."""
     return Counter((re.sub(r"\d+", "N", name), op) for name, op, _ in run if not ADDED.match(name))
 
 
 def spent(runs: list[Run], *, op: str | None = None, name: re.Pattern[str] | None = None) -> np.ndarray:
-    """Milliseconds of each run in the nodes of an operator, or with such a name."""
+    """Milliseconds of each run in nodes of an operator, or with a matching name."""
     return np.array(
         [sum(ms for n, o, ms in run if op in (None, o) and (name is None or name.match(n))) for run in runs]
     )
 
 
 def added_work(runs: list[Run]) -> dict[str, Any]:
-    """What ADDED matches: milliseconds a run and percent of all kernels' time (medians), nodes, the three costliest."""
+    """Nodes matching ADDED: milliseconds per run and percent of all kernel time (medians), count, the three slowest."""
     ours, operators = spent(runs, name=ADDED), {op for name, op, _ in runs[0] if ADDED.match(name)}
     each = {op: float(np.median(spent(runs, op=op, name=ADDED))) for op in sorted(operators)}
     return {

@@ -1,9 +1,9 @@
-"""Every reducer on the flowers ViT-S/16, ONNX Runtime on the CPU, at about 0.65 and 0.5 of the dense MACs.
+"""Benchmark every reducer on the flowers ViT-S/16, ONNX Runtime on the CPU, at about 0.65 and 0.5 of the dense MACs.
 
     python benchmarks/reducers.py --out docs/results/reducers.md
 
-Needs the model and the photographs in ../shared (see ../shared/data/README.md). With --cache FILE what is measured is
-kept, row by row, and an interrupted run goes on; change the settings or the code and it starts over.
+Needs the model and photographs in ../shared (see ../shared/data/README.md). With --cache FILE, measurements are stored
+row by row, so an interrupted run can be continued; changing the settings or the code invalidates them.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ from vp_exporter.validation.intervals import bootstrap_ratio_of_medians
 from vp_exporter.validation.latency import compare
 
 BATCHES = (8, 1)
-BATCH = 32  # of the pass over the photographs
-PROFILED = {8: 12, 1: 40}  # batch size -> profiled runs; a few more before them warm up
-NEAR_TIE = 1e-4  # logits farther apart than this: a near-tie that two sound engines break differently, or a fault
-NUDGE = np.float32(1 + 2e-7)  # what rounding does: where PyTorch's own answer jumps with it, the image has a near-tie
-ABOUT_HALF_MORE = (1.4, 1.65)  # the MAC ratios that the efficiency bars are for
+BATCH = 32  # batch size for evaluating the photographs
+PROFILED = {8: 12, 1: 40}  # batch size -> profiled runs, after a few for warm-up
+NEAR_TIE = 1e-4  # a larger difference in logits is a near-tie that two correct engines break differently, or a fault
+NUDGE = np.float32(1 + 2e-7)  # the effect of rounding: if PyTorch's own output jumps with it, the image has a near-tie
+ABOUT_HALF_MORE = (1.4, 1.65)  # MAC ratios that the efficiency bars apply to
 EFFICIENCY_BAR, ADDED_BAR = {8: 0.93, 1: 0.85}, 4.0
 EVERY_SECOND, STAGES = (1, 3, 5, 7, 9, 11), (3, 6, 9)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tables: the method and what it is asked besides the MAC target."""
+    """A row of the tables: the method and its options besides the MAC target."""
 
     name: str
     label: str
@@ -99,7 +99,7 @@ ROWS = (
 
 
 class Photographs:
-    """The validation photographs, decoded once: what `evaluate` asks of its data."""
+    """The validation photographs, decoded once, in the form that `evaluate` takes."""
 
     labelled = True
 
@@ -118,7 +118,7 @@ class Photographs:
 
 
 class Recorded:
-    """The dense engine's answers to all photographs, given again in their order: it need not run once a row."""
+    """Replays the dense engine's outputs for all photographs in order, so that it need not run for each row."""
 
     def __init__(self, logits: np.ndarray) -> None:
         self._rest = iter(logits)
@@ -128,7 +128,7 @@ class Recorded:
 
 
 class Bench:
-    """The dense engine and the photographs, and what is measured against them."""
+    """The dense engine and the photographs, and measurements against them."""
 
     def __init__(self, work: Path, seconds: float, limit: int | None) -> None:
         torch.set_num_threads(THREADS)
@@ -153,7 +153,7 @@ class Bench:
         return logits
 
     def lower(self, plan: ReductionPlan | None, name: str) -> Path:
-        """As vp-export does for this engine."""
+        """Lower as vp-export does for this engine."""
         assert self.backend.opset is not None
         ready = self.reduced(plan).for_export("fp32", self.backend.attention_form)
         return lower_onnx(ready, self.work / f"{name}.onnx", opset=self.backend.opset)
@@ -164,7 +164,7 @@ class Bench:
         return self.backend.open(path.name, files, inputs, outputs, {}, RunOptions("cpu", THREADS))
 
     def measure(self, row: Row, target: float) -> dict[str, Any]:
-        """One row, as JSON values; {"refused": why} where there is no such plan."""
+        """Measure one row, as JSON values; {"refused": why} if there is no such plan."""
         try:
             plan = build_plan(MethodRequest(target_macs=target, **row.asked), self.description)
         except VpError as error:
@@ -196,7 +196,7 @@ class Bench:
         }
 
     def measure_mask(self, target: float) -> dict[str, Any]:
-        """What proportional attention costs Attention itself: the same tokens (tome's) with its mask and without."""
+        """Cost of the mask of proportional attention: the same tokens (tome's) with and without it."""
         paths = []
         for wanted in (True, False):
             request = MethodRequest("tome", target_macs=target, proportional_attention=wanted)
@@ -212,7 +212,7 @@ class Bench:
 
 
 def short_tokens(plan: ReductionPlan) -> str:
-    """Tokens behind each block that changes their number: all where they are few, else the ends."""
+    """Tokens after each block that changes their number, abbreviated if there are many."""
     left, changes = plan.model.prefix_tokens + plan.model.patches, []
     for block, row in enumerate(plan.tokens()):
         if row.mlp != left:
@@ -222,10 +222,10 @@ def short_tokens(plan: ReductionPlan) -> str:
 
 
 def sources(*more: str) -> str:
-    """sha256 over the code that decides a figure: a cache is of no use once it has changed.
+    """sha256 over the code that determines a figure, to invalidate the cache.
 
     Args:
-        more: folders of the exporter that decide as well.
+        more: Further relevant folders of the exporter.
     """
     exporter, engines = Path(vp_exporter.__file__).parent, Path(vp_engines.__file__).parent
     files = [engines / "backends" / "ort.py", *sorted(Path(__file__).parent.glob("*.py"))]
@@ -264,7 +264,7 @@ MASK_HEAD = ["plan", "batch", "Attention with it, ms", "without, ms", "making th
 
 
 def bar(title: str, judged: Sequence[tuple[str, bool, str]]) -> str:
-    """One line: who meets a bar and who misses it, and by what."""
+    """One line: rows that meet a bar and rows that miss it, and by how much."""
     met = [name for name, good, _ in judged if good]
     missed = [f"{name} {figure}" for name, good, figure in judged if not good]
     by = f", missed by {len(missed)}: {'; '.join(missed)}" if missed else ", missed by none"
@@ -272,7 +272,7 @@ def bar(title: str, judged: Sequence[tuple[str, bool, str]]) -> str:
 
 
 def bars(rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Every bar, judged by the point estimates of `rows`; intervals stand beside the misses."""
+    """Every bar, judged by the point estimates of `rows`, with intervals for misses."""
     low, high = ABOUT_HALF_MORE
     lines = []
     for batch, least in EFFICIENCY_BAR.items():
@@ -381,7 +381,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
 
         @functools.cache
-        def bench() -> Bench:  # the dense engine is built once, and not at all where everything is cached
+        def bench() -> Bench:  # built once, and only if something is not cached
             return Bench(Path(scratch), args.seconds, args.limit)
 
         def measured(row: Row, target: float) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Searched plans on the flowers ViT-S/16: every stage of vpruner, every schedule, beside their baselines.
+"""Benchmark searched plans on the flowers ViT-S/16: every stage of vpruner, every schedule, and their baselines.
 
     python benchmarks/search.py --out docs/results/search.md
 
-Needs the model and the photographs in ../shared (see ../shared/data/README.md). Searches on train photographs only,
-reports on val only. With --cache FILE what is measured is kept, row by row, and an interrupted run goes on.
+Needs the model and photographs in ../shared (see ../shared/data/README.md). Searches on train photographs and reports
+on val only. With --cache FILE, measurements are stored row by row, so an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class SearchBench(Bench):
         self._calibration: tuple[int, Calibration] | None = None
 
     def calibration(self, images: int) -> Calibration:
-        """Read when a search is not in the cache."""
+        """Calibration images, loaded if a search is not in the cache."""
         if self._calibration is None or self._calibration[0] != images:
-            self._calibration = None  # the memory of the one before is given back first
+            self._calibration = None  # free the memory of the previous one first
             prepare = preparation(self.model)
             found = load_calibration(TRAIN, prepare, self.model.vit, self.description, limit=images, strict=True)
             self._calibration = images, found
         return self._calibration[1]
 
     def search(self, method: str, share: float, evaluations: int | None, kept: Path | None) -> dict[str, Any]:
-        """The plan of every stage and baseline, and how long the search took.
+        """Plans of all stages and baselines, and the duration of the search.
 
         Args:
-            kept: where an interrupted search leaves its checkpoint.
+            kept: Where an interrupted search leaves its checkpoint.
         """
         images = usual_images(method) if self.images is None else self.images
         calibration, start = self.calibration(images), time.perf_counter()
@@ -78,7 +78,7 @@ class SearchBench(Bench):
             plans = {f"{name}{ALL}": plan for name, plan in self.published(result.importance, share).items()}
             own = {row["stage"] for row in result.baselines}
             plans |= {name: plan for name, plan in result.plans.items() if name not in own}
-        # Every plan without what else a plan says: the cache holds what is run.
+        # Without provenance, so that the cache holds exactly what is run.
         bare = {name: dataclasses.replace(plan, provenance={}).to_dict() for name, plan in plans.items()}
         return {
             "plans": bare,
@@ -89,7 +89,7 @@ class SearchBench(Bench):
         }
 
     def published(self, importance: np.ndarray, share: float) -> dict[str, ReductionPlan]:
-        """Static masks that keep one set of patches from block 0 to the end, as many as the budget allows."""
+        """Static masks with one set of patches in all blocks, as large as the budget allows."""
         model = self.description
         dense = count_macs(model).total
 
@@ -109,7 +109,7 @@ class SearchBench(Bench):
         return at(count)
 
     def answers(self, plan: ReductionPlan) -> dict[str, Any]:
-        """In fp32 PyTorch, on all val photographs."""
+        """Results in fp32 PyTorch, on all val photographs."""
         logits = np.concatenate([self.pytorch(plan, batch.images) for batch in self.photographs.batches(BATCH)])
         found = evaluate(Recorded(self.dense_logits), Recorded(logits), self.photographs, batch_size=BATCH).to_dict()
         return {
@@ -117,7 +117,7 @@ class SearchBench(Bench):
         }
 
     def timed(self, plan: ReductionPlan) -> dict[str, Any]:
-        """On ONNX Runtime, against the dense engine."""
+        """Timing on ONNX Runtime, against the dense engine."""
         macs = count_macs(self.description).total, count_macs(self.description, plan).total
         with self.open(self.lower(plan, "searched")) as engine:
             (line,) = compare(
@@ -128,7 +128,7 @@ class SearchBench(Bench):
 
 
 def held_out(found: dict[str, Any]) -> dict[str, float]:
-    """KL on the held-out photographs, of every stage, baseline and strategy that a search has a row of."""
+    """KL on the held-out photographs, of every stage, baseline and strategy in a search."""
     rows = [row for row in [*found["baselines"], *found["stages"]] if "kl" in row]
     held = {row["stage"]: row["kl"] for row in rows}
     for row in rows:
@@ -173,7 +173,7 @@ HEAD += ["efficiency"]
 
 
 def bars(share: float, kl: dict[str, float], agreement: dict[str, float], ends: Sequence[str]) -> list[str]:
-    """The bars of one budget, met or not, by point estimates."""
+    """Bars of one budget, met or not, by point estimates."""
     lines = []
     rivals = {name[len(STATIC) + 2 : -len(ALL)]: value for name, value in kl.items() if name.endswith(ALL)}
     randoms = [value for name, value in rivals.items() if name.startswith("random")]
@@ -208,7 +208,7 @@ def bars(share: float, kl: dict[str, float], agreement: dict[str, float], ends: 
 
 
 def of_uniform(ratios: dict[str, dict[float, tuple[str, str]]], budgets: Sequence[float]) -> list[str]:
-    """What is left of the uniform schedules' KL on either set of photographs, a row a search; no lines without one."""
+    """KL relative to the uniform schedule's, on both sets of photographs, one row per search; no lines without any."""
     if not ratios:
         return []
     head = ["search", *(f"{share:g}, {where}" for share in budgets for where in ("held out", "val"))]
@@ -223,7 +223,7 @@ def of_uniform(ratios: dict[str, dict[float, tuple[str, str]]], budgets: Sequenc
 
 
 def measured(cache: Cache, method: str, share: float) -> bool:
-    """Whether the cache holds that search and what every plan of it answers."""
+    """Whether the cache holds the search and the results of all its plans."""
     found = cache.rows.get(f"search {method} {share:g}")
     plans = found["plans"].values() if found else ()
     return bool(plans) and all(f"answers {ReductionPlan.from_dict(plan).fingerprint()}" in cache.rows for plan in plans)
@@ -271,7 +271,7 @@ def main() -> None:
                     plan = ReductionPlan.from_dict(data)
                     key = plan.fingerprint()
                     answers = cache.get(f"answers {key}", lambda p=plan: bench.answers(p))
-                    # Masks that keep as many patches take as long: one of them is timed.
+                    # Masks with equal counts take equally long: time one of them.
                     last = name == list(found["plans"])[-1]
                     timed = args.seconds and (last or name in ("uniform", PRIOR, f"grid{ALL}"))
                     row = f"time {args.seconds:g} {key}"

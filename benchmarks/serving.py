@@ -1,9 +1,9 @@
-"""What Triton Inference Server adds to an engine: latency over a direct call, and errors and memory under load.
+"""Overhead of Triton Inference Server: latency over a direct call, and errors and memory under load.
 
     make demo tritonserver
     python benchmarks/serving.py --out docs/results/serving.md
 
-Runs the real server of the tests (its Python backend, on the CPU) on a bundle; direct calls and requests take turns.
+Runs the server used by the tests (its Python backend, on the CPU) on a bundle; direct calls and requests alternate.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "bench"
-ADDED_MS, GROWN_MIB = 2.0, 20.0  # the bars
+ADDED_MS, GROWN_MIB = 2.0, 20.0  # limits
 
 
 class Client:
-    """One connection."""
+    """A connection to the server."""
 
     def __init__(self, module: ModuleType, address: str, output: str) -> None:
         self.module, self.output, self.client = module, output, module.InferenceServerClient(address)
@@ -50,13 +50,13 @@ class Client:
 
 
 def with_children(pid: int) -> float:
-    """MiB resident in a process and all below it."""
+    """Resident memory of a process and its descendants in MiB."""
     children = (path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children"))
     return resident(pid)[0] + sum(with_children(int(child)) for found in children for child in found)
 
 
 def latency(server: Server, bundle: Path, images: np.ndarray, rounds: int) -> dict[str, np.ndarray]:
-    """Milliseconds [rounds] of one image by each way; every round runs all, in an order drawn anew."""
+    """Milliseconds [rounds] for one image by each way; every round runs all, in random order."""
     with vp_engines.load(bundle, threads=1) as engine:
         output = engine.outputs[0].name
         ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -77,7 +77,7 @@ def latency(server: Server, bundle: Path, images: np.ndarray, rounds: int) -> di
 
 
 def inside(server: Server) -> dict[str, float]:
-    """Milliseconds of a request inside the server so far, the mean of each part by its own statistics."""
+    """Milliseconds per request inside the server so far: mean of each part, from its statistics."""
     found = http_client.InferenceServerClient(server.http).get_inference_statistics(MODEL)
     parts = found["model_stats"][0]["inference_stats"]
     names = {"queue": "queue", "compute_input": "input", "compute_infer": "Python backend", "compute_output": "output"}
@@ -85,7 +85,7 @@ def inside(server: Server) -> dict[str, float]:
 
 
 def load(server: Server, bundle: Path, images: np.ndarray, requests: int, clients: int) -> tuple[int, float]:
-    """Requests from many clients at a time: how many failed or answered wrongly, and seconds."""
+    """Send requests from many clients at a time; returns the number that failed or gave wrong answers, and seconds."""
     with vp_engines.load(bundle, threads=1) as engine:
         output = engine.outputs[0].name
         expected = engine.run(images)[output]
@@ -125,7 +125,7 @@ def main() -> None:
     manifest = vp_engines.read_manifest(args.bundle)
     shape = manifest.preprocessing.input_size
     images = np.random.default_rng(0).standard_normal((16, *shape), dtype=np.float32)
-    sys.path.insert(0, str(ROOT))  # the server is started as the tests do
+    sys.path.insert(0, str(ROOT))  # start the server as the tests do
     from tests.engines.serving.triton.server import running
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,1 @@
-"""Everything that only a GPU can tell: `python -m benchmarks.gpu`."""
+"""GPU benchmarks and checks: `python -m benchmarks.gpu`."""

@@ -1,7 +1,7 @@
-"""What the kernels are checked on: every awkward size, dtype and mode, as lists of calls of the operators.
+"""Cases for checking the kernels: edge-case sizes, dtypes and modes, as lists of operator calls.
 
-A case is one row of the results. Its calls differ in batch and content, and where a kernel is compiled for every token
-count it holds one count alone, so that cases can be shared out among processes that compile.
+A case is one row of the results. Its calls differ in batch size and content. For kernels compiled per token count, a
+case has a single count, so that cases can be distributed over processes that compile.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ DTYPES = ("bf16", "fp16", "fp32")
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS, PREFIX = 3, 1
 BATCHES = (1, 3, 64)
-FEW_IMAGES = 8  # in place of 64 where N is above LARGE: the fp64 truth of the attention would fill the memory
+FEW_IMAGES = 8  # instead of 64 if N is above LARGE: the attention in fp64 would fill the memory
 LARGE = 257
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: an operator under fixed compile-time parameters.
+    """One row: an operator with fixed compile-time parameters.
 
     Attributes:
-        operator: the public function's name; `room` is its folder.
-        decides: the operator compares numbers that it has computed, so near-ties may fall either way.
-        compiles: kernel builds that it costs, about.
+        operator: Name of the public function; `room` is its folder.
+        decides: The operator compares computed numbers, so near-ties may go either way.
+        compiles: Approximate number of kernel builds.
     """
 
     operator: str
@@ -54,8 +54,8 @@ class Call:
     """One call of an operator.
 
     Attributes:
-        what: the parameters, for a failure's report.
-        nudged: positions of the arguments whose rounding may tip a near-tie.
+        what: The parameters, for failure messages.
+        nudged: Positions of arguments whose rounding may affect near-ties.
     """
 
     what: str
@@ -64,7 +64,7 @@ class Call:
 
 
 def cases(sizes: Sequence[int] = TOKENS, *, quick: bool = False) -> list[Case]:
-    """All of them; `quick`: fewer sizes and settings, every operator and mode."""
+    """All cases; `quick`: fewer sizes and settings, but every operator and mode."""
     sizes = [n for n in sizes if n in QUICK] if quick else list(sizes)
     return [*_attention(sizes, quick), *_rows(sizes, quick), *_selection(sizes, quick), *_merging(sizes, quick)]
 
@@ -91,7 +91,7 @@ def _attend(n: int, width: int, dtype: str, importance: str, bias: str) -> Case:
 
 
 def _rows(sizes: Sequence[int], quick: bool) -> Iterator[Case]:
-    """gather_norm and merge_rows: token counts are no compile-time constants of theirs, or few are."""
+    """gather_norm and merge_rows, for which token counts are no compile-time constants, or only a few."""
     for dtype in DTYPES:
         for width in (384,) if quick else (192, 384, 768, 1024, 200):
             for residual, extra in ((False, False), (True, True)) if quick else _both():
@@ -134,7 +134,7 @@ def _split(sizes: Sequence[int], most: int) -> list[tuple[int, ...]]:
 
 
 def calls(case: Case, device: str, batches: Sequence[int] = BATCHES) -> Iterator[Call]:
-    """The calls of a case, on fresh random data that is the same in every run."""
+    """Calls of a case, on random data that is the same in every run."""
     build: Callable[[Make, dict[str, Any], int, int], Iterator[Call]] = _BUILDERS[case.operator]
     for n in case.tokens:
         for batch in batches:
@@ -143,7 +143,7 @@ def calls(case: Case, device: str, batches: Sequence[int] = BATCHES) -> Iterator
 
 
 class Make:
-    """Random tensors on a device, drawn there."""
+    """Creates random tensors on a device."""
 
     def __init__(self, device: str, seed: int) -> None:
         self.device = device
@@ -174,7 +174,7 @@ def _attention_calls(make: Make, settings: dict[str, Any], n: int, batch: int) -
         removed = each.masked_fill(make.uniform(batch, n) < 0.3, -torch.inf)
         removed[:, 0] = 0.0
         nobody = each.clone()
-        nobody[-1] = -torch.inf  # every key of one image: NaN there, and nowhere else
+        nobody[-1] = -torch.inf  # all keys of one image are masked: NaN there, and only there
         forms = {"shared": each[:1].contiguous(), "each": each, "removed": removed, "all removed": nobody}
     for name, bias in forms.items():
         yield Call(f"B={batch} N={n} bias {name}", (qkv, bias, settings["importance"]))
@@ -206,7 +206,7 @@ def _scores(make: Make, batch: int, n: int) -> dict[str, Tensor]:
     odd[:, 1::5] = torch.inf
     odd[:, 2::7] = -torch.inf
     return {
-        "random": drawn[:, PREFIX:],  # as callers have it: a view behind the prefix
+        "random": drawn[:, PREFIX:],  # a view past the prefix, as callers pass it
         "ties": (drawn * 2).round()[:, PREFIX:].contiguous(),
         "equal": torch.full((batch, n), 0.25, device=make.device),
         "not finite": odd[:, PREFIX:],
@@ -248,10 +248,10 @@ def _merge_rows_calls(make: Make, settings: dict[str, Any], n: int, batch: int) 
 
 
 def apart(make: Make, batch: int, n: int, width: int, prefix: int, dtype: str) -> Tensor:
-    """A metric whose best partners are clear: each row of A lies at an angle of its own from one row of B.
+    """A metric with clear best partners: each row of A is at an angle of its own to one row of B.
 
-    On random rows the best of hundreds of similarities is often a near-tie, and a check that must excuse every second
-    image checks little.
+    With random rows, the best of hundreds of similarities is often a near-tie, and a check that has to excuse every
+    second image is weak.
     """
     metric = make.normal(batch, n, width)
     first_a, first_b = prefix + prefix % 2, prefix + (prefix + 1) % 2
@@ -274,7 +274,7 @@ def _match_merge_calls(make: Make, settings: dict[str, Any], n: int, batch: int)
             continue
         metric = apart(make, batch, n, 64, prefix, dtype)
         qkv = make.normal(batch, n, 3, HEADS, 64, dtype=dtype, scale=0.05)
-        qkv[:, :, 1] += (metric / HEADS)[:, :, None]  # keys whose sum over heads is the metric, nearly
+        qkv[:, :, 1] += (metric / HEADS)[:, :, None]  # keys whose sum over heads is approximately the metric
         size = None if mode == "plain" else make.whole(5, batch, n).float() + 1.0
         scores, tau = None, 0.0
         if mode == "scores":
@@ -283,7 +283,7 @@ def _match_merge_calls(make: Make, settings: dict[str, Any], n: int, batch: int)
             )
             share = sharp / sharp.sum(1, keepdim=True)
             spread = share.var(dim=1).sort().values
-            middle = batch // 2  # half of the images merge, half are pruned, none is near the threshold
+            middle = batch // 2  # half of the images merge, half are pruned, none is close to the threshold
             tau = float(spread[middle] + spread[max(0, middle - 1)]) / 2 if batch > 1 else 1e-9
             scores = sharp
         for r in sorted({1, max(1, patches // 4), patches // 2}):

@@ -1,6 +1,7 @@
-"""Correctness of the kernels where they really run: against torch in higher precision, by the tests' own criterion.
+"""Check the kernels on the GPU against torch in higher precision, by the same criterion as the tests.
 
-The truth is the operator's torch form in fp64 on the same device; tests/kernels holds that form to the slow reference.
+The ground truth is the operator's torch implementation in fp64 on the same device, which tests/kernels checks against
+the slow reference.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from benchmarks.gpu.cases import BATCHES, TOKENS, Call, Case, calls, cases
 from benchmarks.gpu.runs import Row
 from benchmarks.gpu.setup import complete_interpreter, fingerprint, first_line, of_the_tests, part_of
 
-SHOWN = 10  # failures of a case that are kept
-LOOPED = ("merge_rows", "match_merge", "density_merge")  # whose references run token by token
-NUDGES, NUDGE = 6, 2e-6  # how often, and how far relative to it, an argument is moved to find near-ties
-JUMP = 1e-4  # an answer that moves farther, relative to the largest value, has chosen otherwise
+SHOWN = 10  # failures to keep per case
+LOOPED = ("merge_rows", "match_merge", "density_merge")  # references loop over tokens
+NUDGES, NUDGE = 6, 2e-6  # number of perturbations for finding near-ties, and their relative size
+JUMP = 1e-4  # relative to the largest value: a larger change of the result means a different choice
 MOST_EXCUSED = 0.25
 COMPILE_SECONDS, CALL_SECONDS = 2.5, 0.004
-# Of each floating-point output: the argument that has its dtype; None: it is fp32.
+# For each floating-point output, the argument with its dtype; None for fp32.
 DTYPE_OF: Mapping[str, tuple[int | None, ...]] = {
     "attention": (0, None), "gather_norm": (0, 0), "select_fuse": (None, 1), "merge_rows": (0, None),
     "match_merge": (0, None), "density_merge": (0, None),
@@ -35,7 +36,7 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass
 class Tally:
-    """What a case came to."""
+    """Summary of a case."""
 
     compared: int = 0
     images: int = 0
@@ -50,10 +51,10 @@ class Tally:
 
 
 def kernel_of(case: Case) -> Callable[..., Any]:
-    """What is checked: the public function; in Triton's interpreter the launcher, since a CPU never runs the kernel.
+    """Function to check: the public one, or the launcher in Triton's interpreter, since CPUs never run the kernel.
 
     Raises:
-        LookupError: it does not exist (yet).
+        LookupError: if it does not exist (yet).
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         complete_interpreter()
@@ -62,26 +63,28 @@ def kernel_of(case: Case) -> Callable[..., Any]:
 
 
 def oracle(case: Case) -> Callable[..., Any]:
-    """The operator in torch, which is given fp64 and is the truth: the reference where that computes whole batches,
-    elsewhere (Python loops over tokens) the torch form."""
+    """Ground truth of an operator, to be called in fp64.
+
+    The reference if it is batched; otherwise (Python loops over tokens) the torch implementation.
+    """
     if case.operator in LOOPED:
         for file, name in (("op", f"{case.operator}_torch"), ("torch_form", case.operator)):
             with suppress(LookupError):
                 return part_of(case.room, file, name)
     reference = part_of(case.room, "reference", f"{case.operator}_reference")
-    if case.operator == "select":  # a GPU's sort may tell -0 from 0, and NaN from NaN: the rules are the CPU's
+    if case.operator == "select":  # a GPU's sort may distinguish -0 from 0, and NaNs; use the CPU's
         return lambda scores, k, by_score: reference(scores.cpu(), k, by_score).to(scores.device)
     return reference
 
 
 def bounds(case: Case, arguments: tuple[Any, ...], truth: Outputs) -> tuple[Tensor | None, ...]:
-    """How far rounding can move each output; None for those that are indices."""
+    """Largest rounding error of each output; None for indices."""
     of = of_the_tests("bounds")
     if case.operator == "select":
         return (None,)
     if case.operator == "select_fuse":
         return None, of.select_fuse(*arguments)
-    if case.operator == "density_merge":  # its sizes are whole numbers
+    if case.operator == "density_merge":  # sizes are integers
         x = arguments[0]
         return of.density_merge(x, truth[0], x.shape[1]), torch.zeros_like(truth[1])
     if case.operator == "match_merge":
@@ -91,13 +94,13 @@ def bounds(case: Case, arguments: tuple[Any, ...], truth: Outputs) -> tuple[Tens
 
 
 def check(case: Case, device: str, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
-    """Run all calls of a case; no failure stops it, but a device that fails does."""
+    """Run all calls of a case. Failures do not stop it, unless the device fails."""
     kernel, tally = kernel_of(case), Tally()
     exact = oracle(case)
     for call in calls(case, device, batches):
         try:
             _one(case, call, kernel, exact, tally)
-        except Exception as error:  # of the criterion, an operator's checks, the compiler or the driver
+        except Exception as error:  # of the criterion, argument checks, the compiler or the driver
             if device == "cuda" and not healthy():
                 raise RuntimeError(f"at {call.what}: {first_line(error)}") from error
             tally.fail(call, first_line(error))
@@ -157,7 +160,7 @@ def _one(
 
 
 def _clear(call: Call, oracle: Callable[..., Any], calm: Outputs) -> Tensor:
-    """bool [B]: images whose answer does not jump when the arguments that decide are moved by a rounding error."""
+    """bool [B]: images whose result does not jump when the deciding arguments are perturbed by rounding errors."""
     clear = torch.ones(calm[0].shape[0], dtype=torch.bool, device=calm[0].device)
     for number in range(NUDGES if call.nudged else 0):
         generator = torch.Generator(device=calm[0].device).manual_seed(number)
@@ -176,7 +179,7 @@ def _clear(call: Call, oracle: Callable[..., Any], calm: Outputs) -> Tensor:
 
 
 def outputs(found: Any) -> Outputs:
-    """An operator's answer as a tuple of tensors that hold something to compare."""
+    """Results of an operator as a tuple of the tensors to compare."""
     several = found if isinstance(found, tuple) else (found,)
     return tuple(each for each in several if each is not None and each.shape != (0,))
 
@@ -193,7 +196,7 @@ def _double(value: Any) -> Any:
 
 @contextmanager
 def doubles() -> Iterator[None]:
-    """fp64 stays fp64 through `.float()`, by which torch forms that know no fp64 ask for "fp32 at least"."""
+    """Make `.float()` preserve fp64 within the context, for torch implementations that call it to get at least fp32."""
     narrow = torch.Tensor.float
 
     def keep(value: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -208,7 +211,7 @@ def doubles() -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory from torch.empty is full of NaN and huge integers: an element that a kernel never writes shows."""
+    """Fill memory from torch.empty with NaN and huge integers, so that elements never written are noticed."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -219,7 +222,7 @@ def poisoned() -> Iterator[None]:
 
 
 def healthy() -> bool:
-    """Whether the GPU still answers: an illegal access ends every later call of the process."""
+    """Whether the GPU still works: an illegal access makes every later call of the process fail."""
     try:
         torch.cuda.synchronize()
         return bool((torch.ones(2, device="cuda") + 1).sum().item() == 4)
@@ -228,7 +231,7 @@ def healthy() -> bool:
 
 
 def seconds(case: Case, batches: Sequence[int] = BATCHES) -> float:
-    """About how long a case takes in a process of its own, kernels not compiled yet."""
+    """Estimated duration of a case in a process of its own, including compilation."""
     each = {"select": 40, "select_fuse": 8, "attention": 5, "gather_norm": 5, "merge_rows": 4}.get(case.operator, 16)
     slow = 10 if case.decides else 3
     return case.compiles * COMPILE_SECONDS + each * slow * CALL_SECONDS * len(batches) * len(case.tokens)
@@ -237,7 +240,7 @@ def seconds(case: Case, batches: Sequence[int] = BATCHES) -> float:
 def rows(
     *, quick: bool = False, device: str = "cuda", sizes: Sequence[int] = TOKENS, batches: Sequence[int] = BATCHES
 ) -> list[Row]:
-    """Small sizes first: what fails there fails everywhere."""
+    """Rows with small sizes first: what fails there fails everywhere."""
     found, known = [], {}
     for case in sorted(cases(sizes, quick=quick), key=lambda each: min(each.tokens) > 257):
         if case.room not in known:

@@ -1,13 +1,13 @@
-"""Everything that only a GPU can tell: are the kernels right there, how fast are they, how fast are reduced models.
+"""GPU benchmarks and checks: correctness of the kernels, their speed, and the speed of reduced models.
 
     python -m benchmarks.gpu --dry-run                                    what it would run; checks it on a CPU
     python -m benchmarks.gpu --parts machine kernels-check --quick        correct at all?
     python -m benchmarks.gpu --parts kernels-time --out docs/results/gpu.md
     python -m benchmarks.gpu --parts plugins                              TensorRT plugins (after make plugins)
 
-Needs torch, triton, timm and numpy; nothing of ours need be installed. Results collect in --cache, row by row: where
-one command ends (--minutes) or dies the next one goes on. Exit code: 0; 1 where a check failed or a row did not run; 3
-without a CUDA device.
+Needs torch, triton, timm and numpy; this project need not be installed. Results are stored in --cache row by row, so a
+command that reaches its time limit (--minutes) or dies can be continued. Exit code: 0; 1 if a check failed or a row did
+not run; 3 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.gpu.stages import Stage, rows_of, wanted
 
 PARTS = ("machine", "kernels-check", "kernels-time", "tune", "plugins", "models")
 NO_GPU = 3
-WARM_SHARE = 0.55  # of the time left that building ahead may take: what is not built is built when it is timed
+WARM_SHARE = 0.55  # share of the remaining time for building ahead; anything else is built when it is timed
 RESERVE = 5.0  # seconds for the report
 
 
@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def child(args: argparse.Namespace) -> int:
-    """Measure a share of a stage into a file of its own."""
+    """Measure a share of a stage and write it to a file."""
     import torch
 
     from benchmarks.gpu import checks
@@ -77,7 +77,7 @@ def child(args: argparse.Namespace) -> int:
     rows = rows_of(stage, args, known)[number::count]
     rows = [row for row in rows if known.fresh(row, retry=args.retry) is None]
     results = Results(args.into)
-    known.rows = _Both(known.rows, results.rows)  # a group's reduced rows ask for its dense one, measured just now
+    known.rows = _Both(known.rows, results.rows)  # reduced rows need their group's dense row, just measured
     if args.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     else:
@@ -88,7 +88,7 @@ def child(args: argparse.Namespace) -> int:
 
 
 class _Both(dict):
-    """Rows known before, and those that are being added."""
+    """Known rows plus those being added."""
 
     def __init__(self, old: dict[str, dict[str, object]], new: dict[str, dict[str, object]]) -> None:
         super().__init__(old)
@@ -102,7 +102,7 @@ def run_stage(stage: Stage, args: argparse.Namespace, results: Results, deadline
     """Run a stage in child processes until it is done or time is up.
 
     Returns:
-        Whether all children ended well.
+        Whether all children succeeded.
     """
     into = Results(args.work / "built.json") if stage.warm else results
     rows = [row for row in rows_of(stage, args, results) if into.fresh(row, retry=args.retry) is None]
@@ -117,7 +117,7 @@ def run_stage(stage: Stage, args: argparse.Namespace, results: Results, deadline
     environment = {
         "TORCHINDUCTOR_CACHE_DIR": str(args.work / "inductor"),
         "TRITON_CACHE_DIR": str(args.work / "triton"),
-        "PYTHONFAULTHANDLER": "1",  # where a process died
+        "PYTHONFAULTHANDLER": "1",  # shows where a process died
         **({"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"} if count > 1 else {}),
     }
     children, base = [], args.work / "shards"
@@ -140,12 +140,12 @@ def run_stage(stage: Stage, args: argparse.Namespace, results: Results, deadline
 
 
 def run_parts(args: argparse.Namespace, results: Results) -> bool:
-    """All parts in order; whether every process ended well."""
+    """Run all parts in order; returns whether every process succeeded."""
     end = time.time() + 60 * args.minutes - RESERVE
     good = True
 
     def warm(stage: Stage) -> None:
-        # Builds have GRACE seconds more than they are told, and are to leave the rest for what they are built for.
+        # Builds may take GRACE seconds longer than told, and must leave time for the measurements.
         run_stage(stage, args, results, time.time() + WARM_SHARE * (end - time.time()) - GRACE)
 
     for part in args.parts:
@@ -161,7 +161,7 @@ def run_parts(args: argparse.Namespace, results: Results) -> bool:
 
 
 def report(args: argparse.Namespace, results: Results) -> int:
-    """Write the page, say how the bars stand; the exit code."""
+    """Write the page and print the state of the bars; returns the exit code."""
     from benchmarks.gpu.report import bars, render
 
     if args.out:
@@ -179,7 +179,7 @@ def report(args: argparse.Namespace, results: Results) -> int:
 
 
 def no_gpu() -> str | None:
-    """Why there is nothing to run on, in one line; None where there is."""
+    """Why there is no usable GPU, in one line, or None."""
     try:
         import torch
     except ImportError as error:
@@ -193,7 +193,7 @@ def no_gpu() -> str | None:
 
 def main() -> int:
     args = parse()
-    for name in ("cache", "work", "json", "out"):  # children and compilers change folders
+    for name in ("cache", "work", "json", "out"):  # children and compilers change the working directory
         if getattr(args, name) is not None:
             setattr(args, name, getattr(args, name).resolve())
     bootstrap()
@@ -211,9 +211,9 @@ def main() -> int:
             print(why, file=sys.stderr)
             return NO_GPU
         os.environ.pop("TRITON_INTERPRET", None)
-    wanted(args)  # a wrong name is told before anything runs
+    wanted(args)  # reject unknown names before running anything
     results = Results(args.cache, args.json)
-    for left in sorted((args.work / "shards").glob("*.json")):  # of a command that was killed
+    for left in sorted((args.work / "shards").glob("*.json")):  # left by a killed command
         results.absorb(left)
         left.unlink()
     note_run(results, command_line(sys.argv[1:]))
@@ -222,11 +222,11 @@ def main() -> int:
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command that makes these rows again, without this machine's paths."""
+    """The command that reproduces these rows, without local paths."""
     given = re.sub(r" --(cache|json|work|out)[ =](\S+)", "", " ".join(["", *map(shlex.quote, arguments)]))
     return f"python -m benchmarks.gpu{given}"
 
 
 def note_run(results: Results, command: str) -> None:
-    """Keep the command for the page."""
+    """Record the command for the page."""
     results.put(Row("run", f"run {len(results.of('run')) + 1}", "", 0.0, dict), {"command": command}, 0.0)

@@ -1,4 +1,4 @@
-"""A dry run: everything that would be run, for how long, and what of it can be tried on a CPU."""
+"""Dry run: list everything that would run and for how long, and try what is possible on a CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY_MODEL = "deit_tiny_patch16_224"
 
 
 def dry_run(args: argparse.Namespace) -> int:
-    """List all rows and try what a CPU can; 0, or 1 where something is wrong."""
+    """List all rows and try them on a CPU as far as possible; returns 0, or 1 if something is wrong."""
     torch.set_num_threads(1)
     total, nothing = 0.0, Results(None)
     for part in args.parts:
@@ -57,14 +57,14 @@ def _list(part: str, rows: list[Row], minutes: float) -> None:
 
 
 def _list_models(wanted: jobs.Wanted, workers: int, work: Path) -> float:
-    """Every group with its rows, in order; packages shared by groups are built once."""
+    """List every group with its rows, in order; packages shared by groups are built once."""
     built: set[str] = set()
     total = 0.0
     for group in wanted.groups():
         rows = models.rows(wanted, group, work, Results(None), Results(None))
         warm = [row for row in models.warm_rows(wanted, group, work) if row.key not in built]
         built |= {row.key for row in warm}
-        # As rows are timed once everything is built: loading a package, or compiling with a warm cache.
+        # Time per row once everything is built: loading a package, or compiling with a warm cache.
         timing = 60 + sum(15 if " compile" in row.key else 6 for row in rows[1:])
         minutes = timing / 60 + sum(row.seconds for row in warm) / 60 / workers
         total += minutes
@@ -75,8 +75,11 @@ def _list_models(wanted: jobs.Wanted, workers: int, work: Path) -> float:
 
 
 def try_checks(args: argparse.Namespace) -> list[str]:
-    """One case of each operator and dtype at 17 tokens: on a CPU the public functions run their torch forms, or, with
-    TRITON_INTERPRET=1, the launchers run the kernels."""
+    """One case of each operator and dtype at 17 tokens.
+
+    On a CPU the public functions run their torch implementations; with TRITON_INTERPRET=1 the launchers run the
+    kernels.
+    """
     wrong, seen = [], set()
     for case in cases((17,), quick=True):
         kind = (case.operator, case.settings.get("dtype"))
@@ -94,7 +97,7 @@ def _checked(case: checks.Case) -> None:
 
 
 def try_times(args: argparse.Namespace) -> list[str]:
-    """Every variant once, at batch 2: that the forms take the arguments, and give answers of one shape."""
+    """Run every variant once, at batch 2, to check that arguments are accepted and output shapes agree."""
     wrong = []
     for row in kernels.timed(small=True):
         if row.shape.get("dtype", "bf16") != "bf16" or (args.operators and row.operator not in args.operators):
@@ -105,14 +108,14 @@ def try_times(args: argparse.Namespace) -> list[str]:
 
 def _timed(row: kernels.Timed) -> None:
     found = kernels.measure(row, device="cpu")
-    # A CPU has flash only, and nothing that takes a mask may run: a refusal of torch's own backends is no fault.
+    # A CPU only has flash, possibly without masks: ignore errors of torch's own backends.
     refused = {name: why for name, why in found["refused"].items() if not name.startswith("sdpa")}
     if refused:
         raise AssertionError("; ".join(f"{name}: {why}" for name, why in refused.items()))
 
 
 def try_tuning(args: argparse.Namespace) -> list[str]:
-    """That there are candidates, where the kernel can run here (in the interpreter)."""
+    """Check that there are candidates, if the kernel can run here (in the interpreter)."""
     import os
 
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -122,7 +125,7 @@ def try_tuning(args: argparse.Namespace) -> list[str]:
 
 
 def try_models(args: argparse.Namespace) -> list[str]:
-    """All plans, and a tiny model under each reducer's plan in each form that this tree has."""
+    """Check all plans, and a tiny model under each reducer's plan in each available form."""
     asked, wrong = wanted(args), []
     for model in asked.models:
         for reducer in asked.reducers:
@@ -135,10 +138,10 @@ def try_models(args: argparse.Namespace) -> list[str]:
 
 
 def plan_right(model: str, reducer: str, ratio: float) -> float:
-    """The MAC ratio of a row's plan.
+    """MAC ratio of a row's plan.
 
     Raises:
-        AssertionError: it is not what was asked, within `MAC_TOLERANCE`.
+        AssertionError: if it is not within `MAC_TOLERANCE` of the request.
     """
     found = jobs.mac_ratio(model, jobs.plan_for(model, reducer, ratio))
     if abs(found / ratio - 1) > MAC_TOLERANCE:
@@ -164,7 +167,7 @@ def _forward(reducer: str, form: str) -> None:
 def _try(what: str, run: Callable[[], object]) -> list[str]:
     try:
         run()
-    except Exception as error:  # whatever it is, the list goes on
+    except Exception as error:  # continue with the list, whatever the error
         return [f"{what}: {first_line(error)}"]
     return []
 

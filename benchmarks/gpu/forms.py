@@ -1,4 +1,4 @@
-"""What each kernel is timed against, in plain torch; and how many bytes the operator must move."""
+"""torch alternatives that each kernel is timed against, and the bytes that an operator must move."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu.setup import part_of
 
-SDPA = ("flash", "efficient", "cudnn")  # torch's fused backends; its explicit "math" is no rival
+SDPA = ("flash", "efficient", "cudnn")  # torch's fused backends; the explicit "math" is not competitive
 
 Form = Callable[..., Any]
 
@@ -24,9 +24,9 @@ def operator(room: str, name: str) -> Form:
 
 
 def sdpa(backend: str) -> Form:
-    """torch's fused attention on strided views of the packed projection, its output as the next projection reads it.
+    """torch's fused attention on strided views of the packed projection; output in the next projection's layout.
 
-    Takes qkv [B, N, 3, H, d] and a mask [1 or B, 1, 1, N] of its dtype or None.
+    Takes qkv [B, N, 3, H, d] and a mask [1 or B, 1, 1, N] of its dtype, or None.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,7 +43,7 @@ def sdpa(backend: str) -> Form:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             with warnings.catch_warnings(), sdpa_kernel([which]):
-                warnings.simplefilter("ignore")  # a backend that refuses says why in warnings, and then raises
+                warnings.simplefilter("ignore")  # a backend that does not support the input warns, then raises
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).reshape(qkv.shape[0], qkv.shape[1], -1)
 
@@ -63,23 +63,23 @@ def gather_norm_torch(
 
 
 def select_torch(scores: Tensor, k: int) -> Tensor:
-    """topk, then ascending; its ties fall where they fall."""
+    """topk, then sort ascending; ties in any order."""
     return scores.topk(k, dim=1).indices.sort(dim=1).values
 
 
 def select_stable(scores: Tensor, k: int) -> Tensor:
-    """A stable sort, then ascending: ties to the lowest index, as the operator has them."""
+    """A stable sort, then sort ascending: ties to the lowest index, like the operator."""
     return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
 def select_gather(scores: Tensor, x: Tensor, k: int) -> Tensor:
-    """`select_torch` and the rows."""
+    """`select_torch`, and gathering the rows."""
     index = select_torch(scores, k) + (x.shape[1] - scores.shape[1])
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def select_fuse_torch(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """EViT's fused token by a product with the scores, those that stay set to zero."""
+    """EViT's fused token by a product with the scores, with those of kept rows set to zero."""
     index = select_torch(scores, k)
     weights = scores.scatter(1, index, 0.0)[:, None, :].to(x.dtype)
     return index, weights @ x[:, x.shape[1] - scores.shape[1] :]
@@ -88,9 +88,9 @@ def select_fuse_torch(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor
 def match_merge_textbook(
     x: Tensor, metric: Tensor, size: Tensor | None, r: int, prefix: int, scores: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor]:
-    """Bolya et al., ICLR 2023, section 3, as it reads: similarities, best partner, sort, weighted sums by scatter.
+    """Bolya et al., ICLR 2023, section 3, taken literally: similarities, best partner, sort, scatter of weighted sums.
 
-    Where scores are given, PPT's two policies are both computed and one is taken for each image.
+    With scores, both policies of PPT are computed and one is selected per image.
     """
     keys = metric.sum(dim=2) if metric.ndim == 4 else metric
     first_a, first_b = prefix + prefix % 2, prefix + (prefix + 1) % 2
@@ -120,7 +120,7 @@ def match_merge_textbook(
 def match_merge_portable(
     x: Tensor, metric: Tensor, size: Tensor | None, r: int, prefix: int, scores: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor]:
-    """What a model runs with kernels="portable": the exporter's reducer (tome; ppt where scores are given)."""
+    """As in a model with kernels="portable": the exporter's reducer (tome, or ppt with scores)."""
     from vp_exporter.reducers.ppt import PptStep
     from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
     from vp_exporter.reducers.tome import TomeStep
@@ -146,7 +146,7 @@ def density_merge_portable(
     prefix: int,
     weights: str,
 ) -> tuple[Tensor, Tensor]:
-    """What a model runs with kernels="portable": the exporter's bat."""
+    """As in a model with kernels="portable": the exporter's bat."""
     from vp_exporter.reducers.bat import BatStep
     from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_tokens
 
@@ -160,11 +160,11 @@ def density_merge_portable(
 def merge_rows_matmul(
     x: Tensor, keep: Tensor, source: Tensor, into: Tensor, weight: Tensor | None, own: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What a model runs with kernels="portable": one gather and one matrix product."""
+    """As in a model with kernels="portable": one gather and one matrix product."""
     from vp_exporter.reducers.stream import Merge, Stream, TokenMap, reduce_tokens
 
     size = None
-    if own is not None:  # sizes of the entering rows, such that the kept ones have theirs
+    if own is not None:  # sizes of the input rows, from which the kept ones get theirs
         size = torch.ones(x.shape[:2], device=x.device).scatter(1, keep, own)
     found = reduce_tokens(Stream(x, 0, size=size), TokenMap(keep, Merge(source, into, weight)), carry_size=True)
     assert found.size is not None
@@ -172,5 +172,5 @@ def merge_rows_matmul(
 
 
 def nbytes(*tensors: Any) -> int:
-    """Of tensors; anything else counts nothing."""
+    """Total size of the tensors in bytes; other arguments are ignored."""
     return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))

@@ -1,4 +1,4 @@
-"""Which models are measured: their engines and forms, the reducers' plans, and what comes first."""
+"""Models to measure: engines, forms, plans of the reducers, and their order."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ DTYPES = ("bf16", "fp16")
 RATIOS = (1.5, 2.0)
 ENGINES = ("aoti", "aoti-graph", "compile", "compile-max", "eager")
 USUAL_ENGINES = ("aoti", "aoti-graph", "compile", "eager")
-FEW_IMAGES = 8  # up to this batch launches count: there AOTInductor is also run inside a CUDA graph
-# What build_plan is asked besides the MACs. tau is PPT's for DeiT-S: random weights give flat scores, and it pools.
+FEW_IMAGES = 8  # up to this batch, launch overhead matters: also run AOTInductor inside a CUDA graph
+# Arguments of build_plan besides the MACs. tau is PPT's for DeiT-S: random weights give flat scores, so it pools.
 REDUCERS: dict[str, dict[str, Any]] = {
     "static": {"method": "random"},
     "tome": {"method": "tome"},
@@ -43,10 +43,10 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Job:
-    """A model as an engine runs it.
+    """A model as run by an engine.
 
     Attributes:
-        form: "timm" (its own module), "portable" or "vp" (ours, with torch's operators or our kernels).
+        form: "timm" (its own module), "portable" or "vp" (ours, with torch operations or our kernels).
         reducer: None for the dense model.
     """
 
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def package(self) -> str:
-        """Name of its AOTInductor package: one for all batches, and for both ways to run it."""
+        """Name of its AOTInductor package, shared by all batch sizes and both ways to run it."""
         what = f"{self.model} {self.dtype} {self.form} {self.reducer} {self.ratio} {mark()} {torch.__version__}"
         return f"{self.model}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt2"
 
@@ -85,7 +85,7 @@ def mark() -> str:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked on the command line."""
+    """Selection on the command line."""
 
     models: Sequence[str] = MODELS
     batches: Sequence[int] = BATCHES
@@ -95,7 +95,7 @@ class Wanted:
     ratios: Sequence[float] = RATIOS
 
     def groups(self) -> Iterator[tuple[str, str, int]]:
-        """(model, dtype, batch), the most telling first: the two bars' batches of the first two models in bf16."""
+        """(model, dtype, batch), most important first: batch sizes of the two bars, first two models, bf16."""
         rank = {name: place for place, name in enumerate(MODELS)}
         order = sorted(
             itertools.product(self.models, self.dtypes, self.batches),
@@ -104,8 +104,10 @@ class Wanted:
         yield from order
 
     def dense(self, model: str, dtype: str, batch: int) -> list[Job]:
-        """timm's own module, eager and compiled whatever was asked (with max-autotune too), then ours: the best is the
-        best of all."""
+        """Dense jobs: timm's own module, always eager and compiled (also with max-autotune), then ours.
+
+        The fastest of all is the dense baseline.
+        """
         engines = list(dict.fromkeys(["eager", "compile", "compile-max", *self._engines(batch, eager=True)]))
         jobs = [Job(model, dtype, batch, engine, "timm") for engine in engines]
         for form in ("portable", "vp"):
@@ -113,7 +115,7 @@ class Wanted:
         return jobs
 
     def reduced(self, model: str, dtype: str, batch: int) -> list[Job]:
-        """Our kernels at the first ratio on each engine, then at the others, then torch's operators for comparison."""
+        """Our kernels at the first ratio on each engine, then at the others, then torch operations for comparison."""
         engines, jobs = self._engines(batch, eager=False), []
         for form, ratios in (("vp", self.ratios), ("portable", self.ratios[:1])):
             for ratio, engine in itertools.product(ratios, engines if form == "vp" else engines[:1]):
@@ -121,14 +123,14 @@ class Wanted:
         return jobs
 
     def _engines(self, batch: int, *, eager: bool) -> list[str]:
-        """Few images: the graph first; many: a graph gains nothing over AOTInductor alone."""
+        """For few images the graph first; for many, a graph gains nothing over AOTInductor alone."""
         found = [e for e in self.engines if (e != "eager" or eager) and (e != "aoti-graph" or batch <= FEW_IMAGES)]
         return sorted(found, key=lambda engine: engine == "aoti") if batch <= FEW_IMAGES else found
 
 
 @cache
 def describe(model: str) -> Any:
-    """Of the model by its name, without weights."""
+    """Description of a model by name, without weights."""
     from vp_exporter.model.loading import describe_by_name
 
     return describe_by_name(model, {})
@@ -136,14 +138,14 @@ def describe(model: str) -> Any:
 
 @cache
 def plan_for(model: str, reducer: str, ratio: float) -> Any:
-    """The plan whose MACs are 1 / ratio of the dense model's, nearly."""
+    """A plan with about 1 / ratio of the dense model's MACs."""
     from vp_exporter.methods import MethodRequest, build_plan
 
     return build_plan(MethodRequest(target_macs=1 / ratio, **REDUCERS[reducer]), describe(model))
 
 
 def mac_ratio(model: str, plan: Any) -> float:
-    """Dense over reduced."""
+    """Dense MACs divided by reduced MACs."""
     from vp_exporter.plan.macs import mac_ratio as ratio
 
     return float(ratio(describe(model), plan))

@@ -1,4 +1,4 @@
-"""Times of the kernels against torch's own forms, in CUDA graphs over rotating buffers; and a search over tiles."""
+"""Time the kernels against torch alternatives, in CUDA graphs over rotating buffers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LAUNCHES = 20
 SAMPLE_SECONDS, ROUNDS = 0.004, 25
 TOKENS = (197, 138, 98, 69)
 BATCHES = (256, 64)
-WIDTHS = {6: 384, 12: 768}  # heads -> D, at 64 a head
-BARS = {  # operator -> (least speed-up over the best torch form, least share of the copy bandwidth)
+WIDTHS = {6: 384, 12: 768}  # heads -> D, with 64 channels per head
+BARS = {  # operator -> (minimum speed-up over the best torch alternative, minimum share of the copy bandwidth)
     "attention": (1.0, 0.6), "gather_norm": (None, 0.8), "match_merge": (8.0, None), "select": (4.0, None),
     "select_fuse": (None, None), "merge_rows": (None, None), "density_merge": (None, None),
 }  # fmt: skip
@@ -35,10 +35,10 @@ class Variant:
     """One way to compute a row's result.
 
     Attributes:
-        rival: name of the group of torch forms that it is held to; for a torch form, the group that it belongs to.
-        ours: it is a kernel of ours.
-        bar: it counts for the bar (a compiled torch form is shown, and no rival).
-        given: what it takes of the row's arguments.
+        rival: Group of torch alternatives to compare with; for a torch alternative, the group that it belongs to.
+        ours: Whether it is one of our kernels.
+        bar: Whether it counts for the bar (compiled torch code is shown, but does not count).
+        given: Selects its arguments from those of the row.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Timed:
 
 
 def timed(*, quick: bool = False, small: bool = False) -> list[Timed]:
-    """All rows, the most telling first.
+    """All rows, most important first.
 
     Args:
-        small: batch 2 and narrow tokens, to try everything out on a CPU.
+        small: Batch 2 and few channels, to try everything on a CPU.
     """
     batches = (2,) if small else BATCHES[:1] if quick else BATCHES
     dtypes = ("bf16",) if quick else ("bf16", "fp16")
@@ -97,7 +97,7 @@ def timed(*, quick: bool = False, small: bool = False) -> list[Timed]:
 def _attention(shape: dict[str, Any], d: int) -> Timed:
     def build(make: Make) -> Arguments:
         qkv = make.normal(shape["B"], shape["N"], 3, shape["H"], d, dtype=shape["dtype"])
-        bias = make.whole(4, shape["B"], shape["N"]).add(1).float().log()  # log sizes, as merging makes them
+        bias = make.whole(4, shape["B"], shape["N"]).add(1).float().log()  # log sizes, as after merging
         return qkv, bias, bias[:, None, None, :].to(qkv.dtype)
 
     def plain(arguments: Arguments) -> Arguments:
@@ -121,13 +121,13 @@ def _attention(shape: dict[str, Any], d: int) -> Timed:
         variants.append(Variant(f"sdpa {backend} bias", lambda b=backend: forms.sdpa(b), "bias", given=masked))  # type: ignore[misc]
 
     def moved(arguments: Arguments, found: Any) -> int:
-        return forms.nbytes(arguments[0], *_tensors(found))  # qkv once, out, importance; a bias is next to nothing
+        return forms.nbytes(arguments[0], *_tensors(found))  # qkv once, out, importance; a bias is negligible
 
     return Timed("attention", {**shape, "d": d}, build, tuple(variants), moved)
 
 
 def _gather_norm(shape: dict[str, Any], d: int, full: bool) -> Timed:
-    kept, width = shape["N"], shape["H"] * d  # N is what is left of 197: K here
+    kept, width = shape["N"], shape["H"] * d  # N is the number of remaining tokens of 197: K here
 
     def build(make: Make) -> Arguments:
         dtype = shape["dtype"]
@@ -160,7 +160,7 @@ def _match_merge(shape: dict[str, Any], d: int, scored: bool) -> Timed:
         size = make.whole(4, batch, n).float() + 1.0
         if not scored:
             return x, qkv[:, :, 1], size, r, 1, None, 0.0
-        # Half of the images merge and half are pruned: no policy is free.
+        # Half of the images merge and half are pruned, so that both policies cost time.
         sharp = make.normal(batch, n - 1) * torch.linspace(0, 3, batch, device=x.device)[:, None]
         scores = torch.softmax(sharp, dim=1)
         tau = float(scores.var(dim=1).median()) * (1 + 1e-4)
@@ -215,7 +215,7 @@ def _select_fuse(shape: dict[str, Any], d: int) -> Timed:
     )
 
     def moved(arguments: Arguments, found: Any) -> int:
-        rest = forms.nbytes(arguments[1]) * (n - k) // (n + 1)  # only rows that are fused need reading
+        rest = forms.nbytes(arguments[1]) * (n - k) // (n + 1)  # only rows that are fused need to be read
         return rest + forms.nbytes(arguments[0], *_tensors(found))
 
     said = {"n": n, "k": k, "B": batch, "D": width, "dtype": shape["dtype"]}
@@ -262,7 +262,7 @@ def _density_merge(shape: dict[str, Any], d: int) -> Timed:
 
 
 def compiled(form: forms.Form) -> forms.Form:
-    """By torch.compile, anew for each row: beyond a few shapes of one function it would silently run it uncompiled."""
+    """Compile anew for each row: beyond a few shapes of one function, torch.compile silently falls back to eager."""
     torch._dynamo.reset()
     found: forms.Form = torch.compile(form, dynamic=False, fullgraph=True)
     return found
@@ -270,7 +270,7 @@ def compiled(form: forms.Form) -> forms.Form:
 
 @cache
 def copy_rate() -> float:
-    """Bytes read and written a second by a large copy, in this process."""
+    """Bytes read and written per second by a large copy, in this process."""
     return float(measure_ceilings(rounds=10)["copy_bytes_per_s"])
 
 
@@ -278,8 +278,8 @@ def measure(row: Timed, *, device: str = "cuda", only_warm: bool = False) -> dic
     """Time all variants of a row against each other.
 
     Args:
-        device: "cpu" tries every variant once on a host, without graphs.
-        only_warm: compile everything and time nothing.
+        device: "cpu" runs every variant once on the host, without graphs.
+        only_warm: Compile everything without timing.
     """
     cuda = device == "cuda"
     first = row.build(Make(device, 0))
@@ -300,10 +300,10 @@ def measure(row: Timed, *, device: str = "cuda", only_warm: bool = False) -> dic
                 continue
             each = [partial(form, *variant.given(given)) for given in sets]
             calls[variant.name] = Graph(each, LAUNCHES) if cuda else each[0]
-        except Exception as error:  # a backend that refuses the shape, a compiler that fails: the others go on
+        except Exception as error:  # an unsupported shape or a failing compiler: continue with the others
             refused[variant.name] = first_line(error)
             if cuda:
-                torch.cuda.synchronize()  # raises again where the device is lost
+                torch.cuda.synchronize()  # raises again if the device is lost
     if only_warm:
         return {"say": f"warm, {len(answers)} variants"}
     clock = CudaClock() if cuda else CpuClock()
@@ -323,7 +323,7 @@ def measure(row: Timed, *, device: str = "cuda", only_warm: bool = False) -> dic
 
 
 def judge(row: Timed, times: dict[str, Timing], moved: dict[str, int], rate: float | None) -> dict[str, Any]:
-    """Each kernel against the best torch form of its group, against the copy, and against the bars."""
+    """Compare each kernel with the best torch alternative of its group, with the copy, and with the bars."""
     ratio_bar, share_bar = BARS[row.operator]
     judged = {}
     for variant in row.variants:
@@ -335,7 +335,7 @@ def judge(row: Timed, times: dict[str, Timing], moved: dict[str, int], rate: flo
         ratio = times[best].median / mine if best else None
         share = moved[variant.name] / mine / rate if rate else None
         bars = [(ratio, ratio_bar), (share, share_bar)]
-        # Without a rival, or without a copy to compare with, a bar is neither met nor missed.
+        # A bar without a torch alternative or a copy to compare with is neither met nor missed.
         met = [None if value is None else value >= bar for value, bar in bars if bar is not None]
         judged[variant.name] = {"rival": best, "ratio": ratio, "share": share, "met": met}
     return {"judged": judged}
@@ -366,7 +366,7 @@ ROOMS = {"select_fuse": ("select",), "match_merge": ("match_merge", "merge_rows"
 
 
 def rows(*, quick: bool = False, warm: bool = False) -> list[Row]:
-    """As rows of the results; `warm`: the same names, compiled and not timed."""
+    """Rows of the results; `warm`: the same names, compiled but not timed."""
     found = []
     for each in timed(quick=quick):
         rooms = ROOMS.get(each.operator, (each.operator,))

@@ -1,4 +1,4 @@
-"""The machine: what it is, how its clocks stand, and its two ceilings as measured: datasheet rates are leads."""
+"""Description of the machine, its clocks, and its measured peak rates."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ QUERIES = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw",
     "power.limit", "temperature.gpu", "clocks_event_reasons.active", "pstate",
 )  # fmt: skip
-COPY_BYTES = 4 << 30  # read; as many are written
+COPY_BYTES = 4 << 30  # read; the same number is written
 GEMM = 8192
-# Bits of clocks_event_reasons.active (NVML's nvmlClocksEventReasons); 1 is "idle" and 2 the applications' own setting.
+# Bits of clocks_event_reasons.active (NVML's nvmlClocksEventReasons), except 1, "idle", and 2, application settings.
 REASONS = {
     0x1: "idle", 0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
     0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake", 0x100: "display clocks",
@@ -26,13 +26,13 @@ REASONS = {
 
 
 def smi(queries: Sequence[str] = QUERIES, *, command: str = "nvidia-smi") -> dict[str, str]:
-    """What nvidia-smi says of GPU 0; what it does not know is left out, and all of it where there is no nvidia-smi."""
+    """Fields of nvidia-smi for GPU 0; unknown ones are left out. Empty without nvidia-smi."""
     found: dict[str, str] = {}
     arguments = [command, "--id=0", "--format=csv,noheader,nounits"]
     both = _ask([*arguments, f"--query-gpu={','.join(queries)}"])
     if both is not None and len(both) == len(queries):
         found = dict(zip(queries, both, strict=True))
-    else:  # one unknown name makes the whole question fail: ask them one by one
+    else:  # one unknown name makes the whole query fail, so query one by one
         for query in queries:
             answer = _ask([*arguments, f"--query-gpu={query}"])
             if answer is not None and len(answer) == 1:
@@ -53,7 +53,7 @@ def _ask(command: list[str]) -> list[str] | None:
 
 
 def clocks() -> dict[str, Any]:
-    """SM and memory clock in MHz, power in W, temperature, what limits the clock; empty without nvidia-smi."""
+    """SM and memory clock in MHz, power in W, temperature, reasons that limit the clock; empty without nvidia-smi."""
     found = smi(("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active"))
     answer: dict[str, Any] = {}
     for key, name in (("clocks.sm", "sm"), ("clocks.mem", "mem"), ("power.draw", "power"), ("temperature.gpu", "temp")):
@@ -68,7 +68,7 @@ def clocks() -> dict[str, Any]:
 
 
 def throttle(mask: str) -> list[str]:
-    """The reasons in a mask such as "0x0000000000000004"; the mask itself where it is none."""
+    """Reasons in a mask such as "0x0000000000000004"; the mask itself if it is not a number."""
     try:
         bits = int(mask, 0)
     except ValueError:
@@ -79,7 +79,7 @@ def throttle(mask: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the figures."""
+    """Versions of packages that affect the figures."""
     import timm
     import torch
 
@@ -110,7 +110,7 @@ def facts() -> dict[str, Any]:
 
 
 def measure_ceilings(rounds: int = 20) -> dict[str, Any]:
-    """Copy bandwidth (bytes read plus written) and the rate of an 8192^3 matrix product on random data."""
+    """Measure copy bandwidth (bytes read plus written) and the rate of an 8192^3 matrix product on random data."""
     import torch
 
     clock = CudaClock()

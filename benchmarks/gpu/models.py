@@ -1,7 +1,7 @@
-"""Whole models, dense and reduced, on torch's engines: img/s, and how much of the saved MACs is saved time.
+"""Time whole models, dense and reduced, on torch's engines: images per second, and realised efficiency.
 
-A row alternates, round by round, the reduced model with the best dense model of the same batch and dtype, and with the
-dense model on the same engine.
+A row alternates rounds of the reduced model with the best dense model of the same batch and dtype, and with the dense
+model on the same engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAMPLE_SECONDS, ROUNDS = 0.03, 20
 
 
 class TimmDense(nn.Module):
-    """timm's module with the signature of ours: float32 images in, float32 logits out."""
+    """timm's module with our signature: float32 images in, float32 logits out."""
 
     def __init__(self, vit: nn.Module, dtype: str) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class TimmDense(nn.Module):
 
 
 def create(model: str, **changes: Any) -> nn.Module:
-    """Random weights, the same in every process."""
+    """Create a model with random weights, equal in every process."""
     import timm
 
     torch.manual_seed(0)
@@ -54,10 +54,10 @@ def create(model: str, **changes: Any) -> nn.Module:
 
 
 def module_of(job: Job, vit: nn.Module, description: Any, plan: Any) -> nn.Module:
-    """The module that a job's engine is given.
+    """The module for a job's engine.
 
     Raises:
-        LookupError: this tree cannot run our kernels in a model (yet).
+        LookupError: if this working tree cannot run our kernels in a model (yet).
     """
     from vp_exporter.rewrite.reduced_vit import ReducedViT
 
@@ -72,7 +72,7 @@ def module_of(job: Job, vit: nn.Module, description: Any, plan: Any) -> nn.Modul
 
 
 class Bench:
-    """Models of one group on the GPU; engines are built when they are first needed."""
+    """Models of one group on the GPU; engines are built on demand."""
 
     def __init__(self, model: str, dtype: str, batch: int, work: Path) -> None:
         self.model, self.dtype, self.batch, self.work = model, dtype, batch, work
@@ -81,7 +81,7 @@ class Bench:
         self.images = torch.randn(batch, 3, *size, generator=generator).cuda()
         self._vit: nn.Module | None = None
         self._engines: dict[Job, Callable[[], Any]] = {}
-        torch._dynamo.config.recompile_limit = 10_000  # every plan is a new shape of one forward()
+        torch._dynamo.config.recompile_limit = 10_000  # every plan is a new shape for one forward()
         torch._dynamo.config.accumulated_recompile_limit = 100_000
 
     def module(self, job: Job) -> nn.Module:
@@ -93,13 +93,13 @@ class Bench:
 
     @torch.no_grad()
     def engine(self, job: Job, *, keep: bool = False) -> Callable[[], Any]:
-        """One run on the images."""
+        """A function that runs the job's engine on the images."""
         if job in self._engines:
             return self._engines[job]
         images = self.images
         if job.engine.startswith("aoti"):
             graphed = job.engine == "aoti-graph"
-            # Its run-time locks query events, which a capture forbids: torch's own switch for CUDA graphs.
+            # Its run-time locks query events, which graph capture forbids; torch provides this switch for CUDA graphs.
             runner = torch._inductor.aoti_load_package(str(self.package(job)), run_single_threaded=graphed)
             call: Callable[[], Any] = lambda: runner(images)  # noqa: E731
         else:
@@ -109,7 +109,7 @@ class Bench:
                 module = torch.compile(module, dynamic=False, fullgraph=True, mode=mode)
             call = lambda: module(images)  # noqa: E731
         if job.engine in ("compile", "compile-max", "aoti-graph"):
-            call()  # compiles, and loads, outside of the streams that a capture uses
+            call()  # compiles and loads, outside the streams used for capture
             torch.cuda.synchronize()
             call = Graph([call], 1)
         if keep:
@@ -117,7 +117,7 @@ class Bench:
         return call
 
     def package(self, job: Job) -> Path:
-        """Its AOTInductor package, with a dynamic batch as vp-export makes it; built where it is not there."""
+        """AOTInductor package of a job, with a dynamic batch as in vp-export; built if missing."""
         path = self.work / "aoti" / job.package
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,23 +155,23 @@ class Bench:
 
 
 def measure_dense(bench: Bench, jobs: Sequence[Job], broken: Mapping[str, str]) -> dict[str, Any]:
-    """All dense models against each other.
+    """Time all dense models against each other.
 
     Args:
-        broken: jobs (by key) whose build has failed, and why.
+        broken: Jobs (by key) whose build has failed, and why.
     """
     calls, refused, answers = {}, {}, {}
     for job in jobs:
-        print(f"{job.group} dense: {job.name}", flush=True)  # the last one said is the one that a process died of
+        print(f"{job.group} dense: {job.name}", flush=True)  # if the process dies, the last line shows where
         try:
             if job.key in broken:
                 raise RuntimeError(broken[job.key])
             calls[job.name] = bench.engine(job, keep=True)
             answers[job.name] = bench.logits(calls[job.name])
-        except Exception as error:  # one engine that fails leaves the others
+        except Exception as error:  # a failing engine does not affect the others
             calls.pop(job.name, None)
             refused[job.name] = first_line(error)
-            torch.cuda.synchronize()  # raises again where the device is lost
+            torch.cuda.synchronize()  # raises again if the device is lost
     before, times = clocks(), bench.time(calls)
     found = dense_result(times, bench.batch)
     reference = next(iter(answers.values()))
@@ -181,7 +181,7 @@ def measure_dense(bench: Bench, jobs: Sequence[Job], broken: Mapping[str, str]) 
 
 
 def dense_result(times: dict[str, Timing], batch: int) -> dict[str, Any]:
-    """Times, the best form and engine overall, and the best form of each engine."""
+    """Times, the fastest form and engine overall, and the fastest form on each engine."""
     best = min(times, key=lambda name: times[name].median)
     engines: dict[str, str] = {}
     for name in sorted(times, key=lambda each: times[each].median):
@@ -195,7 +195,7 @@ def dense_result(times: dict[str, Timing], batch: int) -> dict[str, Any]:
 
 
 def measure_reduced(bench: Bench, job: Job, dense: dict[str, Any]) -> dict[str, Any]:
-    """A reduced model against the best dense one and the dense one of the same engine."""
+    """Time a reduced model against the fastest dense one and the dense one on the same engine."""
     rivals = {"dense": dense["best"], "same": dense["best_of_engine"].get(job.engine)}
     calls = {}
     for place, name in rivals.items():
@@ -216,7 +216,7 @@ def measure_reduced(bench: Bench, job: Job, dense: dict[str, Any]) -> dict[str, 
 
 
 def judge(job: Job, times: dict[str, Timing], macs: float, has_same: bool) -> dict[str, Any]:
-    """Speed-ups, the efficiency, and the bar that this row is for."""
+    """Speed-ups, the efficiency, and the result of the bar for this row."""
     mine = times["reduced"].median
     speedup = times["dense"].median / mine
     same = times.get("same", times["dense"]).median / mine if has_same else None
@@ -243,17 +243,17 @@ def _apart(first: Tensor, second: Tensor) -> float:
 
 
 def rows(wanted: Wanted, group: tuple[str, str, int], work: Path, known: Results, built: Results) -> list[Row]:
-    """A group's rows: its dense models, then the reduced ones.
+    """Rows of a group: its dense models, then the reduced ones.
 
     Args:
-        known: results so far, which name the best dense model.
-        built: what has been built on this machine, by `warm_rows`.
+        known: Results so far, which name the fastest dense model.
+        built: Results of `warm_rows` on this machine.
     """
     bench = cache(lambda: Bench(*group, work))
     dense, name = wanted.dense(*group), " ".join([group[0], group[1], f"B={group[2]}"])
 
     def failure(job: Job) -> str | None:
-        """Why a job's build failed; trying again would cost its whole time once more."""
+        """Why a job's build failed, to avoid spending the time again."""
         tried = built.fresh(_warm(job, dict))
         return None if tried is None or "error" not in tried else f"its build failed: {tried['error']}"
 
@@ -261,7 +261,7 @@ def rows(wanted: Wanted, group: tuple[str, str, int], work: Path, known: Results
         broken = {job.key: why for job in dense if (why := failure(job)) is not None}
         return measure_dense(bench(), dense, broken)
 
-    # With other engines the best may be another: then it is measured again.
+    # With other engines the fastest may differ: measure again.
     asked = f"{mark()} {' '.join(job.name for job in dense)}"
     first = Row("models", f"{name} dense", asked, 60.0, time_dense, name)
     found = [first]
@@ -286,7 +286,7 @@ def rows(wanted: Wanted, group: tuple[str, str, int], work: Path, known: Results
 
 
 def warm_rows(wanted: Wanted, group: tuple[str, str, int], work: Path) -> list[Row]:
-    """Builds that later processes load: packages, and the compiler's own cache."""
+    """Builds that later processes load: packages, and the compiler's cache."""
     bench = cache(lambda: Bench(*group, work))
     found: dict[str, Row] = {}
     for job in [*wanted.dense(*group), *wanted.reduced(*group)]:
@@ -297,6 +297,6 @@ def warm_rows(wanted: Wanted, group: tuple[str, str, int], work: Path) -> list[R
 
 
 def _warm(job: Job, run: Callable[[], dict[str, Any]]) -> Row:
-    """One for both ways to run a package, and for all batches."""
+    """A single row for both ways to run a package, and for all batch sizes."""
     key = f"aoti {job.package}" if job.engine.startswith("aoti") else job.key
     return Row("build", key, mark(), 45.0, run, job.group)

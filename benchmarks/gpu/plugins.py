@@ -1,6 +1,6 @@
-"""The TensorRT plugins where they really run: `enqueue` called directly, against Python's launchers and the operators.
+"""Check the TensorRT plugins on a GPU: call `enqueue` directly, and compare with Python's launchers and the operators.
 
-Needs the libraries that `make plugins` leaves in build/plugins (built elsewhere, carried here) and no TensorRT.
+Needs the libraries built by `make plugins` in build/plugins (possibly on another machine), but not TensorRT.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from benchmarks.gpu.runs import Row
 from benchmarks.gpu.setup import ROOT, fingerprint, first_line
 
 FOLDER = ROOT / "build" / "plugins" / "kernels" / "plugins"
-SECONDS = 20.0  # of a room: its kernels are compiled for Python's launchers, too
+SECONDS = 20.0  # per operator: its kernels are also compiled for Python's launchers
 
 
 def rows(folder: Path = FOLDER) -> list[Row]:
-    """A row for each operator."""
+    """One row per operator."""
     known = fingerprint("kernels/vp_kernels", "tests/kernels/test_functions_cases.py", "tests/kernels/plugins/calls.py")
     from tests.kernels.plugins.calls import SIZES
 
@@ -33,7 +33,7 @@ def check(room: str, folder: Path) -> dict[str, Any]:
     """Run every call of an operator through its plugin.
 
     Raises:
-        FileNotFoundError: the libraries are not there.
+        FileNotFoundError: if the libraries are missing.
     """
     from tests.kernels.plugins.calls import SIZES, launched, node_of, on
     from tests.kernels.test_functions_cases import CASES
@@ -51,7 +51,7 @@ def check(room: str, folder: Path) -> dict[str, Any]:
                 stream = torch.cuda.current_stream().cuda_stream
                 found = made.run(*node.inputs, stream=stream)
                 torch.cuda.synchronize()
-            # The same kernels, compiled twice: Python's from source on this machine, the library's ahead of time.
+            # The same kernels compiled twice: Python's from source on this machine, the library's ahead of time.
             if not all(same_bits(one, other) for one, other in zip(found, launched(case), strict=True)):
                 raise AssertionError("other bits than Python's launcher")
             for one, other in zip(found, case.expected(), strict=True):

@@ -1,4 +1,4 @@
-"""docs/results/gpu.md from the rows measured so far; what is not there is said to be missing, never left out."""
+"""Write docs/results/gpu.md from the rows measured so far; missing rows are listed as missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REDUCED_HEAD = [
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, an empty one behind it."""
+    """Lines of a Markdown table, followed by an empty one."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
@@ -40,12 +40,12 @@ def prose(text: str) -> str:
 
 
 def render(rows: Mapping[str, Entry], *, note: str = "", synthetic: bool = False) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        rows: of a results file.
-        note: why nothing is there, for a page without figures.
-        synthetic: the rows are made up (a test's): said in the first line.
+        rows: Of a results file.
+        note: Reason for a page without figures.
+        synthetic: The rows are made up (by a test); stated in the first line.
     """
     parts: dict[str, list[Entry]] = {}
     for row in rows.values():
@@ -117,7 +117,7 @@ def _clock(found: Entry) -> str:
 
 
 def _or(missing: str, head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """A table; without rows its heading and why."""
+    """A table; without rows, its heading and the reason."""
     return table(head, cells) if cells else [*table(head, [])[:-1], "", f"{_capital(missing)}.", ""]
 
 
@@ -126,7 +126,7 @@ def _capital(text: str) -> str:
 
 
 def bars(rows: Mapping[str, Entry]) -> list[tuple[str, list[str], list[str]]]:
-    """(bar, rows that meet it, rows that do not), every bar, measured or not."""
+    """(bar, rows that meet it, rows that do not), for every bar, whether measured or not."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for operator in BARS:
         found |= {title: ([], []) for title in _titles(operator)}
@@ -149,7 +149,7 @@ def bars(rows: Mapping[str, Entry]) -> list[tuple[str, list[str], list[str]]]:
 
 
 def _titles(operator: str) -> list[str]:
-    """An operator's bars, in the order of a row's verdicts."""
+    """Bars of an operator, in the order of a row's verdicts."""
     ratio, share = BARS[operator]
     titles = [] if ratio is None else [f"{operator}: at least {ratio:g}x the best torch form"]
     return titles if share is None else [*titles, f"{operator}: at least {share:.0%} of the copy bandwidth"]

@@ -1,7 +1,7 @@
-"""Rows that are measured once, kept in a file as they finish, by child processes that may hang or die.
+"""Measure rows once each in child processes that may hang or die, and store them as they finish.
 
-A device lease ends a command after ten minutes, and a faulty kernel takes its whole process with it: so every row is
-written at once, a child that dies loses one row, and a later command goes on where this one stopped.
+On leased devices a command ends after ten minutes, and a faulty kernel kills its process. So every row is written at
+once, a dying child loses one row, and a later command continues from there.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 from benchmarks.gpu.setup import first_line
 
-RESTART = 75  # a child's exit code: its GPU context is lost, the rest needs a new process
-GRACE = 25.0  # seconds behind the deadline for a row in progress
-STUCK = 45.0  # a row killed after so long is marked; a younger one is merely tried again by the next command
+RESTART = 75  # exit code of a child whose GPU context is lost: the rest needs a new process
+GRACE = 25.0  # seconds after the deadline for a row in progress
+STUCK = 45.0  # a row killed after this many seconds is marked as failed; a younger one is retried by the next command
 FORMAT = "vp-gpu-bench-1"
 
 
 class PostponedError(Exception):
-    """A row that waits for another one: not measured, and not a failure either."""
+    """A row that waits for another one: neither measured nor failed."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Row:
 
     Attributes:
         part: "machine", "kernels-check", ...
-        key: unique in the part; readable.
-        sources: fingerprint of the code that decides it.
-        seconds: about how long it takes; not begun where less is left.
-        measure: does it; JSON values.
-        group: rows of a group share what is expensive to set up.
+        key: Readable name, unique in the part.
+        sources: Fingerprint of the code that determines it.
+        seconds: Estimated duration; not started if less time is left.
+        measure: Performs the measurement; returns JSON values.
+        group: Rows of a group share an expensive set-up.
     """
 
     part: str
@@ -56,11 +56,11 @@ class Row:
 
 
 class Results:
-    """Finished rows by name, in a file; the file is replaced at every row.
+    """Finished rows by name, in a file that is rewritten after every row.
 
     Args:
         path: None keeps them in memory.
-        mirror: a second copy, e.g. in the folder that comes back from a device machine.
+        mirror: Second copy, e.g. in a folder that is transferred back from a device machine.
     """
 
     def __init__(self, path: Path | None, mirror: Path | None = None) -> None:
@@ -68,20 +68,20 @@ class Results:
         self.rows: dict[str, dict[str, Any]] = _read(path)
 
     def fresh(self, row: Row, *, retry: bool = False) -> dict[str, Any] | None:
-        """The row as it was measured with the same sources; None where it was not (or, with `retry`, failed)."""
+        """The row if it was measured with the same sources, else None (also, with `retry`, if it failed)."""
         found = self.rows.get(row.name)
         if found is None or found.get("sources") != row.sources or (retry and "error" in found):
             return None
         return found
 
     def put(self, row: Row, found: Mapping[str, Any], seconds: float) -> None:
-        """Keep a row and write the file."""
+        """Store a row and write the file."""
         entry = {"part": row.part, "key": row.key, "group": row.group, "sources": row.sources}
         self.rows[row.name] = {**entry, **found, "seconds": round(seconds, 2), "date": _now()}
         self.write()
 
     def absorb(self, path: Path) -> int:
-        """Take over the rows of another file, newer ones first; how many were new."""
+        """Merge newer rows of another file; returns how many."""
         new = 0
         for name, row in _read(path).items():
             mine = self.rows.get(name)
@@ -130,15 +130,15 @@ def run_rows(
     now: Callable[[], float] = time.time,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Measure what is not there yet; a row that fails is noted and the next one begins.
+    """Measure missing rows; a failing row is recorded and does not stop the others.
 
     Args:
-        deadline: epoch seconds; no row begins that would not end before it.
-        current: file that names the row in progress, for whoever finds this process dead.
-        healthy: whether the device still works after a failure.
+        deadline: Epoch seconds; rows that would end later are not started.
+        current: File that names the row in progress, in case this process dies.
+        healthy: Whether the device still works after a failure.
 
     Returns:
-        0, or RESTART where the process is of no use any more.
+        0, or RESTART if the process cannot continue.
     """
     for row in rows:
         if results.fresh(row, retry=retry) is not None or now() + row.seconds > deadline:
@@ -153,7 +153,7 @@ def run_rows(
                 current.unlink(missing_ok=True)
             say(f"{row.name}: later: {error}")
             continue
-        except Exception as error:  # a compiler, a driver and a kernel fail in ways of their own
+        except Exception as error:  # compilers, drivers and kernels raise many types
             found, sick = {"error": first_line(error)}, not healthy()
         results.put(row, found, now() - start)
         if current is not None:
@@ -167,10 +167,10 @@ def run_rows(
 
 @dataclass
 class Child:
-    """A process that measures a share of the rows into a file of its own.
+    """A process that measures a share of the rows and writes them to a file.
 
     Attributes:
-        rows: by name, those it may be found dead in.
+        rows: Its rows by name.
     """
 
     command: Sequence[str]
@@ -190,14 +190,14 @@ class Child:
         self.process = subprocess.Popen(list(self.command), env=env, start_new_session=True)
 
     def kill(self) -> None:
-        """It and what it started (compilers): they are a session of their own."""
+        """Kill the process and its children (compilers), which form a session."""
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def blame(self, results: Results, why: str, *, older_than: float = 0.0) -> bool:
-        """Note the row in progress as failed; False where there is none (or only a young one)."""
+        """Record the row in progress as failed; False if there is none (or only a young one)."""
         try:
             found = json.loads(self.current.read_text())
         except (OSError, ValueError):
@@ -214,13 +214,14 @@ class Child:
 def supervise(
     children: Sequence[Child], results: Results, *, deadline: float, late_is_failure: bool = True, poll: float = 0.3
 ) -> bool:
-    """Run children side by side until all are done or time is up; their rows are in `results` as they finish.
+    """Run children side by side until all are done or time is up, collecting their rows in `results`.
 
     Args:
-        late_is_failure: note a row that hangs at the deadline as failed. A build is merely slow: it is made again.
+        late_is_failure: Record a row that is running at the deadline as failed. Builds are merely slow, and are
+            retried.
 
     Returns:
-        Whether every child came to its end by itself.
+        Whether every child ended by itself.
     """
     for child in children:
         child.start()

@@ -1,6 +1,6 @@
-"""What the GPU benchmark needs before it can import anything of ours: names, folders, the criterion of the tests.
+"""Bootstrap of the GPU benchmark, before any of our packages can be imported: names, folders, the tests' criterion.
 
-The machine that it is written for has torch, triton, timm and numpy, nothing of ours installed and no pydantic.
+The target machine has torch, triton, timm and numpy, but neither our packages nor pydantic.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ OPERATORS = ("attention", "gather_norm", "select", "merge_rows", "match_merge", 
 def bootstrap() -> bool:
     """Make the packages of this working tree importable.
 
-    An installation of another tree does not count: what is measured is what lies beside this script. The folders go
-    into PYTHONPATH too, for the processes that we and the compiler start.
+    An installation from another tree is ignored: the code beside this script is what is measured. The folders are added
+    to PYTHONPATH too, for child processes of ours and of the compiler.
 
     Returns:
         Whether the path had to change.
@@ -47,7 +47,7 @@ def _is_ours(name: str, folder: str) -> bool:
 
 @cache
 def of_the_tests(name: str) -> ModuleType:
-    """tests/kernels/NAME.py: the tests' criterion of accuracy is ours. By its file: `tests` may be another package."""
+    """Load tests/kernels/NAME.py, for the tests' accuracy criterion. By path, since `tests` may be another package."""
     spec = importlib.util.spec_from_file_location(f"vp_kernel_test_{name}", ROOT / "tests" / "kernels" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -59,15 +59,15 @@ def of_the_tests(name: str) -> ModuleType:
 
 @cache
 def complete_interpreter() -> None:
-    """Triton's interpreter as the tests have it: it rounds to bf16 as a GPU does."""
+    """Patch Triton's interpreter as the tests do: rounds to bf16 as a GPU does."""
     of_the_tests("interpreter").complete_interpreter()
 
 
 def part_of(operator: str, file: str, name: str) -> Any:
-    """A function of an operator's room: part_of("attention", "reference", "attention_reference").
+    """A function of an operator's package: part_of("attention", "reference", "attention_reference").
 
     Raises:
-        LookupError: the room has no such file or function (yet).
+        LookupError: if the package has no such file or function (yet).
     """
     try:
         module = importlib.import_module(f"vp_kernels.{operator}.{file}")
@@ -82,7 +82,7 @@ def part_of(operator: str, file: str, name: str) -> Any:
 
 
 def fingerprint(*places: str) -> str:
-    """Short hash of source files and folders of the repository: a row measured on other sources is measured again."""
+    """Short hash of source files and folders of the repository: rows measured with other sources are measured again."""
     found = hashlib.sha256()
     for path in sorted(_sources(places)):
         found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -96,6 +96,6 @@ def _sources(places: Iterable[str]) -> Iterable[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that says something, with the kind of error."""
+    """First non-empty line of an error, with its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

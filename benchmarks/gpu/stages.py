@@ -1,4 +1,4 @@
-"""What is measured in one go, and which rows that is. The parts import torch, so they come when they are asked for."""
+"""Stages of the benchmark and their rows. The parts import torch, so they are imported on demand."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:  # it imports torch
 
 @dataclass(frozen=True)
 class Stage:
-    """What child processes do next.
+    """The next task of the child processes.
 
     Attributes:
-        warm: compile only; side by side, where timing is alone.
-        group: of models: (model, dtype, batch).
+        warm: Compile only, in parallel; timing is done by a single process.
+        group: Of models: (model, dtype, batch).
     """
 
     part: str
@@ -27,10 +27,10 @@ class Stage:
 
 
 def wanted(args: argparse.Namespace) -> Wanted:
-    """What is asked of the models part, checked.
+    """Parse and check the selection for the models part.
 
     Raises:
-        SystemExit: a name that is not known, with those that are.
+        SystemExit: for an unknown name; lists the known ones.
     """
     from benchmarks.gpu import jobs
 
@@ -49,7 +49,7 @@ def wanted(args: argparse.Namespace) -> Wanted:
 
 
 def rows_of(stage: Stage, args: argparse.Namespace, known: Results) -> list[Row]:
-    """The rows of a stage, in the order in which they matter; the same in the parent and in its children."""
+    """Rows of a stage, most important first; equal in the parent and its children."""
     if stage.part == "machine":
         from benchmarks.gpu import machine
 
@@ -79,6 +79,6 @@ def rows_of(stage: Stage, args: argparse.Namespace, known: Results) -> list[Row]
         from benchmarks.gpu import kernels
 
         found = kernels.rows(quick=args.quick, warm=stage.warm)
-    if args.tiny:  # one case of each operator: what a test tries
+    if args.tiny:  # one case of each operator, for tests
         found = list({row.group: row for row in reversed(found)}.values())
     return [row for row in found if args.operators is None or row.group in args.operators]

