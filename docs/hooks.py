@@ -48,7 +48,7 @@ def as_page(text: str) -> str:
     text = re.sub(r'(\]\(|(?:src|srcset)=")docs/', r"\1", text)
     for source, page in COPIED.items():
         text = text.replace(f"]({source}", f"]({page}")
-    return re.sub(r"\[([^\]]+)\]\((?:LICENSE|examples/[^)]*)\)", r"\1", text)  # not part of the site
+    return re.sub(r"\[([^\]]+)\]\((?:LICENSE|CITATION\.cff|examples/[^)]*)\)", r"\1", text)  # not part of the site
 
 
 def commands_page() -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 INSTALL = re.compile(r"pip install '(?:\.|vp-export)\[([a-z0-9,-]+)\]'")
 COMMAND = re.compile(r"^(?:vp-[a-z]+|python -m vp_[a-z_.]+)(?=\s|$)")
 
@@ -28,8 +28,14 @@ class Line:
 
 
 def install_lines() -> list[Line]:
-    """All of them, in the order of the pages; the same extras on one page are one line."""
-    return [line for page in PAGES for line in _of_page(page.name, page.read_text())]
+    """All of them, in the order of the pages; the same extras on one page are one line. Records are no instructions."""
+    pages = [page for page in PAGES if page.parent.name not in ("decisions", "results")]
+    return [line for page in pages for line in _of_page(_name(page), page.read_text())]
+
+
+def _name(page: Path) -> str:
+    """README.md, embedding.md, howto/export.md."""
+    return page.relative_to(ROOT).as_posix().removeprefix("docs/")
 
 
 def _of_page(name: str, text: str) -> list[Line]:

@@ -36,6 +36,7 @@ SMALLER = {
     "NAME.vpe": "deit_s.vpe",
     "--r 13": "--r 3",
     "--model M --weights W": f"--model {MODEL} --random-init --num-classes 3",
+    "--target-macs 0.65": "--target-macs 0.75",  # as far as two blocks go
     "--min-speedup 1.4": "--min-speedup 0.001",  # what is tried is the install, not the speed of this machine
     "--max-drop 0.5": "--max-drop 100",
 }
@@ -132,14 +133,14 @@ def test_everything_is_in_the_wheel(wheel: Path) -> None:
 
 def test_every_line_names_extras_that_there_are() -> None:
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-    assert {line.page for line in LINES} >= {"README.md", "embedding.md", "ray.md"}
+    assert {line.page for line in LINES} >= {"README.md", "embedding.md", "howto/export.md", "ray.md"}
     for line in LINES:
         assert set(line.extras) <= extras, line.id
 
 
 def test_every_command_stands_under_a_line() -> None:
-    readme = [line for line in LINES if line.page == "README.md"]
-    assert {command.split()[0] for line in readme for command in line.commands} == set(COMMANDS)
+    names = {command.split()[0] for line in LINES for command in line.commands}
+    assert {name for name in names if name.startswith("vp-")} == set(COMMANDS)
 
 
 @pytest.mark.slow
@@ -164,8 +165,8 @@ def test_a_bare_install(wheel: Path, tmp_path: Path) -> None:
 
 
 def again(line: Line) -> list[pytest.MarkDecorator]:
-    """A cluster is started by tests/engines/serving/ray: of these lines no more is tried than README's own does."""
-    return [pytest.mark.exhaustive] if "ray" in line.extras and line.page != "README.md" and not FRESH else []
+    """A cluster is started by tests/engines/serving/ray: of these lines one is tried."""
+    return [pytest.mark.exhaustive] if "ray" in line.extras and line.page != "howto/serve.md" and not FRESH else []
 
 
 @pytest.mark.slow
@@ -177,16 +178,16 @@ def test_what_stands_under_an_install_line(
     made = environment(line.extras)
     if not TORCH & set(line.extras):
         _check_light(made, line, tmp_path)
-    if "ray" in line.extras:
+    if "ray" in line.extras or not line.commands:
         return  # a cluster is started by tests/engines/serving/ray
     given = request.getfixturevalue("folder")
     shutil.copytree(given, tmp_path / "here")
-    if line.id == FIRST:
-        shutil.rmtree(tmp_path / "here" / "deit_s_tome.vpe")
     commands = line.commands[line.id == FIRST :]  # the very first has run
     for command in commands:
         if out := re.search(r"--out (\S+\.json)", command):  # pages share names
             (tmp_path / "here" / out[1]).unlink(missing_ok=True)
+        if out := re.search(r"--out (\S+\.vpe)", command):
+            shutil.rmtree(tmp_path / "here" / out[1], ignore_errors=True)
     _run(made, commands, tmp_path / "here")
 
 

