@@ -1,9 +1,8 @@
-"""Triton interprets the kernels of this process; whoever compiles them starts another (kernels/support.py).
+"""Test configuration: Triton's interpreter, hypothesis profiles, order of tests, and a check for unmarked slow tests.
 
-Here and not in tests/kernels: Triton reads it when it is first imported, which a test of any folder may do.
-
-And what `make test` and `make test-fast` rely on (docs/testing.md): examples are the same each time, files with slow
-tests come first, and test functions that should be marked slow are named.
+Triton reads TRITON_INTERPRET on its first import, which may happen in any folder's tests, so it is set here rather than
+in tests/kernels. Tests that compile kernels start another process (kernels/support.py). `make test` and `make
+test-fast` rely on the rest (docs/testing.md).
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["TRITON_INTERPRET"] = "1"
-# AOTInductor's host code is compiled in two thirds of the time; the kernels are optimised as ever.
+# Compiles AOTInductor's host code in two thirds of the time; kernels are optimised as usual.
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
-# How long an example takes says how busy the machine is: no deadline, and slow drawing is no failure.
+# Examples take longer on a busy machine: no deadline, and slow generation is no failure.
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("same", CALM, derandomize=True)
 settings.register_profile("random", CALM)
 settings.load_profile("same")
 
-SLOW = 3.0  # seconds of CPU time that all cases of a test function may take together, with what they set up
-TOLERANCE = 2.0  # on another machine, or a busy one
+SLOW = 3.0  # seconds of CPU time for all cases of a test function together, fixtures included
+TOLERANCE = 2.0  # for other or busy machines
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: a worker that gets the longest of them last would work alone."""
+    """Run files with slow tests first, so that no worker is left with the longest at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("built")}
     items.sort(key=lambda item: item.path not in slow)
-    # Torch's tracing makes millions of small objects: looking for cycles at every 700th is a sixth of its time.
+    # torch's tracing creates millions of small objects; frequent garbage collection takes a sixth of the time.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
@@ -60,7 +59,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name what takes long and is not marked: `make test-fast` must stay fast."""
+    """List slow tests without the mark, to keep `make test-fast` fast."""
     spent: Counter[str] = Counter()
     for report in terminalreporter.getreports("passed"):
         if report.when == "call" and not {"slow", "built"} & set(report.keywords):
@@ -73,8 +72,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def compilable_paths() -> Iterator[None]:
-    """torch.compile works where the temporary folder or torch itself lies below a folder with a space in its name; the
-    aoti backend sees to that itself."""
+    """Let torch.compile work if the temporary folder or torch is below a folder with a space in its name.
+
+    The aoti backend does so by itself.
+    """
     if not any(character.isspace() for character in tempfile.gettempdir() + sys.prefix):
         yield
         return

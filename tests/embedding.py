@@ -1,4 +1,4 @@
-"""What docs/embedding.md tells its readers to do, for the tests that do it."""
+"""Code and commands from docs/embedding.md, for tests that run them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "embedding.md"
 
 
 def blocks(title: str, language: str) -> list[str]:
-    """The blocks of a section.
+    """Code blocks of a section.
 
     Args:
-        title: of the section.
-        language: of the blocks: "bash", "python", "c", "cmake".
+        title: Title of the section.
+        language: Language of the blocks: "bash", "python", "c", "cmake".
     """
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None, title
@@ -26,7 +26,7 @@ def blocks(title: str, language: str) -> list[str]:
 
 
 def replaced(text: str, names: dict[str, str]) -> str:
-    """A block with other names in it; each must occur."""
+    """Replace names in a block; each must occur."""
     for old, new in names.items():
         assert old in text, f"{old!r} is not in:\n{text}"
         text = text.replace(old, new)
@@ -34,7 +34,7 @@ def replaced(text: str, names: dict[str, str]) -> str:
 
 
 def words(line: str, names: dict[str, str]) -> list[str]:
-    """A line of a shell as words, with other names in them, which may hold spaces; each must occur."""
+    """Split a shell command into words with names replaced (values may contain spaces); each must occur."""
     for old in names:
         assert old in line, f"{old!r} is not in:\n{line}"
     found = shlex.split(line)

@@ -1,7 +1,7 @@
-"""Environments as the install lines make them, from the wheel.
+"""Environments created from the wheel as the install commands in the docs would.
 
-`linked` takes the files of exactly those distributions that pip would install, out of the environments that the tests
-run in: seconds, and no network. `fresh` has pip do it.
+`linked` links the files of exactly those distributions that pip would install, from the environments that run the
+tests: takes seconds, without network. `fresh` uses pip.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("exporter", "kernels", "engines")
-# Ray has a virtual environment of its own in the tests (Makefile).
+# In the tests, Ray has its own virtual environment (Makefile).
 RAY = ROOT / "build" / "ray"
 
 
 def build_wheel(out: Path) -> Path:
-    """The wheel, from a copy of what is packaged: a build leaves files behind that the next one would take."""
+    """Build the wheel from a copy of the sources: a build leaves files behind that would affect the next one."""
     tree = out / "tree"
     for name in SOURCES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", "-w", str(out)]
-    if int(metadata.version("setuptools").split(".")[0]) >= 77:  # as pyproject.toml asks; else pip fetches one
+    # required by pyproject.toml; otherwise pip downloads it
+    if int(metadata.version("setuptools").split(".")[0]) >= 77:
         command.append("--no-build-isolation")
     subprocess.run([*command, str(tree)], check=True, capture_output=True, text=True)
     (wheel,) = out.glob("*.whl")
     return wheel
 
 
-# Commands one after the other, each in a process that is forked when what takes seconds to import is there already.
+# Run commands in sequence, each forked from a process that has already imported slow packages.
 FORKING = """
 import json, os, runpy, shlex, sys, traceback
 from importlib import import_module
@@ -80,7 +81,7 @@ print(json.dumps(codes))
 
 
 class Environment:
-    """A virtual environment; `run` is a shell of its own."""
+    """A virtual environment; `run` starts a shell in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,7 +98,7 @@ class Environment:
     def run_each(
         self, commands: Sequence[str], cwd: Path, timeout: float = 1800
     ) -> list[subprocess.CompletedProcess[str]]:
-        """Installed commands in turn, up to the first that fails."""
+        """Run installed commands in sequence, up to the first that fails."""
         with tempfile.TemporaryDirectory() as folder:
             words = [str(self.bin / "python"), "-c", FORKING, folder]
             done = self._run(words, cwd, timeout, json.dumps(list(commands)))
@@ -122,7 +123,7 @@ class Environment:
 
 
 def fresh(folder: Path, wheel: Path, extras: tuple[str, ...]) -> Environment:
-    """By pip, as a user does it. VP_FRESH_FIRST names what is installed before, such as a CPU build of torch."""
+    """Create with pip, as a user does. VP_FRESH_FIRST names packages to install first, such as a CPU build of torch."""
     venv.create(folder, with_pip=True)
     made = Environment(folder)
     pip = [made.bin / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
@@ -137,7 +138,7 @@ def _spec(wheel: Path, extras: tuple[str, ...]) -> str:
 
 
 def linked(folder: Path, wheel: Path, extras: tuple[str, ...]) -> Environment | None:
-    """By links to what is installed; None where a distribution of the closure is not installed anywhere here."""
+    """Create by linking installed files; None if a required distribution is not installed anywhere."""
     places = [path for path in sys.path if path and not path.startswith(str(ROOT / "tests"))]
     ray = [str(path) for path in RAY.glob("lib/python*/site-packages")]
     places = [*ray, *places] if "ray" in extras else places
@@ -154,7 +155,7 @@ def linked(folder: Path, wheel: Path, extras: tuple[str, ...]) -> Environment | 
                 continue
             if claimed[name] == 1:
                 _link(Path(str(dist.locate_file(name))), made.packages / name)
-            else:  # a folder that several distributions share: only this one's files
+            else:  # a folder shared by several distributions: link only this one's files
                 for path in dist.files or ():
                     if path.parts[0] == name and "__pycache__" not in path.parts:
                         _link(Path(str(dist.locate_file(path))), made.packages / path)
@@ -169,7 +170,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _claimed(places: list[str]) -> Counter[str]:
-    """How many distributions have files below each name of site-packages."""
+    """Number of distributions with files below each name in site-packages."""
     found: Counter[str] = Counter()
     for dist in metadata.distributions(path=places):
         found.update({path.parts[0] for path in dist.files or ()})
@@ -177,7 +178,7 @@ def _claimed(places: list[str]) -> Counter[str]:
 
 
 def _closure(wheel: Path, extras: tuple[str, ...], places: list[str]) -> list[metadata.Distribution] | None:
-    """The distributions that pip would install beside the wheel."""
+    """Distributions that pip would install besides the wheel."""
     installed: dict[str, metadata.Distribution] = {}
     for dist in metadata.distributions(path=places):
         installed.setdefault(canonicalize_name(dist.metadata["Name"]), dist)
@@ -204,7 +205,7 @@ def _closure(wheel: Path, extras: tuple[str, ...], places: list[str]) -> list[me
 
 
 def _install(wheel: Path, made: Environment) -> None:
-    """The wheel itself: its files, and its commands."""
+    """Install the wheel's files and commands."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(made.packages)
     (entries,) = made.packages.glob("vp_export-*.dist-info/entry_points.txt")

@@ -1,4 +1,4 @@
-"""A small bundle for the tests of this folder: its files are just bytes, or a linear model where one has to run."""
+"""A small bundle for tests: its files are arbitrary bytes, or a linear model if it has to run."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ FILES: dict[str, bytes] = {
 
 
 def fields(**changes: Any) -> dict[str, Any]:
-    """The fields of a valid manifest, but for its files; a fresh copy."""
+    """Fields of a valid manifest, except its files; a fresh copy."""
     return {**copy.deepcopy(_FIELDS), **changes}
 
 
 def write_sample(out: Path, *, force: bool = False, files: dict[str, bytes] | None = None, **changes: Any) -> Manifest:
-    """Write the sample bundle, with some files or fields other than usual."""
+    """Write the sample bundle, with some files or fields changed."""
     return write_bundle(out, files={**FILES, **(files or {})}, force=force, **fields(**changes))
 
 
@@ -98,13 +98,13 @@ def document(bundle: Path) -> dict[str, Any]:
 
 
 def signed(changed: dict[str, Any]) -> bytes:
-    """A manifest's bytes with the right digest, whatever it says: what an attacker can write."""
+    """A manifest with a correct digest for any content, as an attacker can write."""
     digest = hashlib.sha256(canonical_json(changed)).hexdigest()
     return canonical_json({**changed, "digest": digest})
 
 
 def forge(bundle: Path, changed: dict[str, Any]) -> None:
-    """Replace a bundle's manifest by `changed`, its digest made right."""
+    """Replace a bundle's manifest by `changed`, with a correct digest."""
     (bundle / MANIFEST_NAME).write_bytes(signed(changed))
 
 

@@ -1,4 +1,4 @@
-"""Writing and reading bundles: whole or not at all, whatever dies or fills up in between."""
+"""Writing and reading bundles atomically, even if processes die or the disk is full."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Content of every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -159,8 +159,8 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-# Runs in a child process, forking once per step. `trace` counts the system calls of a write that change something;
-# run n kills itself just before the n-th one, without a chance to clean up.
+# Runs in a child process that forks once per step. `trace` counts the modifying system calls of a write; run n kills
+# itself just before the n-th of them, without cleaning up.
 KILLER = """
 import json, os, signal, sys
 from pathlib import Path
@@ -226,12 +226,12 @@ def test_killed_at_any_step_leaves_the_old_or_the_new(
     )
     report = json.loads(done.stdout)
     assert report["last"] == 0, done.stderr
-    assert report["steps"] > 20  # or the hooks have come loose
+    assert report["steps"] > 20  # or the hooks are no longer called
     seen = set()
     for folder in tmp_path.iterdir():
         out = folder / "a.vpe"
         if not out.exists() and force == "force":
-            # Only without renameat2, and only between the two renames: the old one waits under its hidden name.
+            # Only without renameat2, between the two renames: the old bundle is at its hidden name.
             assert exchange == "two renames"
             seen.add("aside")
             with atomic.building(out):
@@ -240,7 +240,7 @@ def test_killed_at_any_step_leaves_the_old_or_the_new(
         seen.add(name)
         if name == "old":
             assert read_bundle(out).contents["old.txt"] == b"old"
-        write_sample(out, name="next", force=True)  # the next write finds its way and cleans up
+        write_sample(out, name="next", force=True)  # the next write recovers and cleans up
         assert read_bundle(out).manifest.name == "next"
         assert os.listdir(folder) == ["a.vpe"]
     expected = {"fresh": {"none", "new"}, "force": {"old", "new"}}[force]
@@ -269,13 +269,13 @@ def test_all_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: py
     names = ["/".join(parts) for parts in before]
     assert sorted(names) == sorted([*FILES, "manifest.json", "", "dense", "engine", "engine/more"])
     assert set(names[: len(FILES)]) == set(FILES)
-    assert names[len(FILES)] == "manifest.json"  # after every file that it vouches for
+    assert names[len(FILES)] == "manifest.json"  # after every file that it lists
     assert events[done + 1 :] == [str(tmp_path)]
 
 
 @pytest.mark.parametrize("limit", [1, 300, 5000, 9000])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
-    """A file-size limit makes write() fail in the middle of a file, as a full disk or a quota does."""
+    """A file-size limit makes write() fail within a file, like a full disk or a quota."""
     out = tmp_path / "a.vpe"
     write_sample(out, name="old")
     before = tree(tmp_path)
@@ -329,7 +329,7 @@ def test_what_a_live_writer_builds_is_not_swept_away(tmp_path: Path, monkeypatch
     with atomic.building(out) as folder:
         with pytest.raises(BundleError, match="another process is writing"):
             write_sample(out)
-        write_sample(tmp_path / "b.vpe")  # another name is not held up
+        write_sample(tmp_path / "b.vpe")  # another name is not blocked
         assert folder.is_dir()
     assert os.listdir(tmp_path) == ["b.vpe"]
 
@@ -337,7 +337,7 @@ def test_what_a_live_writer_builds_is_not_swept_away(tmp_path: Path, monkeypatch
 def test_a_lock_that_was_removed_before_it_was_taken_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer before us removes the lock file between our open and our flock: what we then hold guards nothing."""
+    """The previous writer removes the lock file between our open and flock: the lock we get is worthless."""
     lock, flock = tmp_path / ".a.vpe.lock", fcntl.flock
     removed = []
 
@@ -382,7 +382,7 @@ def test_concurrent_exports_do_not_mix(tmp_path: Path) -> None:
     def watch() -> None:
         try:
             while not stop.is_set():
-                bundle = read_bundle(out)  # whole at every moment, also while it is being replaced
+                bundle = read_bundle(out)  # always complete, even while it is being replaced
                 if bundle.manifest.name != "first":
                     assert bundle.contents["who.txt"].decode() == bundle.manifest.name[1:]
         except BaseException as error:

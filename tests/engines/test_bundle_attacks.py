@@ -1,4 +1,4 @@
-"""Damaged and hostile bundles: each is refused with a BundleError that names the file, quickly, whatever it holds."""
+"""Damaged and malicious bundles: each is rejected quickly, with a BundleError that names the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vp_engines.bundle import read_bundle, read_manifest, verify_bundle
 from vp_engines.errors import BundleCorruptError, BundleError, BundleIncompatibleError
 from vp_engines.manifest import MAX_MANIFEST_BYTES, FileEntry
 
-pytestmark = pytest.mark.timeout(600)  # a FIFO that hangs the reader must fail the test, not stop the suite
+pytestmark = pytest.mark.timeout(600)  # a FIFO that blocks the reader must fail the test, not hang the suite
 
 ALL = [*FILES, "manifest.json"]
 NOT_EMPTY = [name for name in ALL if FILES.get(name) != b""]
@@ -27,14 +27,14 @@ NOT_EMPTY = [name for name in ALL if FILES.get(name) != b""]
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """The sample bundle, sound."""
+    """The unmodified sample bundle."""
     write_sample(tmp_path / "a.vpe")
     verify_bundle(tmp_path / "a.vpe")
     return tmp_path / "a.vpe"
 
 
 def refused(out: Path, name: str) -> BundleCorruptError:
-    """The error of reading `out`, which must name `name`, be one line, and be the same whatever is kept."""
+    """The error of reading `out`, which must name `name`, be one line, and not depend on what is kept."""
     with pytest.raises(BundleCorruptError) as caught:
         verify_bundle(out)
     with pytest.raises(BundleCorruptError) as kept:
@@ -156,7 +156,7 @@ def test_what_becomes_a_link_after_it_was_listed(out: Path, name: str, monkeypat
 
 
 def test_what_is_returned_is_what_was_hashed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file rewritten at the moment after it was read: the caller still gets the verified bytes."""
+    """A file is rewritten just after it was read: the caller still gets the verified bytes."""
     read = bundle_module._read_file
 
     def read_then_rewrite(root: int, entry: FileEntry, keep: bool) -> bytes | None:
@@ -174,7 +174,7 @@ def test_a_symlink_to_the_whole_bundle_is_the_users_own_path(out: Path) -> None:
 
 
 def test_hard_links_are_read_and_verified_like_any_file(out: Path) -> None:
-    """uv, `cp -al` and dedup tools make them; the content must match the hash all the same."""
+    """uv, `cp -al` and deduplication tools create hard links; the content must still match the hash."""
     os.link(out / "plan.json", out.parent / "twin")
     assert read_bundle(out).contents == FILES
     (out.parent / "twin").write_bytes(b'{"plan": 2}\n')
@@ -182,7 +182,7 @@ def test_hard_links_are_read_and_verified_like_any_file(out: Path) -> None:
 
 
 def make_socket(path: Path) -> None:
-    os.chdir(path.parent)  # a socket's path may not be longer than about 100 bytes
+    os.chdir(path.parent)  # a socket's path is limited to about 100 bytes
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path.name)
 
@@ -289,7 +289,7 @@ def test_a_future_format_says_to_upgrade(out: Path) -> None:
 
 
 def test_altered_file_with_its_hash_put_right_changes_the_digest(out: Path) -> None:
-    """What a checksum cannot do: whoever rewrites everything gets a sound bundle, but not the same one."""
+    """Not detectable by a checksum: whoever rewrites everything gets a valid bundle, but a different one."""
     before = read_bundle(out).digest
     data = b"evil model"
     (out / "dense/model.onnx").write_bytes(data)
@@ -322,7 +322,7 @@ def test_an_unreadable_file(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
     def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
-        if path == "plan.json":  # chmod would not stop root, whom the tests may run as
+        if path == "plan.json":  # chmod has no effect on root, who may run the tests
             raise PermissionError(13, "Permission denied", path)
         return real(path, *args, **kwargs)
 

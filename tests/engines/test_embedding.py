@@ -1,4 +1,4 @@
-"""docs/embedding.md: the Python service, as it stands there. (Triton, Ray and C++: in their own folders.)"""
+"""The Python service in docs/embedding.md. (Triton, Ray and C++ are tested in their own folders.)"""
 
 from __future__ import annotations
 

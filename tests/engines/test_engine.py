@@ -1,4 +1,4 @@
-"""`load`: what is checked before an engine is opened, and what an open engine promises."""
+"""`load`: checks before an engine is opened, and the behaviour of an open engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ONES = np.ones((2, 3, 4, 4), np.float32)
 
 
 class FakeRunner(Runner):
-    """Gives the sum of each image as its first logit; remembers whether it was closed while running."""
+    """Returns the sum of each image as its first logit; records whether it was closed during a run."""
 
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         super().__init__(inputs, outputs)
@@ -56,7 +56,7 @@ class FakeRunner(Runner):
 
 
 class FakeBackend:
-    """Stands in for an engine: notes what `open` was given."""
+    """Fake engine that records the arguments of `open`."""
 
     def __init__(self) -> None:
         self.ok = True
@@ -149,7 +149,7 @@ def test_pickled_it_is_opened_again(out: Path, backend: FakeBackend, monkeypatch
     monkeypatch.chdir(out.parent)
     with vp_engines.load(out.name, variant="dense", threads=2, device="cpu") as engine:
         pickled = pickle.dumps(engine)
-    monkeypatch.chdir(out)  # the other process may stand elsewhere
+    monkeypatch.chdir(out)  # the other process may have another working directory
     with pickle.loads(pickled) as again:
         assert (again.variant, again.manifest) == ("dense", engine.manifest)
         assert backend.opened[1] == backend.opened[0]
@@ -235,7 +235,7 @@ def test_threads_run_side_by_side_and_close_waits_for_them(out: Path, backend: F
     closer = threading.Thread(target=engine.close)
     closer.start()
     closer.join(0.1)
-    assert closer.is_alive()  # it waits for those that run
+    assert closer.is_alive()  # it waits for runs in progress
     runner.go.set()
     closer.join(LONG)
     assert runner.closes == 1

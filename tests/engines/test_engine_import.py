@@ -1,4 +1,4 @@
-"""What `import vp_engines` costs: a server that embeds an engine must not pay for what it does not use."""
+"""Cost of `import vp_engines`: an embedding server must not pay for unused parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEAVY = ["torch", "onnx", "onnxruntime", "openvino", "tensorrt", "timm", "pydant
 
 
 def loaded_after(code: str) -> list[str]:
-    """Which heavy packages a fresh interpreter holds after `code`."""
+    """Heavy packages imported in a fresh interpreter after `code`."""
     report = f"import sys, json; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     names: list[str] = json.loads(done.stdout)
@@ -50,7 +50,7 @@ def test_preprocessing_does_not_load_torch() -> None:
 
 
 def test_import_is_quick() -> None:
-    """Under 0.3 s of the processor, the best of five: time spent waiting for a busy machine does not count."""
+    """Under 0.3 s of CPU time, best of five; waiting on a busy machine does not count."""
     code = "import time; start = time.process_time(); import vp_engines; print(time.process_time() - start)"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
     assert min(float(run.stdout) for run in runs) < 0.3

@@ -1,4 +1,4 @@
-"""The extras: as pyproject.toml has them, and what is said where one is missing."""
+"""The extras match pyproject.toml, and the errors for missing ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vp_engines.errors import EXIT_ENGINE_UNAVAILABLE, PackageMissingError
 from vp_engines.extras import EXTRAS, install_hint, installed, missing_package, require_packages
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-# Where a package's name on an index is not that of its module.
+# For packages whose name differs from that of their module.
 MODULES = {
     "pillow": "PIL", "onnxruntime-gpu": "onnxruntime", "tensorrt-rtx-cu13": "tensorrt_rtx",
     "tritonclient[grpc]": "tritonclient.grpc", "ray[serve]": "ray.serve",
@@ -22,7 +22,7 @@ MODULES = {
 
 def _modules(requirements: list[str]) -> set[str]:
     names = {re.split(r"[<>=!~;]", text.partition(";")[0])[0].strip() for text in requirements}
-    # triton is torch's own on Linux: no command imports it by itself.
+    # triton is torch's own dependency on Linux, never imported directly by a command.
     return {MODULES.get(name, name) for name in names if not name.startswith("vp-export") and name != "triton"}
 
 

@@ -1,4 +1,4 @@
-"""The manifest: what is accepted, what is refused, and that nothing but a BundleError ever comes out."""
+"""The manifest: accepted and rejected documents; only BundleErrors are ever raised."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sample(**changes: Any) -> Manifest:
 
 
 def altered(path: str, value: object) -> bytes:
-    """The bytes of a manifest with one value replaced (or removed: ...) and its digest made right."""
+    """Bytes of a manifest with one value replaced (or removed: ...) and a correct digest."""
     changed = sample().document()
     *parents, last = path.split(".")
     here: Any = changed
@@ -284,7 +284,7 @@ def test_mutated_bytes_give_a_bundle_error_or_the_same_manifest(steps: list[tupl
 
 
 json_values = st.recursive(
-    # No subnormals: a runtime that other tests loaded may have set this thread to flush them to zero.
+    # No subnormals: another library may have set this thread to flush them to zero.
     st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
@@ -294,7 +294,7 @@ json_values = st.recursive(
 @given(st.data())
 @settings(max_examples=500, deadline=None)
 def test_forged_documents_give_a_bundle_error_or_a_manifest(data: st.DataObject) -> None:
-    """Mutations of the values with the digest made right: what gets past the checksum meets the schema."""
+    """Mutated values with a correct digest pass the checksum and reach the schema."""
     changed: Any = ORIGINAL.document()
     here = changed
     while True:

@@ -1,4 +1,4 @@
-"""Our Pillow-only preprocessing against timm's eval transform, pixel for pixel, on sizes and modes that are awkward."""
+"""Our Pillow-only preprocessing against timm's eval transform, pixel for pixel, on edge-case sizes and modes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Noise over a gradient: every pixel counts, and a shift by one shows."""
+    """Noise over a gradient, which reveals a shift by a single pixel."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 128, height)[:, None, None] + np.linspace(0, 64, width)[None, :, None]
     pixels = (ramp + rng.integers(0, 64, (height, width, 4))).astype(np.uint8)
@@ -39,7 +39,7 @@ def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.
 def spec_like_timm(
     size: tuple[int, int], crop_pct: float, crop_mode: str, interpolation: str, **changes: Any
 ) -> Preprocessing:
-    """The manifest's entry for timm's settings: the rule that the exporter follows."""
+    """Manifest entry for timm's settings, derived as in the exporter."""
     scaled = [math.floor(side / crop_pct) for side in size]
     resize: Any = scaled[0] if crop_mode == "center" and scaled[0] == scaled[1] else scaled
     values: dict[str, Any] = {
@@ -68,7 +68,7 @@ def timm_result(
         mean=MEAN,
         std=STD,
     )
-    # As timm's ImageDataset hands it over.
+    # As in timm's ImageDataset.
     result: np.ndarray = transform(image.convert("RGB")).numpy()
     return result
 
@@ -283,7 +283,7 @@ def test_grey_images_of_16_bits_are_scaled(kind: str) -> None:
 
 
 def test_colours_of_16_bits() -> None:
-    """As torchvision's own reader scales them, to a level."""
+    """Scaled as by torchvision's reader, within one level."""
     torchvision = pytest.importorskip("torchvision.io")
     values = np.random.default_rng(5).integers(0, 65536, (48, 48, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
@@ -317,7 +317,7 @@ def test_transparency_is_dropped_as_in_timm(recwarn: pytest.WarningsRecorder) ->
     with Image.open(io.BytesIO(encoded(palette, "PNG", transparency=bytes(range(16))))) as opened:
         assert isinstance(opened.info["transparency"], bytes)
         got = preprocess([opened], SPEC)[0]
-        assert not recwarn.list  # Pillow warns of such a conversion
+        assert not recwarn.list  # Pillow warns about such a conversion
         expected = timm_result(opened, (48, 48), 0.875, "center", "bicubic")
     assert np.abs(got - expected).max() < 1e-6
 

@@ -1,4 +1,4 @@
-"""The digits example: its split, its shipped weights and mask, and that its scripts run."""
+"""The digits example: its split, its weights and mask, and that its scripts run."""
 
 from __future__ import annotations
 

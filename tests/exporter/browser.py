@@ -1,4 +1,4 @@
-"""Pages in a real browser, where one is installed: what does not fit, and how bright it is."""
+"""Pages in a real browser, if one is installed: overflowing content, and brightness."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} is installed")
 
-# What sticks out of a frame, and what is only seen by scrolling sideways. Scripts run in the frame's parent: the page
-# itself forbids them.
+# Elements that overflow a frame, or are only visible by scrolling sideways. The script runs in the frame's parent,
+# since the page forbids scripts.
 SCRIPT = """
 const frame = document.querySelector('iframe'), found = {out: [], cut: [], width: 0};
 const name = e => e.tagName + '.' + (e.getAttribute('class') || '') + ' ' + (e.textContent || '').trim().slice(0, 40);
@@ -50,10 +50,10 @@ def _run(folder: Path, *words: str) -> str:
 
 
 def misfits(page: str, width: int, folder: Path) -> dict[str, Any]:
-    """What does not fit into a page `width` pixels wide: {"out": [...], "cut": [...], "width": ...}.
+    """Elements that do not fit a page `width` pixels wide: {"out": [...], "cut": [...], "width": ...}.
 
     Args:
-        folder: empty, for the browser.
+        folder: Empty folder for the browser.
     """
     safe = json.dumps(page).replace("<", "\\u003c")
     outer = (
@@ -68,7 +68,7 @@ def misfits(page: str, width: int, folder: Path) -> dict[str, Any]:
 
 
 def screenshot(page: str, width: int, height: int, folder: Path, *, dark: bool) -> np.ndarray:
-    """uint8 [H, W, 3], as a light or a dark system shows it."""
+    """Screenshot in light or dark mode, uint8 [H, W, 3]."""
     path, picture = folder / "page.html", folder / "page.png"
     path.write_text(page, encoding="utf-8")
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"

@@ -1,4 +1,4 @@
-"""The checks of the kernels find what they are for; here on a CPU, with faults planted."""
+"""The kernel checks detect faults injected on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check(case: Case, batches: tuple[int, ...] = (1, 3)) -> dict[str, Any]:
 def planted(
     monkeypatch: pytest.MonkeyPatch, case: Case, spoil: Callable[[Any, tuple[Any, ...]], Any]
 ) -> dict[str, Any]:
-    """The case where the kernel's answer is spoilt."""
+    """Check a case with a corrupted kernel result."""
     real = checks.kernel_of(case)
     monkeypatch.setattr(checks, "kernel_of", lambda case: lambda *args: spoil(real(*args), args))
     return check(case)
@@ -89,7 +89,7 @@ def test_an_argument_changed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_exception_is_a_failure_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfResourcesError(Exception):
-        """As Triton's: no RuntimeError."""
+        """Like Triton's, not a RuntimeError."""
 
     def refuse(out: Any, args: tuple[Any, ...]) -> Any:
         if args[0].shape[0] == 3:
@@ -102,7 +102,7 @@ def test_an_exception_is_a_failure_and_the_others_run(monkeypatch: pytest.Monkey
 
 
 def test_a_wrong_choice_is_no_near_tie(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merging into the wrong partner moves one row of one image: it must not be excused."""
+    """Merging into the wrong partner changes one row of one image and must not be excused."""
     assert check(MATCH)["failed"] == 0
 
     def swap(out: tuple[Tensor, Tensor], args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -115,8 +115,7 @@ def test_a_wrong_choice_is_no_near_tie(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_near_tie_is_excused_and_too_many_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two partners that differ by less than rounding: either answer is right, and a case of nothing else is worth
-    nothing."""
+    """Partners that differ by less than rounding: either result is right, but a case of nothing else proves nothing."""
     real = gpu_cases.calls
 
     def tied(case: Case, device: str, batches: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The script as a command: no GPU, dry run, interrupted and gone on with."""
+"""The command line: without a GPU, dry run, and resuming an interrupted run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_report_only_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @pytest.mark.slow
 def test_kernels_are_checked_in_child_processes_and_not_twice(environment: dict[str, str], tmp_path: Path) -> None:
-    """In Triton's interpreter, at one size: the whole way from the command to the page."""
+    """In Triton's interpreter, at one size: from the command to the page."""
     cache, out = tmp_path / "c.json", tmp_path / "gpu.md"
     arguments = ["--device", "cpu", "--tiny", "--parts", "kernels-check", "--operators", "gather_norm",
                  "--cache", str(cache), "--work", str(tmp_path / "work"), "--out", str(out)]  # fmt: skip

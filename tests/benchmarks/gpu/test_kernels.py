@@ -1,4 +1,4 @@
-"""Rows of the kernels' times: what they compare, and how a figure becomes a verdict."""
+"""Rows of kernel timings: what they compare, and how verdicts follow from figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_keys_are_unique_and_every_operator_is_timed() -> None:
 
 @pytest.mark.parametrize("operator", list(kernels.BARS))
 def test_all_forms_of_a_row_agree(operator: str) -> None:
-    """What is compared computes one thing: on a CPU ours runs its torch form."""
+    """All forms of a row compute the same; on a CPU ours runs its torch implementation."""
     torch.set_num_threads(1)
     row = first(operator)
     arguments = row.build(Make("cpu", 0))

@@ -1,4 +1,4 @@
-"""Rows of the models: every plan is what was asked, the order is that of importance, verdicts follow from times."""
+"""Rows of model timings: plans match the request, the most important rows come first, verdicts follow from times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: honest where nothing was measured, and with a verdict at every bar where something was."""
+"""The results page: states what was not measured, and gives a verdict for every bar that was."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_the_page_in_the_repository_claims_nothing_that_was_not_measured() -> None:
-    """Without a results file of a GPU it says so; once measured it names the machine."""
+    """Without measurements from a GPU it says so; with them it names the machine."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "results" / "gpu.md").read_text()
     assert "SYNTHETIC" not in page
     assert ("not measured" in page.lower()) or ("driver" in page)

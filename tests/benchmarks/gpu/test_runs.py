@@ -1,4 +1,4 @@
-"""Rows survive what measuring them does to a process; what is there is not measured again."""
+"""Rows survive crashes of the measuring process, and are not measured twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_rows_are_written_at_once_and_not_measured_again(tmp_path: Path) -> None
 
     def second() -> dict[str, Any]:
         seen.append("second")
-        assert "part: first" in json.loads(path.read_text())["rows"]  # the one before is in the file already
+        assert "part: first" in json.loads(path.read_text())["rows"]  # the previous one is in the file already
         return {}
 
     rows = [row("first"), row("second", second)]
@@ -140,7 +140,7 @@ def test_a_process_that_hangs_is_stopped(
     results, stuck = Results(tmp_path / "all.json"), child(tmp_path, ["good", "hang", "after"])
 
     def now() -> float:
-        """Time is up as soon as the child hangs, however long it took to come to that."""
+        """Time is up as soon as the child hangs, however long it took to get there."""
         hangs = stuck.current.exists() and "hang" in stuck.current.read_text()
         return time.time() + (1e6 if hangs else 0.0)
 

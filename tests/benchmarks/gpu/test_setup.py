@@ -1,4 +1,4 @@
-"""The GPU benchmark starts on a machine where nothing of ours is installed, and neither is pydantic."""
+"""The GPU benchmark starts without our packages or pydantic installed."""
 
 from __future__ import annotations
 

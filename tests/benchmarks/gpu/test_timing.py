@@ -1,4 +1,4 @@
-"""The timing loop, under a clock that says what it is told."""
+"""The timing loop, with a fake clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.timing import MOST_CALLS, Timing, buffers_for, interleave, p
 
 
 class FakeClock:
-    """Every call of variant i takes `seconds[i]`, and `drift` longer with each sample that anyone has taken."""
+    """Every call of variant i takes `seconds[i]`, plus `drift` for each sample taken so far."""
 
     def __init__(self, seconds: dict[str, float], drift: float = 0.0) -> None:
         self.seconds, self.drift = seconds, drift

@@ -1,4 +1,4 @@
-"""Lowered models, made once for the whole session."""
+"""Lowered models, created once per session."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_private_folder_that_goes_away(built: Built, tmp_path: Path, monkeypatch
 
 
 def test_opens_without_the_compiler_of_torch(built: Built, vit: nn.Module, tmp_path: Path) -> None:
-    """Importing torch._inductor takes seconds; where torch has no direct loader, it is still the way."""
+    """Importing torch._inductor takes seconds; it is only the fallback if torch has no direct loader."""
     code = (
         "import sys; from pathlib import Path; from vp_engines.backends.aoti import AotInductorBackend, _machine;"
         "from vp_engines.backends.base import RunOptions; import torch; artefact = Path(sys.argv[1]).read_bytes();"
@@ -162,7 +162,7 @@ def test_build_says_why_it_failed(tmp_path: Path) -> None:
 
 
 class Compiler:
-    """Stands in for torch's compiler: refuses as often as it is told, then writes a file, or compiles really."""
+    """Stands in for torch's compiler: fails a given number of times, then writes a file or compiles for real."""
 
     def __init__(self, refusals: int, error: Exception, real: Callable[..., Any] | None = None) -> None:
         self.refusals, self.error, self.real = refusals, error, real
@@ -227,14 +227,14 @@ def test_the_widths_are_those_of_this_processor(monkeypatch: pytest.MonkeyPatch)
     widths = aoti._vector_bits()
     assert widths == sorted(set(widths), reverse=True)
     assert widths[-1] == 0
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # torch heeds it when it compiles, too
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # torch also respects it when compiling
     assert aoti._vector_bits() == [0]
 
 
 def test_narrower_code_gives_the_same_answers(
     source: BuildSource, vit: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real compiler, once it has refused the best width."""
+    """The real compiler, after a failure at the best width."""
     best = aoti._vector_bits()
     if len(best) < 2 or not BACKEND.available("build").ok:
         pytest.skip("no vectors, or no C++ compiler")
@@ -253,7 +253,7 @@ class Doubled(nn.Module):
 
 
 def test_a_space_in_the_paths_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the temporary folder and of torch itself: its commands for the C++ compiler do not quote them."""
+    """A space in the paths of the temporary folder and of torch, which torch's compiler commands do not quote."""
     if not BACKEND.available("build").ok:
         pytest.skip("no C++ compiler")
     spaced = tmp_path / "a b"
@@ -266,10 +266,10 @@ def test_a_space_in_the_paths_of_folders(tmp_path: Path, monkeypatch: pytest.Mon
     before = set(Path("/tmp").glob("vp-inductor-*"))
     program = torch.export.export(Doubled(), (torch.zeros(2, 3, 32, 32),))
     result = BACKEND.build(BuildSource("fp32", INPUTS, OUTPUTS, program=program), spaced, BuildOptions())
-    assert result.notes == ()  # nothing was tried again
+    assert result.notes == ()  # no retry
     assert (spaced / result.artefact).stat().st_size > 1000
     assert str(libraries) == cpp_extension.TORCH_LIB_PATH
-    assert "vp-inductor-" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # torch sets it itself where it is not
+    assert "vp-inductor-" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # torch sets it if it is not set
     assert set(Path("/tmp").glob("vp-inductor-*")) <= before
 
 

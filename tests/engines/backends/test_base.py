@@ -1,4 +1,4 @@
-"""What all backends share: registry, input checks, closing, availability."""
+"""Shared by all backends: registry, input checks, closing, availability."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODULES = {name: MODULES.get(name) or get_backend(name).packages[0] for name in 
 
 
 class Slow(Runner):
-    """Runs until told to stop, and notes how many threads were inside."""
+    """Runs until told to stop, and counts the threads inside."""
 
     concurrent = False
 
@@ -136,7 +136,7 @@ def test_runner_that_is_not_concurrent_runs_one_thread_at_a_time_and_closes_afte
         assert not thread.is_alive()
     assert runner.most == 1
     assert runner.closes == 1
-    assert all("closed" in str(error) for error in errors)  # those that came after close
+    assert all("closed" in str(error) for error in errors)  # for calls after close
 
 
 def test_runner_closes_on_leaving_its_context() -> None:

@@ -66,7 +66,7 @@ def test_half_precisions(fp16: BuildSource, bf16: BuildSource, vit: nn.Module, t
         with open_(made) as runner:
             tiny_vit.check_outputs(runner, vit, TOLERANCES[source.precision])
             asked = runner._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()  # type: ignore[attr-defined]
-            # Where a processor lacks fp16, the plugin alone would take bf16.
+            # If the processor lacks fp16, the plugin alone would use bf16.
             assert asked in (*FP32, *NAMES[source.precision])
 
 
@@ -97,7 +97,7 @@ def test_damaged_artefact(built: Built, capfd: pytest.CaptureFixture[str]) -> No
     for broken in tiny_vit.damaged(files, "model.xml"):
         with pytest.raises(BundleCorruptError):
             open_((result, broken))
-    for broken in tiny_vit.damaged(files, "model.bin")[:2]:  # noise of the right size is found by the bundle's hash
+    for broken in tiny_vit.damaged(files, "model.bin")[:2]:  # noise of the right size is detected by the bundle's hash
         with pytest.raises(BundleCorruptError):
             open_((result, broken))
     with pytest.raises(BundleCorruptError, match=r"no model\.bin"):

@@ -48,7 +48,7 @@ def save(model: onnx.ModelProto, source: BuildSource, path: Path) -> BuildSource
 
 @pytest.fixture
 def source_with(fp32: BuildSource, tmp_path: Path) -> Callable[..., BuildSource]:
-    """Makes a graph with the model's signature: a product with the flat image, and one operator behind it."""
+    """Factory of graphs with the model's signature: a product with the flat image, followed by one operator."""
 
     def make(op_type: str, *, opset: int = 23, **attributes: object) -> BuildSource:
         (images,), (logits,) = INPUTS, OUTPUTS
@@ -89,7 +89,7 @@ def test_requirements(built: tuple[BuildResult, dict[str, bytes]]) -> None:
 
 
 def test_the_minimum_follows_from_the_graph(source_with: Callable[..., BuildSource], tmp_path: Path) -> None:
-    """LpNormalization of opset 22 loads nowhere before 1.25, whatever the opset of the graph says."""
+    """LpNormalization of opset 22 is not supported before 1.25, whatever opset the graph declares."""
     out = tmp_path / "engine"
     out.mkdir()
     result, _ = build(source_with("LpNormalization", axis=-1, p=2), out)
@@ -98,7 +98,8 @@ def test_the_minimum_follows_from_the_graph(source_with: Callable[..., BuildSour
         out = tmp_path / f"{op_type}{opset}"
         out.mkdir()
         found = build(source_with(op_type, opset=opset), out)[0].requirements
-        assert found["onnxruntime_min_graph"] == graph  # of an operator that was not measured: what it was built with
+        # for an operator without measurements: the version it was built with
+        assert found["onnxruntime_min_graph"] == graph
         assert found["onnxruntime_min"] == max(graph, ort_versions.OLDEST, key=version_tuple)
 
 
@@ -134,7 +135,7 @@ def test_weights_in_a_second_file(fp32: BuildSource, vit: nn.Module, tmp_path: P
     out.mkdir()
     result, files = build(replace(fp32, onnx=path), out)
     assert result.files == ("model.onnx", "weights.bin")
-    shutil.rmtree(out)  # nothing may be read from the disk
+    shutil.rmtree(out)  # nothing may be read from disk
     path.unlink()
     with open_((result, files)) as runner:
         tiny_vit.check_outputs(runner, vit)
@@ -155,7 +156,7 @@ def test_weights_elsewhere_are_refused(fp32: BuildSource, tmp_path: Path) -> Non
 def test_the_disk_is_not_read_when_opening(
     built: tuple[BuildResult, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that points at a file of the server must not get its content."""
+    """A model that refers to a file on the server must not get its content."""
     result, files = built
     secret = tmp_path / "secret"
     secret.write_bytes(np.ones(4096, np.float32).tobytes())

@@ -1,4 +1,4 @@
-"""The TensorRT and TensorRT-RTX backends. Building with TensorRT-RTX needs no GPU; running is tested where one is."""
+"""The TensorRT and TensorRT-RTX backends. Building for TensorRT-RTX needs no GPU; runs are tested if there is one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_wrong_number_of_attentions(fp16: BuildSource, tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_rtx
 def test_fp32_attention_builds_and_bf16_too(fp32: BuildSource, bf16: BuildSource, tmp_path: Path) -> None:
-    """Left alone, TensorRT refuses an fp32 Attention: "not supported by a dedicated kernel"."""
+    """By default, TensorRT rejects an fp32 Attention: "not supported by a dedicated kernel"."""
     result = RTX.build(fp32, tmp_path, OPTIONS)
     assert any("fp32 has no fused attention" in note for note in result.notes)
     RTX.build(bf16, tmp_path, replace(OPTIONS, compute_capability="12.0"))
@@ -102,7 +102,7 @@ def test_model_that_is_not_onnx(fp16: BuildSource, tmp_path: Path) -> None:
 
 @needs_rtx
 def test_corrupt_timing_cache_is_started_afresh(fp16: BuildSource, tmp_path: Path) -> None:
-    """TensorRT-RTX has the interface of TensorRT's cache (behind it is nothing), so the code runs here too."""
+    """TensorRT-RTX has the API of TensorRT's cache (without an effect), so the code can be tested here."""
     cache = tmp_path / "timing.cache"
     request = {
         "rtx": True,
@@ -241,7 +241,7 @@ def test_same_answers_as_pytorch(
 
 
 def test_layers_of_each_run_in_their_order() -> None:
-    """What TensorRT's IProfiler reports while `infer` runs; no GPU here, so the runner is a stand-in."""
+    """Layers reported by TensorRT's IProfiler during `infer`; uses a fake runner, for lack of a GPU."""
     layers: list[tuple[str, float]] = []
 
     class Polygraphy:

@@ -1,4 +1,4 @@
-"""Which library of TensorRT plugins a process uses, and that a bundle gets the one that it was built with."""
+"""Selection of the TensorRT plugin library, and that a bundle requires the one that it was built with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if TensorRT and a GPU were here, to the point where either is called."""
+    """Pretend that TensorRT and a GPU are available, up to the point of using them."""
     monkeypatch.setattr(tensorrt, "gpu_capability", lambda: "9.0")
     monkeypatch.setattr(tensorrt._Polygraphy, "available", lambda self, purpose="run": Availability(True, ""))
     monkeypatch.setattr(tensorrt._Polygraphy, "version", lambda self: "10.14.1.48")
@@ -77,13 +77,13 @@ def test_a_build_keeps_the_library_in_its_requirements(
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     assert built(7).requirements["plugins"] == {"library": "libvp_plugins.so", "sha256": digest}
     assert (asked[-1]["plugins"], asked[-1]["plugin_nodes"]) == (str(library), 7)
-    assert "plugins" not in built(0).requirements  # a portable model loads nothing
+    assert "plugins" not in built(0).requirements  # a portable model loads no library
     assert asked[-1]["plugins"] is None
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_bundle_wants_the_library_that_it_was_built_with(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told before anything is loaded or deserialised."""
+    """Reported before anything is loaded or deserialised."""
     requirements = {
         "tensorrt": "10.14.1.48", "compute_capability": "9.0", "batch": [1, 8, 64], "device": "cuda",
         "plugins": tensorrt_plugins.requirement(library),

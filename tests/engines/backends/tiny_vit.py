@@ -1,4 +1,4 @@
-"""A ViT of two blocks, lowered as the exporter lowers one, and the checks that every runner must pass."""
+"""A ViT of two blocks, lowered as by the exporter, and checks that every runner must pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE, CLASSES, BLOCKS = 32, 10, 2
 INPUTS = (TensorSpec("images", "float32", ("batch", 3, SIZE, SIZE)),)
 OUTPUTS = (TensorSpec("logits", "float32", ("batch", CLASSES)),)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Logits are of order one: a rounding of every activation to 11 (fp16) or 8 bits (bf16) leaves about this much.
+# Logits are of order one; rounding every activation to 11 (fp16) or 8 bits (bf16) causes about this error.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 
 
@@ -59,7 +59,7 @@ def export(model: nn.Module) -> torch.export.ExportedProgram:
 
 
 def lower(precision: Precision, folder: Path, *, opset: int = 23, external: bool = False) -> BuildSource:
-    """The ViT as an ONNX file in `folder`, which then also stays to be looked at."""
+    """Lower the ViT to an ONNX file in `folder`."""
     path = folder / f"vit_{precision}_{opset}_{external}.onnx"
     dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
     torch.onnx.export(
@@ -92,7 +92,7 @@ def expected(model: nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 def check_outputs(runner: Runner, model: nn.Module, tolerance: float = TOLERANCES["fp32"]) -> None:
-    """Batches of several sizes give what PyTorch gives, and an output is not overwritten by the next run."""
+    """Check that batches of several sizes match PyTorch, and that outputs are not overwritten by the next run."""
     kept = []
     for batch in (1, 3, 8, 1):
         images = some_images(batch, seed=batch)
@@ -101,12 +101,12 @@ def check_outputs(runner: Runner, model: nn.Module, tolerance: float = TOLERANCE
         assert logits.shape == (batch, CLASSES)
         kept.append((logits, expected(model, images)))
     for logits, wanted in kept:
-        assert wanted.std() > 0.1  # a comparison of zeros with zeros proves nothing
+        assert wanted.std() > 0.1  # comparing zeros with zeros would prove nothing
         np.testing.assert_allclose(logits, wanted, atol=tolerance, rtol=0)
 
 
 def check_threads(runner: Runner, model: nn.Module, tolerance: float = TOLERANCES["fp32"]) -> None:
-    """Six threads with inputs and batch sizes of their own get their own answers."""
+    """Check that six threads with different inputs and batch sizes each get their own results."""
     work = [some_images(1 + seed % 3, seed) for seed in range(24)]
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(lambda images: runner.run(images)["logits"], work))
@@ -131,14 +131,14 @@ def check_closed(runner: Runner) -> None:
 
 
 def damaged(files: Mapping[str, bytes], name: str) -> list[dict[str, bytes]]:
-    """Copies of `files` in which `name` is empty, cut short, or noise."""
+    """Copies of `files` in which `name` is empty, truncated, or noise."""
     whole = files[name]
     noise = np.random.default_rng(0).bytes(4096)
     return [{**files, name: content} for content in (b"", whole[: len(whole) // 2], noise)]
 
 
 def check_recorded(plain: Runner, profiled: Runner) -> list[RecordedRun]:
-    """Two runs of one engine opened with and without its profiler: same answers, and a record of each run."""
+    """Check that an engine gives the same results with and without its profiler, which records each run."""
     images, start = some_images(3), time.perf_counter()
     for batch in (images[:1], images):
         np.testing.assert_allclose(profiled.run(batch)["logits"], plain.run(batch)["logits"], atol=1e-5, rtol=0)
@@ -153,7 +153,7 @@ def check_recorded(plain: Runner, profiled: Runner) -> list[RecordedRun]:
         assert starts[0] >= 0
         assert all(operation.duration >= 0 and operation.name for operation in run.operations)
         spent = sum(operation.duration for operation in run.operations)
-        assert 0 < spent < 4e6 * wall  # microseconds; several threads may be counted
+        assert 0 < spent < 4e6 * wall  # microseconds; may count several threads
         if run.duration is not None:
             assert spent <= run.duration
     with pytest.raises(InputError, match="nothing is recorded"):

@@ -1,4 +1,4 @@
-"""The builds of the C++ loader that its tests run; `make loader` makes them first, so that tests find them done."""
+"""Builds of the C++ loader for its tests; `make loader` creates them in advance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUILD = ROOT / "build" / "cpp"
 
 
 def missing() -> str:
-    """What the machine lacks to build the loader ("make cpp-deps" installs it), or nothing."""
+    """Missing requirements for building the loader ("make cpp-deps" installs them), or ""."""
     tools = [name for name in ("cmake", "ninja", "g++") if shutil.which(name) is None]
     headers = ["nlohmann/json.hpp", "openssl/evp.h", "gtest/gtest.h"]
     return ", ".join(tools + [name for name in headers if not Path("/usr/include", name).exists()])
@@ -37,25 +37,25 @@ def build(name: str, *options: str) -> Path:
 
 
 def build_sanitized() -> Path:
-    """The loader and its tests with ASan and UBSan. -O0: with them the optimiser takes longer than all the tests."""
+    """Build the loader and its tests with ASan and UBSan. -O0: otherwise compiling takes longer than all the tests."""
     options = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O0", "-DVP_ENGINE_SANITIZE=ON", "-DVP_ENGINE_AOTI=ON"]
     return build("sanitized", *options)
 
 
 def build_light() -> Path:
-    """The loader without libtorch."""
+    """Build the loader without libtorch."""
     return build("light", "-DCMAKE_BUILD_TYPE=None", "-DVP_ENGINE_AOTI=OFF", "-DBUILD_TESTING=OFF")
 
 
 def install(prefix: Path) -> Path:
-    """An install prefix of the loader as a user builds it: by the commands of docs/embedding.md."""
+    """Install the loader as a user does, by the commands in docs/embedding.md; returns the prefix."""
     places = {"build/loader": str(BUILD / "release"), "/opt/vp_engine": str(prefix), ".venv/bin/python": sys.executable}
     text = blocks("C and C++", "bash")[0]
     assert all(place in text for place in places)
     lines = [words(line, {old: new for old, new in places.items() if old in line}) for line in text.splitlines()]
     configure, *others = lines
     configure[configure.index(".")] = str(ROOT)
-    # Faster to build, with all that the tests look for.
+    # Faster to build, and sufficient for the tests.
     quick = ["-DCMAKE_UNITY_BUILD=ON", "-DBUILD_TESTING=OFF", "-DVP_ENGINE_AOTI=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
     for command in ([*configure, *quick], *others):
         call(*command)

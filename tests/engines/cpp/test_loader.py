@@ -1,4 +1,4 @@
-"""The C++ loader: its own tests under sanitizers; its command and its installed package against Python's answers."""
+"""The C++ loader: its own tests under sanitizers, its command, and its installed package, compared with Python."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vp_engines.backends.base import BuildOptions, BuildSource
 from vp_engines.bundle import write_bundle
 from vp_engines.errors import VpError
 
-SAME = 1e-5  # of logits of about 1: the threads of a run may share out its sums otherwise
+SAME = 1e-5  # for logits of about 1: the order of sums depends on the threads
 pytestmark = [pytest.mark.slow, pytest.mark.built]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -54,7 +54,7 @@ def installed(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the tiny ViT for aoti; the dense one is the same package, since each costs half a minute."""
+    """An aoti bundle of the tiny ViT; the dense model is the same package, since each takes half a minute."""
     folder = tmp_path_factory.mktemp("aoti")
     engine = folder / "engine"
     engine.mkdir()
@@ -81,13 +81,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(sound: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to corrupt."""
     return Path(shutil.copytree(sound, tmp_path / "tiny.vpe"))
 
 
 @pytest.fixture
 def vp_run(sanitized: Path) -> Run:
-    """`vp-run ARGUMENTS` of the sanitized build; a report of a sanitizer fails."""
+    """`vp-run ARGUMENTS` of the sanitized build; fails on any sanitizer report."""
 
     def run(*arguments: str | Path, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
         program = sanitized / "engines" / "cpp" / "vp-run"
@@ -112,7 +112,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(vp_run: Run, images: Path) -> Callable[..., str]:
-    """The one line that vp-run ends with, on a bundle that Python refuses as well."""
+    """The error line of vp-run for a bundle that Python also rejects."""
 
     def run(bundle: Path, *arguments: str, exit_code: int = 2, python: bool = True) -> str:
         done = vp_run(bundle, "--input", images, *arguments, exit_code=exit_code)
@@ -151,24 +151,24 @@ def test_same_answers_as_python(vp_run: Run, installed: Path, sound: Path, tmp_p
 
     np.testing.assert_allclose(answers("--threads", "1"), wanted, atol=SAME, rtol=0)
     np.testing.assert_allclose(answers("--variant", "dense", "--shape", "8,3,32,32"), wanted, atol=SAME, rtol=0)
-    # Eight threads on one handle, served one after the other; and three at a time.
+    # Eight threads on one handle, one run at a time; then three at a time.
     np.testing.assert_allclose(answers("--parallel", "8"), singly, atol=SAME, rtol=0)
     np.testing.assert_allclose(answers("--parallel", "8", "--runners", "3"), singly, atol=SAME, rtol=0)
-    # As users build it, without sanitizers.
+    # As built by users, without sanitizers.
     command = [installed / "bin" / "vp-run", sound, "--input", tmp_path / "in", "--output", tmp_path / "out"]
     call(*command)
     np.testing.assert_allclose(np.fromfile(tmp_path / "out", np.float32), wanted.ravel(), atol=SAME, rtol=0)
 
 
 def test_first_runs_of_many_threads_come_to_an_end(vp_run: Run, sound: Path, tmp_path: Path) -> None:
-    """Torch's own lock of the first run hangs about every other time when more threads enter than there are models."""
+    """With more threads than models, torch's own lock deadlocks in the first run about every other time."""
     (tmp_path / "in").write_bytes(tiny_vit.some_images(8).tobytes())
     for _ in range(4):
         assert len(vp_run(sound, "--input", tmp_path / "in", "--parallel", "8").stdout.splitlines()) == 8
 
 
 def test_describe_says_what_python_says(vp_run: Run, bundle: Path) -> None:
-    """Thousands of numbers in the requirements: the digest holds only if C++ writes Python's bytes of each."""
+    """With thousands of numbers in the requirements: the digest only matches if C++ writes each as Python does."""
     rng = random.Random(7)
     numbers: list[float] = [rng.uniform(-1, 1) * 10 ** rng.randint(-320, 300) for _ in range(5000)]
     numbers += [float(10**e) for e in range(23)] + [2**-e for e in range(1074)] + [rng.randrange(-(2**63), 2**64)]
@@ -283,7 +283,7 @@ def test_wrong_tensors(vp_run: Run, sound: Path, images: Path) -> None:
 
 
 def test_what_was_verified_is_what_is_loaded(refused: Callable[..., str], bundle: Path) -> None:
-    """Sound hashes over noise: only the load itself can fail, so nothing but the hashes keeps a flipped bit out."""
+    """Correct hashes of noise: only loading can fail, so only the hashes protect against a flipped bit."""
     import hashlib
 
     noise = np.random.default_rng(0).bytes(5000)
@@ -312,12 +312,12 @@ def test_package_for_somebody_elses_project(installed: Path, sound: Path, tmp_pa
     exported = call("nm", "-D", "--defined-only", next(installed.glob("lib*/libvp_engine.so")))
     names = {line.split()[-1] for line in exported.splitlines()}
     assert "vp_engine_run" in names
-    # The linker leaves a string constructor or two of libstdc++, which every library has.
+    # The linker leaves a few string constructors of libstdc++, as in every library.
     assert [name for name in names if not name.startswith(("vp_engine_", "_ZNSt", "_ZSt"))] == []
 
 
 def test_the_page_on_embedding(installed: Path, sound: Path, tmp_path: Path) -> None:
-    """docs/embedding.md: its program and commands; those that build the loader have made `installed`."""
+    """Program and commands of docs/embedding.md; `installed` was built by the commands there."""
     server = blocks("C and C++", "bash")[1]
     (tmp_path / "server").mkdir()
     (project,), (program,) = blocks("C and C++", "cmake"), blocks("C and C++", "c")

@@ -1,4 +1,4 @@
-"""Modules that users have in memory: taken where they compute what timm's class computes, else told how to go on."""
+"""Modules in memory: accepted if they compute the same as timm's class, else rejected with a suggestion."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Picky(VisionTransformer):
 
 
 class OtherBlock(Block):
-    """Changes nothing either."""
+    """Changes nothing."""
 
 
 class Lora(nn.Module):
-    """What adapters put in a linear layer's place."""
+    """A linear layer with an adapter."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Lora(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Reads all tokens: with some of them gone, it would compute something else."""
+    """Depends on all tokens, so removing some changes the result."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Mixing(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Somebody's own module around a ViT."""
+    """A user's module around a ViT."""
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Classifier(nn.Module):
 
 
 def derived(kind: type[nn.Module]) -> nn.Module:
-    """A module of a class that timm did not create, with the sample's weights."""
+    """An instance of a class unknown to timm, with the sample's weights."""
     args = {key: value for key, value in ARGS.items() if key != "num_classes"}
     vit = kind(patch_size=16, num_classes=3, **args).eval()  # type: ignore[call-arg]
     vit.load_state_dict(create().state_dict())
@@ -102,7 +102,7 @@ def changed(change: Callable[[nn.Module], object]) -> nn.Module:
 def test_a_timm_model_is_taken_with_what_is_known_of_it() -> None:
     vit = create()
     found = loaded(vit)
-    assert found.description.name == NAME  # no tag: the weights may have been trained since
+    assert found.description.name == NAME  # no tag: the weights may have been trained further
     assert found.description.named
     assert found.weights_source == "in memory"
     assert torch.equal(found.vit.head.weight, vit.head.weight)
@@ -198,7 +198,7 @@ def _last_norm(vit: nn.Module) -> None:
 
 
 def _headless(vit: nn.Module) -> None:
-    """All logits are 0, changed or not."""
+    """All logits are 0, whatever the changes."""
     nn.init.zeros_(vit.head.weight)
     nn.init.zeros_(vit.head.bias)
     _hook(vit)

@@ -1,4 +1,4 @@
-"""One export for the whole session; every test that changes a bundle gets a copy of its own."""
+"""One export per session; tests that modify a bundle get a copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(scope="session")
 def exported(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle validated on the images: do not change it."""
+    """A bundle validated on the images. Must not be modified."""
     out = tmp_path_factory.mktemp("exported") / "tiny.vpe"
     result = call(app, *argv(export_options(inputs, out, data=inputs.data, max_drop=50)))
     assert result.exit_code == 0, result.output
@@ -41,13 +41,13 @@ def without_dense(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def bundle(exported: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """A copy that may be modified."""
     return Path(shutil.copytree(exported, tmp_path / "copy.vpe"))
 
 
 @pytest.fixture
 def ready_engines(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lowering takes seconds: hand out the engines of `exported`, for tests of what happens around it."""
+    """Skip lowering, which takes seconds, and use the engines of `exported`."""
     variants = {Path(variant.artefact).parts[0]: variant for variant in read_manifest(exported).variants.values()}
 
     def build(self: OnnxRuntimeBackend, source: Any, folder: Path, options: Any) -> BuildResult:

@@ -1,4 +1,4 @@
-"""A tiny ViT as its users have it: a timm name with arguments, a weights file, a mask, a plan and images."""
+"""A tiny ViT as a user has it: a timm name with arguments, a weights file, a mask, a plan and images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Arguments = Mapping[str, Any]
 
 
 class Inputs(NamedTuple):
-    """Paths of what `vp-export` is given."""
+    """Paths of the inputs of `vp-export`."""
 
     weights: Path
     mask: Path
@@ -46,7 +46,7 @@ def model_args(**changes: Any) -> list[str]:
 
 
 def mask() -> np.ndarray:
-    """Drops 4 of the 16 patches at block 0 and 4 more at block 1."""
+    """A mask that drops 4 of the 16 patches at block 0 and 4 more at block 1."""
     rows = np.ones((ARGS["depth"], PATCHES))
     rows[:, ::4] = 0
     rows[1, 1::4] = 0
@@ -54,7 +54,7 @@ def mask() -> np.ndarray:
 
 
 def create(num_classes: int = CLASSES, **changes: Any) -> torch.nn.Module:
-    """The tiny model with parameters far from their initial values, which would hide a forgotten one."""
+    """The tiny model with parameters far from their initial values, which could hide a missing one."""
     torch.manual_seed(0)
     vit = timm.create_model(NAME, num_classes=num_classes, **{**ARGS, **changes}).eval()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def create(num_classes: int = CLASSES, **changes: Any) -> torch.nn.Module:
 
 
 def write_inputs(folder: Path) -> Inputs:
-    """A classifier that knows its images: 3 classes of 8 noisy pictures, each class with its own colour."""
+    """Write a classifier with images that it knows: 3 classes of 8 noisy images, one colour per class."""
     folder.mkdir(parents=True, exist_ok=True)
     inputs = Inputs(folder / "weights.safetensors", folder / "mask.npy", folder / "plan.json", folder / "images")
     rng = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def write_inputs(folder: Path) -> Inputs:
 
 
 def _fit_head(vit: torch.nn.Module) -> None:
-    """Least squares on the three colours, without noise."""
+    """Fit the head by least squares on the three colours, without noise."""
     plain = torch.tensor(COLOURS).float().div(127.5).sub(1)[:, :, None, None].expand(-1, -1, 64, 64)
     with torch.no_grad():
         features = vit.forward_head(vit.forward_features(plain), pre_logits=True)
@@ -102,10 +102,10 @@ def argv(options: Arguments) -> list[str]:
 
 
 def export_options(inputs: Inputs, out: Path, **changes: Any) -> dict[str, Any]:
-    """The options of a plain export, by default with a mask and without images.
+    """Options of a plain export, by default with a mask and without images.
 
     Args:
-        changes: option (with _ for -, without the leading dashes) -> value; None leaves it out.
+        changes: option (with _ for -, without the leading dashes) -> value; None removes it.
     """
     options = {
         "--model": NAME, "--model-arg": model_args(), "--weights": inputs.weights, "--masks": inputs.mask,
@@ -123,7 +123,7 @@ def call(app: Callable[..., Any], *words: str | Path) -> Result:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file and folder below, hidden ones too, with the hash of its content."""
+    """Hash of every file and folder below, hidden ones included."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         if path.is_file()
@@ -133,7 +133,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def check_error(result: Result, code: int, pattern: str) -> None:
-    """One line on stderr (warnings apart) that starts with "error:" and matches; nothing on stdout; the exit code."""
+    """Check for one matching line "error: ..." on stderr (besides warnings), no stdout, and the exit code."""
     lines = [line for line in result.stderr.splitlines() if not line.startswith("warning:")]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
@@ -144,7 +144,7 @@ def check_error(result: Result, code: int, pattern: str) -> None:
 
 
 def rewrite_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest as an attacker would: its digest is made to fit again."""
+    """Change a manifest as an attacker would, with a correct digest."""
     path = bundle / MANIFEST_NAME
     document = json.loads(path.read_bytes())
     document.pop("digest")
@@ -154,7 +154,7 @@ def rewrite_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> 
 
 
 def flip_bit(path: Path) -> None:
-    """Turn one bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Whatever is wrong: one line that says what was found, what was expected and what to do; nothing is left behind."""
+"""Invalid inputs: one line says what was found, what was expected and what to do, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ from vp_exporter.cli import export, inspect, validate
 
 
 class Work:
-    """The folder of one test: an intact bundle `old.vpe`, and whatever a case prepares."""
+    """Folder of one test: an intact bundle `old.vpe`, and whatever a case creates."""
 
     def __init__(self, root: Path, inputs: Inputs, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.inputs, self.bundle, self.monkeypatch = root, inputs, bundle, monkeypatch
         self.out = root / "new.vpe"
 
     def mask(self, change: Callable[[np.ndarray], Any]) -> Path:
-        """A mask file; `change` alters the good mask in place or returns another."""
+        """A mask file; `change` modifies the valid mask in place or returns another."""
         rows = mask()
         changed = change(rows)
         np.save(self.root / "bad.npy", rows if changed is None else changed)
         return self.root / "bad.npy"
 
     def plan(self, change: Callable[[dict[str, Any]], Any]) -> Path:
-        """A plan file; `change` alters the good plan in place."""
+        """A plan file; `change` modifies the valid plan in place."""
         plan = json.loads(self.inputs.plan.read_text())
         change(plan)
         return self.file("bad.json", json.dumps(plan))
 
     def weights(self, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-        """A weights file; `change` alters the good weights in place."""
+        """A weights file; `change` modifies the valid weights in place."""
         state = load_file(self.inputs.weights)
         change(state)
         save_file(state, self.root / "bad.safetensors")
@@ -69,7 +69,7 @@ class Work:
         return path
 
     def folder(self, *files: str) -> Path:
-        """A folder with these files in it, none of which is an image."""
+        """A folder with these files, none of which is an image."""
         top = self.root / "folder"
         top.mkdir()
         for name in files:
@@ -78,18 +78,18 @@ class Work:
         return top
 
     def without(self, *modules: str) -> bool:
-        """As if these packages were not installed."""
+        """Pretend that these packages are not installed."""
         for module in modules:
             self.monkeypatch.setitem(sys.modules, module, None)
-        return False  # an option with this value is left out
+        return False  # omits the option
 
     def without_gpu(self) -> str:
-        """The device that is asked for, and as if it were not there."""
+        """Pretend that there is no GPU; returns the device to request."""
         self.monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         return "cuda"
 
     def images(self, *classes: str) -> Path:
-        """A folder of sound images, one in each class folder."""
+        """A folder of valid images, one per class folder."""
         top = self.root / "pictures"
         for name in classes:
             (top / name).mkdir(parents=True)
@@ -98,7 +98,7 @@ class Work:
 
 
 class Case(NamedTuple):
-    """Options that differ from a good export; a function gets the Work and returns the value."""
+    """Options that differ from a valid export; functions are called with the Work to get the value."""
 
     id: str
     options: dict[str, Any]
@@ -107,7 +107,7 @@ class Case(NamedTuple):
 
 
 class Ran:
-    """Unpickling this writes a file."""
+    """Writes a file when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -126,7 +126,7 @@ def code_checkpoint(work: Work) -> Path:
 
 
 def unreadable(work: Work) -> Path:
-    """A folder that cannot be listed; root may list everything, so the refusal is put in."""
+    """A folder that cannot be listed; the error is injected, since root could list it."""
     top, real = work.images("a", "b", "c"), os.scandir
 
     def scandir(path: Any) -> Any:
@@ -284,7 +284,7 @@ EXPORT = [
 @pytest.fixture
 def work(tmp_path: Path, inputs: Inputs, exported: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))  # what is left in /tmp counts as left behind
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))  # files left in /tmp count as left behind
     return Work(tmp_path, inputs, Path(shutil.copytree(exported, tmp_path / "old.vpe")), monkeypatch)
 
 
@@ -304,7 +304,7 @@ def test_export_refuses(case: Case, work: Work) -> None:
 
 
 def damage(change: Callable[[Path], Any]) -> Callable[[Work], list[Path]]:
-    """The bundle after a change, as the only argument."""
+    """The modified bundle as the only argument."""
 
     def prepare(work: Work) -> list[Path]:
         change(work.bundle)
@@ -319,7 +319,7 @@ def point_outside(document: dict[str, Any]) -> None:
 
 
 class BadBundle(NamedTuple):
-    """What is done to a bundle, for both commands that read one."""
+    """A modification of a bundle, for both commands that read one."""
 
     id: str
     arguments: Callable[[Work], list[Any]]
@@ -361,7 +361,7 @@ def test_bundle_is_refused(case: BadBundle, command: Any, work: Work) -> None:
 
 
 class Words(NamedTuple):
-    """Arguments of a command, and how it refuses them."""
+    """Arguments of a command, and its error."""
 
     id: str
     arguments: Callable[[Work], list[Any]]

@@ -1,4 +1,4 @@
-"""A method that cannot be what was asked: one line that names the block and the limit; nothing is written."""
+"""Invalid methods: one line names the block and the limit; nothing is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Entry = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """Options that differ from a good export with a mask; `steps` are those of a plan file that is given instead."""
+    """Options that differ from a valid export with a mask; `steps` are those of a plan file given instead."""
 
     id: str
     options: dict[str, Any]
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def without_class_token(method: str, **options: Any) -> dict[str, Any]:
-    """The tiny model, average-pooled: 2 blocks, 16 patches and no prefix token."""
+    """The tiny model with average pooling: 2 blocks, 16 patches and no prefix token."""
     args = model_args(class_token="false", global_pool="avg")
     return {"method": method, "model_arg": args, "weights": None, "random_init": True, **options}
 
@@ -44,7 +44,7 @@ def step(block: int, reducer: str, **fields: Any) -> Entry:
 
 # The tiny model has 2 blocks, 16 patches and a class token.
 CASES = [
-    # more than there is
+    # more tokens than there are
     Case("tokens-out-too-large", {"method": "evit", "blocks": 1, "method_arg": "tokens_out=[18]"},
          r"tokens_out of the evit step at block 1 is 18; expected 3 to 17: at least 1 patch token stays.*; reduce les"),
     Case("tokens-out-too-large-in-a-plan", {}, r"tokens_out of the topk step at block 1 is 12; expected 2 to 10: at le",
@@ -66,13 +66,13 @@ CASES = [
          r"reduce and keeps at least 1 patch token; choose a share in reach"),
     Case("target-out-of-reach-of-late-blocks", {"method": "tome", "target_macs": 0.5, "blocks": 1},
          r"--target-macs 0.5 is out of reach; expected .*: block 1 can lose at most 8 of its 16 patch tokens"),
-    # a token that is not there
+    # missing tokens
     *(Case(f"{method}-without-class-token", without_class_token(method, target_macs=0.8, **extra),
            rf"the {method} step at block \d scores patches by .*, and {NAME} has no class token; expected a model with "
            r"a class token; use a reducer that needs none")
       for method, extra in (("evit", {}), ("topk", {}), ("bat", {}), ("ppt", {"tau": 0}), ("diffrate", {}),
                             ("gtp", {"method_arg": "score=class"}))),
-    # steps that conflict
+    # conflicting steps
     Case("two-steps-in-one-block", {}, r"block 1 has two steps in the same place; expected one; join them",
          [step(1, "tome", r=2), step(1, "evit", tokens_out=8, fuse=True)]),
     Case("static-after-a-choice", {},
@@ -82,7 +82,7 @@ CASES = [
          [step(0, "atc", r=2)]),
     Case("field-missing", {}, r"the ppt step at block 0 lacks tau; expected only the fields order, r, tau",
          [step(0, "ppt", r=2)]),
-    # what is missing, too much or unknown
+    # missing, excess or unknown options
     Case("tau-missing", {"method": "ppt", "r": 4},
          r"--method ppt has no tau; expected --tau, .*; tau belongs to a model and a token count: preset ppt-deit-s u"),
     Case("amount-missing", {"method": "tome"}, r"nothing says how much tome removes; expected exactly one of --r, --t"),

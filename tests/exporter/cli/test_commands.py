@@ -1,4 +1,4 @@
-"""The three commands when all is well, and when a budget is missed."""
+"""The commands when they succeed, and when a budget is missed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_exported_bundle_says_what_it_is(exported: Path, inputs: Inputs) -> None
     assert [row if isinstance(row, int) else row[0] for row in manifest.plan.tokens] == [13, 9]
     assert (manifest.validation.accuracy, manifest.validation.latency) == ("measured", "measured")
     report = json.loads((exported / "report.json").read_text())
-    # The budget holds; on a busy machine so small a model may come out slower, which is never "passed".
+    # The budget is met; on a busy machine such a small model may measure slower, which is never "passed".
     slower = any(row["outcome"] == "slower" for row in report["latency"])
     assert manifest.validation.status == report["verdict"]["status"] == ("measured" if slower else "passed")
     assert report["accuracy"]["images"] == 24
@@ -96,7 +96,7 @@ def test_plan_gives_the_bundle_of_its_mask_as_json(exported: Path, inputs: Input
     assert str(tmp_path) not in result.stdout
 
 
-# Each is one way of saying how much goes: -> tokens that leave the two blocks (17 enter), what the plan says was asked.
+# Ways to set the amount: options -> tokens that leave the two blocks (17 enter), and the plan's budget.
 METHODS: list[tuple[dict[str, Any], list[int], dict[str, Any]]] = [
     ({"method": "tome", "r": 3}, [14, 11], {"r": 3}),
     ({"method": "tome", "r": 3, "schedule": "decreasing"}, [11, 11], {"r": 3, "schedule": "decreasing"}),
@@ -137,7 +137,7 @@ def test_method_writes_its_plan_into_the_bundle(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"method": "tome", "target_macs": 0.75}, {"method": "evit", "target_macs": 0.65}])
 def test_method_makes_an_engine(options: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
-    """The engine computes what PyTorch does under the bundle's own plan."""
+    """The engine matches PyTorch under the bundle's own plan."""
     out = tmp_path / "new.vpe"
     result = call(
         export.app, *argv(export_options(inputs, out, masks=None, no_validate=True, no_dense=True, **options))
@@ -323,7 +323,7 @@ def test_inspect_plan(inputs: Inputs) -> None:
 
 @pytest.mark.slow
 def test_inspect_method() -> None:
-    """A preview: tokens and MACs of a method on a model, without a plan file."""
+    """Preview of tokens and MACs of a method on a model, without a plan file."""
     words = ["--model", "deit_small_patch16_224", "--method", "ppt", "--preset", "ppt-deit-s"]
     result = call(inspect.app, *words)
     assert result.exit_code == 0
@@ -384,7 +384,7 @@ def test_validate_against_another_bundle(without_dense: Path, exported: Path, in
     report = json.loads(result.stdout)
     assert report["accuracy"]["agreement"]["value"] == 100
     assert any("The baseline is the bundle tiny.vpe" in note for note in report["notes"])
-    # Two bundles of one mask: as many multiply-accumulates, so no work is saved, whatever the clock says.
+    # Two bundles of one mask have equal MACs, so no work is saved, whatever the timings.
     assert report["macs"]["ratio"] == 1
     assert report["macs"]["baseline"] == report["macs"]["reduced"] == read_manifest(exported).plan.macs_reduced
     for row in report["latency"]:
@@ -451,7 +451,7 @@ def test_preprocessing_is_shown_by_every_command(exported: Path, inputs: Inputs,
 @pytest.mark.usefixtures("ready_engines")
 @pytest.mark.parametrize("stated", [False, True])
 def test_own_weights_with_statistics_that_are_not_theirs(stated: bool, inputs: Inputs, tmp_path: Path) -> None:
-    """The folders' names are turned round, so that top-1 is poor whatever the engine does."""
+    """The folders' names are reversed, so that top-1 is poor on any engine."""
     data, out = tmp_path / "images", tmp_path / "new.vpe"
     for old, new in zip("abc", "bca", strict=True):
         shutil.copytree(inputs.data / old, data / new)

@@ -1,4 +1,4 @@
-"""Help, tracebacks on request, and errors that nobody thought of."""
+"""Help, tracebacks on request, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -153,15 +153,17 @@ sys.exit(code)
 
 
 def test_an_interrupt_that_c_code_dropped_stops_the_next_step() -> None:
-    """Exceptions in a callback from C are dropped; the Ctrl-C must not be lost with them. In a process of its own: this
-    one may hold libraries that take the signal for themselves."""
+    """Exceptions in a callback from C are dropped, but the Ctrl-C must not be lost.
+
+    In a separate process, since libraries in this one may handle the signal themselves.
+    """
     found = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
     assert found.returncode == 130, found.stderr
     assert found.stderr == "error: interrupted; nothing was left half-written\n"
 
 
 def test_scripts_name_what_they_lack(tmp_path: Path) -> None:
-    """An install that was made without dependencies has the scripts but not typer."""
+    """An install without dependencies has the scripts but not typer."""
     code = "import sys; sys.modules['typer'] = None; import vp_exporter.cli; vp_exporter.cli.vp_inspect()"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 3
@@ -169,7 +171,7 @@ def test_scripts_name_what_they_lack(tmp_path: Path) -> None:
 
 
 def test_help_of_the_search_names_its_own_defaults() -> None:
-    """The command must not import the search to say them."""
+    """The command must not import the search to show its defaults."""
     from vp_exporter.searching.settings import EXCHANGES, SCHEDULE_IMAGES, SCHEDULES, STATIC_IMAGES, SearchSettings
 
     hints = get_type_hints(search.search, include_extras=True)
@@ -180,7 +182,7 @@ def test_help_of_the_search_names_its_own_defaults() -> None:
 
 
 class _InterruptedAsItGoes:
-    """Ctrl-C while the interpreter runs a finaliser, whose exceptions it prints and drops."""
+    """Sends Ctrl-C during a finaliser, whose exceptions the interpreter prints and drops."""
 
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error
@@ -206,7 +208,7 @@ def test_an_interrupt_in_a_finaliser_prints_no_traceback(monkeypatch: pytest.Mon
 def test_long_work_away_from_a_terminal_says_where_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On stderr, so that --json stays clean; not when asked to be quiet; and no longer than the work takes."""
+    """On stderr, so that --json stays clean; not with --quiet; and no longer than the work takes."""
     monkeypatch.setattr(console, "PULSE", 0.05)
     progress = console.ConsoleProgress()
     with progress.stage("building"):

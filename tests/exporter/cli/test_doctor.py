@@ -1,4 +1,4 @@
-"""vp-doctor as it is typed: its text at every width, its JSON, and that nothing of the console is needed."""
+"""The vp-doctor command: its text at every width, its JSON, and that it does not need the console's packages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FOUND = Diagnosis(
 def test_the_text_fits_and_loses_nothing(width: int) -> None:
     lines = list(command.lines(FOUND, width))
     assert max(map(len, lines)) <= width
-    assert sum(line.count("pip install 'vp-export[") for line in lines) == 2  # none is torn
+    assert sum(line.count("pip install 'vp-export[") for line in lines) == 2  # none is broken across lines
     text = " ".join(" ".join(lines).split())
     for part in (
         "driver 580.65.06", "ort yes yes", "openvino no no openvino is not installed: pip",
@@ -75,7 +75,7 @@ def test_a_wrong_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_it_runs_where_the_console_is_broken() -> None:
-    """With nothing but Python: every package is said to be missing, in this process and in those that try it."""
+    """With Python alone, every package is reported missing, in this process and in those that try it."""
     code = (
         "import sys\n"
         "from vp_engines.extras import EXTRAS\n"

@@ -1,4 +1,4 @@
-"""vp-inspect on what is no bundle, plan or mask: real files of each kind, told by their bytes."""
+"""vp-inspect on other file types: real files of each, recognised by content."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _npz(*names: str) -> bytes:
 STATE = {"blocks.0.norm1.weight": torch.ones(2), "head.weight": torch.ones(3, 2)}
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "w.pth": (lambda: _torch({"model": STATE, "args": argparse.Namespace(a=1)}), r"a PyTorch checkpoint; .*--weights"),
-    "plan.json": (lambda: _torch(STATE), "a PyTorch checkpoint"),  # whatever it is called
+    "plan.json": (lambda: _torch(STATE), "a PyTorch checkpoint"),  # whatever its name
     "old.pt": (lambda: _torch(STATE, _use_new_zipfile_serialization=False), r"a pickle, .*--weights"),
     "p.pkl": (lambda: pickle.dumps({"a": 1}), "a pickle"),
     "s.pt": (_script, "a TorchScript model"),

@@ -1,4 +1,4 @@
-"""A process that dies, is stopped or runs out of disk: the old bundle or the new one, never a part."""
+"""Processes that die, are stopped or run out of disk leave the old bundle or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCRIPT = Path(sys.executable).with_name("vp-export")
 
 
 def killed(engines: Path, doomed: int, words: list[str]) -> None:
-    """vp-export that dies at one fsync of the bundle's writing, with ready-made engines (see `ready_engines`)."""
+    """vp-export that dies at one fsync while writing the bundle, with ready-made engines (see `ready_engines`)."""
 
     def build(self: OnnxRuntimeBackend, source: object, folder: Path, options: object) -> BuildResult:
         shutil.copytree(engines / folder.name, folder, dirs_exist_ok=True)
@@ -49,7 +49,7 @@ def killed(engines: Path, doomed: int, words: list[str]) -> None:
 
 
 def check_nothing_left(folder: Path) -> None:
-    """Nothing beside the temporary folder, and nothing of ours in it (torch and ONNX Runtime leave caches there)."""
+    """Check that only the temporary folder is left, without our files (torch and ONNX Runtime keep caches there)."""
     assert [path.name for path in folder.iterdir()] == ["tmp"]
     assert list((folder / "tmp").glob("vp-*")) == []
 
@@ -98,7 +98,7 @@ def test_file_size_limit(inputs: Inputs, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ready_engines")
 def test_full_disk(inputs: Inputs, tmp_path: Path) -> None:
-    """A real full file system, where one can be mounted."""
+    """A real full file system, if one can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", disk], capture_output=True)

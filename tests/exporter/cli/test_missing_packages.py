@@ -1,4 +1,4 @@
-"""A package that is not installed: named before any work, with the line that installs it, and never called a bug."""
+"""Missing packages are named before any work, with the install command, and never reported as a bug."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.exporter.cli.samples import call, check_error
 from vp_exporter.cli import console, export, inspect, profile, search, serve, validate
 
-# None of the files that these name is there: whatever were read first would be an error of exit code 2.
+# None of these files exists: reading any of them first would give exit code 2.
 MODEL = ("--model", "deit_small_patch16_224", "--weights", "no.safetensors")
 SEARCH = (*MODEL, "--data", "no-folder", "--target-macs", "0.65", "--out", "plan.json")
 NOT_HERE = "which is not installed; pip install"

@@ -1,4 +1,4 @@
-"""Class names on the command line: from a file, from --data, and into a finished bundle."""
+"""Class names on the command line: from a file, from --data, and added to a finished bundle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_where_the_names_come_from_is_said(inputs: Inputs, tmp_path: Path, names
     assert re.search(r"class names are taken from .*images: 'a', 'b', 'c'; --classes FILE names others", result.stderr)
     assert call(export, *argv(export_options(inputs, tmp_path / "b.vpe", classes=names))).exit_code == 0
     assert read_manifest(tmp_path / "b.vpe").classes == ("red", "green", "blue")
-    # Of another order than the folders: the names decide.
+    # In another order than the folders: the names take precedence.
     names.write_text("c\nb\na\n")
     result = call(export, *argv(export_options(inputs, tmp_path / "c.vpe", classes=names, data=inputs.data)))
     assert read_manifest(tmp_path / "c.vpe").classes == ("c", "b", "a")
@@ -75,7 +75,7 @@ def test_naming_that_will_not_do(bundle: Path, inputs: Inputs, names: Path) -> N
 
 
 def test_validate_takes_names(exported: Path, inputs: Inputs, names: Path) -> None:
-    """Folders a, b, c are classes 2, 1, 0 by this list: top-1 falls, since class 1 alone stays where it was."""
+    """Folders a, b, c are classes 2, 1, 0 by this list, so only class 1 stays correct and top-1 falls."""
     names.write_text("c\nb\na\n")
     words = [exported, "--data", inputs.data, *FAST, "--json"]
     own = json.loads(call(validate, *words).stdout)["accuracy"]["dense_top1"]

@@ -1,4 +1,4 @@
-"""Weights that fp16 cannot hold: an engine that answers with NaN is never called good, with images or without."""
+"""Weights that overflow fp16: an engine that returns NaN is never accepted, with or without images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST = 65504  # of fp16
 
 @pytest.fixture(scope="module")
 def overflowing(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of the samples, one channel of which is beyond fp16 and not beyond fp32."""
+    """The samples' weights, with one channel that overflows fp16 but not fp32."""
     state = load_file(inputs.weights)
     state["blocks.0.mlp.fc1.weight"][3] = 10.0 * LARGEST
     out = tmp_path_factory.mktemp("overflowing") / "weights.safetensors"
@@ -32,7 +32,7 @@ def overflowing(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def broken(
     request: pytest.FixtureRequest, overflowing: Path, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Any]:
-    """A bundle exported at fp16 without images, and what the command said."""
+    """A bundle exported in fp16 without images, and the command's output."""
     if request.param == "openvino":
         pytest.importorskip("openvino")
     out = tmp_path_factory.mktemp("broken") / "broken.vpe"
@@ -47,7 +47,7 @@ def test_export_fails_and_says_so(broken: tuple[Path, Any]) -> None:
     said = "from the reduced engine on 4 of 4 timed images, dense too (4 of 4 timed images)"
     assert result.stdout.startswith(f"failed: Failed on NaN or infinite outputs: {said}.")
     assert "faster" not in result.stdout
-    manifest = verify_bundle(out).manifest  # written, as with every budget that is missed
+    manifest = verify_bundle(out).manifest  # written, as with every missed budget
     assert manifest.validation.status == "failed"
     assert said in manifest.validation.summary
     report = json.loads((out / "report.json").read_text())

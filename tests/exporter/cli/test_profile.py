@@ -1,4 +1,4 @@
-"""vp-profile on a real bundle: parts that add up, files that other tools read, and one line for what cannot be."""
+"""vp-profile on a real bundle: parts that add up, files readable by other tools, and one-line errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUICK = ("--seconds", "0.1", "--threads", "1")
 
 @pytest.fixture(scope="module")
 def merging(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose reducer costs something: tome merges four tokens in each block."""
+    """A bundle with a reducer that takes time: tome merges four tokens in each block."""
     out = tmp_path_factory.mktemp("merging") / "merging.vpe"
     given = export_options(inputs, out, masks=None, method="tome", r="4", seconds=0.1)
     result = call(export.app, *argv(given))
@@ -39,7 +39,7 @@ def merging(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(merging: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """profile.json of the merging bundle at two batch sizes, and the folder with the files."""
+    """profile.json of the merging bundle at two batch sizes, and the folder with its files."""
     out = tmp_path_factory.mktemp("profile") / "new" / "folder"
     result = call(app, merging, "--batch", "1", "3", *QUICK, "--json", "--out", out)
     assert result.exit_code == 0, result.output
@@ -74,7 +74,7 @@ def test_every_operation_has_its_part(measured: tuple[dict[str, Any], Path], mer
         reducing = {name for group, name in kinds if group == REDUCTION}
         assert ("TopK" in reducing) == (each["label"] == "reduced")
         assert (each["groups"][REDUCTION] > 0) == (each["label"] == "reduced")
-    # Nothing that the graph says of reducing is counted elsewhere.
+    # No node that is named as reducing is counted elsewhere.
     named = {
         node.name for node in onnx.load(str(merging / "engine" / "model.onnx")).graph.node if ".reduce/" in node.name
     }

@@ -1,4 +1,4 @@
-"""vp-search as its users run it: a plan that vp-export takes, whatever interrupts it, however many processes."""
+"""vp-search as a user runs it: a plan that vp-export accepts, despite interruptions, with any number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vp_exporter.searching.cost.measured_latency import measure_table
 
 
 def options(inputs: Inputs, out: Path, **changes: Any) -> list[str]:
-    """A search of some seconds; changes as in `export_options`."""
+    """Options of a search that takes a few seconds; changes as in `export_options`."""
     given = {
         "--model": NAME, "--model-arg": model_args(), "--weights": inputs.weights, "--data": inputs.data, "--out": out,
         "--target-macs": 0.7, "--search-batch": 4, "--evaluations": 6, "--tune-steps": 2,
@@ -39,7 +39,7 @@ def refused(message: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def searched(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vpruner plan, with its page beside it."""
+    """A vpruner plan with its report."""
     folder = tmp_path_factory.mktemp("searched")
     result = call(app, *options(inputs, folder / "plan.json", page=folder / "page"))
     assert result.exit_code == 0, result.output
@@ -95,7 +95,7 @@ def test_vp_export_takes_the_plan(searched: Path, inputs: Inputs) -> None:
 
 @pytest.mark.slow
 def test_the_same_plan_by_two_processes(searched: Path, inputs: Inputs, tmp_path: Path) -> None:
-    """One that runs again finds it too: `test_a_killed_search_goes_on`."""
+    """A repeated run is tested by `test_a_killed_search_goes_on`."""
     out = tmp_path / "plan.json"
     for done in together(["-m", "vp_exporter.cli.search", *options(inputs, out)], 2):
         assert done.returncode == 0, done.stderr
@@ -103,7 +103,7 @@ def test_the_same_plan_by_two_processes(searched: Path, inputs: Inputs, tmp_path
 
 
 def _decisive(text: str) -> Any:
-    """A plan without its clock times."""
+    """A plan without its timings."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -146,7 +146,7 @@ def test_a_schedule_and_a_sweep(inputs: Inputs, tmp_path: Path) -> None:
 def test_a_latency_budget_reads_its_table(inputs: Inputs, tmp_path: Path) -> None:
     vit = create()
     table = measure_table(vit, describe(vit, NAME), batch=2, counts=(4, 16), seconds=0.2)
-    # Noise may make a block of 4 patches slower than one of 16: what is read here is a file, not this machine.
+    # Noise may make a block of 4 patches slower than one of 16; this tests reading the file, not the machine.
     steady = dataclasses.replace(table, milliseconds=(1.0, 2.0), overhead_ms=(0.5, 1.0))
     steady.save(tmp_path / "table.json")
     asked = {

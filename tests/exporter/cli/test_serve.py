@@ -1,4 +1,4 @@
-"""vp-serve: what it writes, says and refuses."""
+"""vp-serve: files, output and errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_no_bundle_and_no_tritonclient(bundle: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_bundle_on_ray_is_told_every_option(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deployment itself runs in tests/engines/serving/ray."""
+    """The deployment itself is tested in tests/engines/serving/ray."""
     seen: list[Any] = []
 
     def serve(path: Path, options: RayOptions, listen: Listen, say: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Tables on narrow terminals: every digit is there, and a digest can be copied."""
+"""Tables on narrow terminals keep every digit, and a digest can be copied."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_facts_lose_nothing(width: int, capsys: pytest.CaptureFixture[str]) -> N
     sentence = "a sentence of several words that has to be wrapped where the terminal is narrow"
     tables.facts("bundle", [("digest", digest), ("summary", sentence), ("empty", "")])
     lines = capsys.readouterr().out.splitlines()
-    assert any(digest in line for line in lines)  # whole, on one line
+    assert any(digest in line for line in lines)  # complete, on one line
     assert " ".join(" ".join(lines).split()).count(sentence) == 1
     assert all(len(line) <= width for line in lines if digest not in line)
 

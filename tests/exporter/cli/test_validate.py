@@ -1,4 +1,4 @@
-"""vp-validate by several real processes: the numbers of one, and one line when something is wrong."""
+"""vp-validate with several real processes: the same numbers as with one, and one-line errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODULE = "vp_exporter.cli.validate"
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """3 classes of 27 pictures of any colours, so that dense and reduced engine differ: three batches of 32."""
+    """3 classes of 27 random images, so that dense and reduced engine differ: three batches of 32."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
     for name in "abc":
         (root / name).mkdir()
@@ -45,7 +45,7 @@ def words(*given: str | Path) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(exported: Path, pictures: Path, tmp_path: Path) -> None:
-    """With a broken image in each share; without one: `test_one_batch_for_two_processes`."""
+    """With a broken image in each share; see `test_one_batch_for_two_processes` for the case without."""
     data, bundle, report = tmp_path / "data", tmp_path / "copy.vpe", tmp_path / "report"
     shutil.copytree(pictures, data)
     shutil.copytree(exported, bundle)
@@ -65,7 +65,7 @@ def test_two_processes_find_what_one_does(exported: Path, pictures: Path, tmp_pa
     assert json.loads((bundle / "report.json").read_text()) == found
     verify_bundle(bundle)
     assert second.stdout == ""
-    # Each process warns of the files of its own share.
+    # Each process warns about the files of its own share.
     for done, name in ((first, "a/05x.png"), (second, "c/20x.png")):
         warned = [line for line in done.stderr.splitlines() if line.startswith("warning: skipped")]
         assert [line.split(": ")[1] for line in warned] == [f"skipped {name}"]
@@ -74,7 +74,7 @@ def test_two_processes_find_what_one_does(exported: Path, pictures: Path, tmp_pa
 
 @pytest.mark.slow
 def test_one_batch_for_two_processes(exported: Path, inputs: Inputs) -> None:
-    """A missed budget ends both with the code of one."""
+    """A missed budget ends both with the same exit code as a single process."""
     first, second = together(words(exported, "--data", inputs.data, "--json", "--min-speedup", "100"), 2)
     assert (first.returncode, second.returncode) == (1, 1), first.stderr + second.stderr
     assert json.loads(first.stdout)["accuracy"] == alone(exported, "--data", inputs.data)["accuracy"]
@@ -101,7 +101,7 @@ def test_bad_input_and_a_full_disk_are_one_line_too(exported: Path, inputs: Inpu
     (tmp_path / "file").touch()
     for given, message in (
         ((tmp_path / "no.vpe",), "no.vpe' is not there"),
-        # Found by the leader alone, when all is measured.
+        # Found by the leader alone, after all measurements.
         ((exported, "--quiet", "--report", tmp_path / "file" / "report"), "Not a directory"),
     ):
         first, second = together(words(*given), 2)

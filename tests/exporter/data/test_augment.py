@@ -1,4 +1,4 @@
-"""CutMix of calibration batches: what is pasted, where from, and that it is the same each time."""
+"""CutMix of calibration batches: pasted rectangles, their sources, and reproducibility."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ SIZE = 6
 
 
 def prepare(path):
-    """A constant image whose value is the file's number, so that order and labels can be read off."""
+    """A constant image with the file's number as its value, to identify order and labels."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"), np.float32).transpose(2, 0, 1)
 
@@ -78,7 +78,7 @@ def test_by_name_when_all_folders_are_classes(flowers):
 
 
 def test_foreign_names_fall_back_to_sorted_order(flowers):
-    # ImageNet: folders are wnids, the model's names are words.
+    # ImageNet: folders are wnids, the model's class names are words.
     assert gather(folder(flowers, 3, ["tench", "goldfish", "shark"]))[1] == [0, 0, 0, 1, 1, 2]
 
 
@@ -164,7 +164,7 @@ def test_corrupt_images_are_named_skipped_and_counted(flowers):
     (flowers / "tulip" / "gone.png").symlink_to(flowers / "nowhere.png")
     heard = Heard()
     source = folder(flowers, progress=heard)
-    for _ in range(2):  # a second pass counts afresh and warns no more
+    for _ in range(2):  # a second pass counts afresh and does not warn again
         assert gather(source) == ([0, 2, 3, 5], [0, 0, 1, 2], [2, 2])  # batches stay full
         assert [name for name, _ in source.skipped] == ["daisy/b.PNG", "rose/b.png", "tulip/gone.png"]
         assert all(reason for _, reason in source.skipped)
@@ -225,7 +225,7 @@ def test_unreadable_folder(flowers, monkeypatch, locked):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(image_folder.os, "scandir", refuse)  # chmod would not stop root
+    monkeypatch.setattr(image_folder.os, "scandir", refuse)  # chmod has no effect on root
     with pytest.raises(DataError, match=r"Permission denied.*check its permissions"):
         folder(flowers)
 
@@ -285,7 +285,7 @@ def test_decodes_ahead_but_not_without_end(tmp_path):
     source = ImageFolder(tmp_path, count, classes=None, num_classes=3, workers=2)
     batches = source.batches(4)
     next(batches)
-    batches.close()  # waits for what was begun, so the count is final; 4 taken, at most 8 ahead
+    batches.close()  # waits for decoding in progress, so the count is final; 4 taken, at most 8 ahead
     assert 4 <= len(seen) <= 12
 
 
@@ -324,7 +324,7 @@ def test_shares_account_for_what_they_skip(flowers):
     heard = Heard()
     source = folder(flowers, progress=heard)
     shares = [source.part(rank, 3, 2) for rank in range(3)]
-    assert [gather(share)[0] for share in shares] == [[1], [2, 3], []]  # the last has no sound image
+    assert [gather(share)[0] for share in shares] == [[1], [2, 3], []]  # the last has no valid image
     assert [[name for name, _ in share.skipped] for share in shares] == [
         ["daisy/a.png"],
         [],
@@ -335,7 +335,7 @@ def test_shares_account_for_what_they_skip(flowers):
     joined = list(source.skipped)
     gather(source)
     assert source.skipped == joined
-    assert len(heard.warnings) == 3  # one a file
+    assert len(heard.warnings) == 3  # one per file
 
 
 def test_shares_without_any_sound_image(flowers):

@@ -1,4 +1,4 @@
-"""Which class a folder of images is, rule by rule, and where class names come from."""
+"""The class of an image folder, rule by rule, and the sources of class names."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_numbers_that_are_one_class() -> None:
 
 
 def test_by_synset() -> None:
-    """Ten folders of ImageNet, as Imagenette has them, on a model of 1000 classes."""
+    """Ten folders of ImageNet, as in Imagenette, on a model with 1000 classes."""
     info = ImageNetInfo("imagenet-1k")
     chosen = [info.label_names()[i] for i in (0, 217, 482, 999)]
     found = label_folders(chosen, None, 1000, WHERE)
     assert [found.label_of[name] for name in chosen] == [0, 217, 482, 999]
     assert found.names is not None
     assert found.names[0] == "tench, Tinca tinca"
-    # Also where the model's names are words.
+    # Also if the model's class names are words.
     assert labels(chosen, info.label_descriptions(), 1000) == found.label_of  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no class of ImageNet's 1000: 'n00000001'"):
         labels([*chosen, "n00000001"], None, 1000)

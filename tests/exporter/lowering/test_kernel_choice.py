@@ -1,4 +1,4 @@
-"""Which lowering an engine gets, and that the faster of two builds is the one that is kept."""
+"""The lowering for an engine, and that the faster of two builds is kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_auto_measures_where_kernels_run() -> None:
     if not backend.runs_kernels(CUDA).ok:
         pytest.skip("triton is not installed")
     assert {each.kernels for each in candidates("auto", backend, CUDA, WIDE, 32).values()} == {("portable", "vp")}
-    # The dense baseline is the best one, whatever was asked for the reduced model.
+    # The dense baseline is the best one, whatever was requested for the reduced model.
     asked = candidates("vp", backend, CUDA, WIDE, 32)
     assert asked["reduced"].kernels == ("vp",)
     assert asked["dense"].kernels == ("portable", "vp")
@@ -57,7 +57,7 @@ def test_vp_without_kernels_says_so() -> None:
 
 
 class Answers(Runner):
-    """Always answers the same."""
+    """Always returns the same result."""
 
     def __init__(self, value: float) -> None:
         super().__init__((), ())
@@ -124,7 +124,7 @@ def test_the_faster_build_is_kept(
 
 @pytest.mark.slow
 def test_both_builds_run_on_aoti(tmp_path: Path) -> None:
-    """The whole path that a GPU takes, on the CPU, where the operators are their torch forms."""
+    """The whole path of a GPU build, on the CPU, where the operators run their torch implementations."""
     from vp_exporter.lowering import export_program, signature
 
     portable, _ = both([("evit", {"tokens_out": 40, "fuse": True})])

@@ -1,4 +1,4 @@
-"""The ONNX file: the same function as torch, at any batch, with nothing in it that costs time or names this machine."""
+"""The ONNX file: same function as torch at any batch size, without wasteful nodes or local paths."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from vp_exporter.rewrite.attention import AttentionForm
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 BATCHES = (1, 3, 8, 64)
-BLOCKS = 2  # each costs a second to lower; both drop tokens
-# The standard operator, and ONNX Runtime's own, which is in every opset.
+BLOCKS = 2  # both drop tokens; each takes a second to lower
+# The standard operator, and ONNX Runtime's own, which is available in every opset.
 ATTENTION = {"sdpa": "Attention", "packed": "MultiHeadAttention"}
-# What a graph of constant shapes needs none of.
+# Not needed in a graph of constant shapes.
 USELESS = {"Shape", "Expand", "ConstantOfShape", "Where", "Range", "If", "Loop", "Scan", "Size"}
 
 
@@ -57,7 +57,7 @@ def reduced_vit(
 
 
 def operators(path: Path) -> Counter[str]:
-    """Every operator of the file, functions and subgraphs included."""
+    """Count every operator in the file, including functions and subgraphs."""
     model = onnx.load(str(path), load_external_data=False)
     found: Counter[str] = Counter()
 
@@ -75,7 +75,7 @@ def operators(path: Path) -> Counter[str]:
 
 
 def free_text(path: Path) -> list[str]:
-    """Everything in the file that is neither a name of a value nor a weight: notes, doc strings, paths."""
+    """All texts in the file except names of values and weights: notes, doc strings, paths."""
     model = onnx.load(str(path))
     notes = [model.doc_string, model.domain, model.graph.doc_string]
     parts: list[Any] = [model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output]
@@ -88,7 +88,7 @@ def free_text(path: Path) -> list[str]:
 
 
 def agrees_at_every_batch(path: Path, model: ReducedViT, tolerance: float = 1e-4) -> None:
-    """One file, several batches, against the model in torch as it was before anything was folded."""
+    """Check one file at several batch sizes against the torch model before folding."""
     for batch in BATCHES:
         images = images_for(model, batch)
         result, wanted = run(path, images), expected(model, images)
@@ -99,9 +99,9 @@ def agrees_at_every_batch(path: Path, model: ReducedViT, tolerance: float = 1e-4
 
 @pytest.fixture(scope="module", params=KINDS)
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReducedViT]:
-    """Every kind under a plan with key biases, in the form that ONNX Runtime gets.
+    """Every kind of model under a plan with key biases, in ONNX Runtime's form.
 
-    The first is deeper: it has a block that drops nothing, between blocks that do.
+    The first is deeper: one block drops nothing, between blocks that do.
     """
     model = reduced_vit(request.param, scales=True, depth=DEPTH if request.param == "class-token" else BLOCKS)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
@@ -163,7 +163,7 @@ def test_dense_model(tmp_path: Path, form: AttentionForm) -> None:
     found = operators(path)
     assert found[ATTENTION[form]] == BLOCKS
     assert not USELESS & set(found)
-    assert found["Gather"] <= 1  # no token leaves: at most the class token is picked
+    assert found["Gather"] <= 1  # no token is dropped: at most the class token is selected
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_older_opsets(tmp_path: Path, opset: int) -> None:
 def test_an_opset_that_torch_does_not_write_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch goes on in another opset where its conversion fails; that must not pass for the one asked for."""
+    """torch continues in another opset if its conversion fails, which must be reported."""
     model = reduced_vit(dense=True)
     export = torch.onnx.export
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kw: export(*args, **{**kw, "opset_version": 20}))

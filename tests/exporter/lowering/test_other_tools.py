@@ -1,4 +1,4 @@
-"""Other people's tools open our files: quantizers, shape inference, rewriters, viewers. What they write runs on."""
+"""Other tools can process our files: quantizers, shape inference, rewriters, viewers; and their output runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
-    """A model whose tokens are chosen at run time, and that carries sizes."""
+    """A model that chooses tokens at run time, and tracks sizes."""
     model = make([("tome", {"r": 8}), ("evit", {"tokens_out": 40, "fuse": True})]).reduced
     path = lower_onnx(model.for_export("fp32", "packed"), tmp_path_factory.mktemp("merging") / "model.onnx")
     return Lowered(path, images_of(4).numpy(), expected(model, images_of(4)))
@@ -57,7 +57,7 @@ class Calibration(quantization.CalibrationDataReader):  # type: ignore[misc]
 
 
 def close(path: Path, lowered: Lowered, within: float) -> None:
-    """The logits of a file beside torch's; `within` is a share of their spread. A near-tie may flip in one image."""
+    """Check a file's logits against torch's; `within` is a share of their spread. A near-tie may flip in one image."""
     import torch
 
     errors = np.abs(run(path, torch.from_numpy(lowered.images)) - lowered.logits).max(axis=1)
@@ -66,7 +66,7 @@ def close(path: Path, lowered: Lowered, within: float) -> None:
 
 @pytest.mark.slow
 def test_no_weight_is_described_twice(lowered: Lowered) -> None:
-    """A quantizer replaces a weight under its name: a shape of it elsewhere in the file is then false."""
+    """A quantizer replaces a weight under the same name, which would make a shape stated elsewhere wrong."""
     graph = onnx.load(str(lowered.path)).graph
     described = {value.name for value in graph.value_info}
     assert described, "values between nodes keep their shapes"
@@ -95,7 +95,7 @@ def test_quantized_statically(lowered: Lowered, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_prepared_for_quantization(lowered: Lowered, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """ONNX Runtime's symbolic inference does not know batch_dims of GatherND: chosen tokens go without it."""
+    """ONNX Runtime's symbolic inference does not support batch_dims of GatherND, used for chosen tokens."""
     shape_inference = pytest.importorskip("onnxruntime.quantization.shape_inference")
     out, dynamic = tmp_path / "prepared.onnx", "merging" in request.node.name
     shape_inference.quant_pre_process(str(lowered.path), str(out), skip_symbolic_shape=dynamic)

@@ -1,4 +1,4 @@
-"""A model over the vp operators as ONNX: nodes with function bodies, the twin in standard operators, one answer."""
+"""A model on the vp operators in ONNX, with functions or in standard operators: same results."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def answer(path: Path, images: torch.Tensor, level: ort.GraphOptimizationLevel) 
 STEPS = {"every": EVERY_REDUCER, "other": OTHER_FIELDS, "few": [OTHER_FIELDS[0], OTHER_FIELDS[6]]}
 
 
-# The few have the one operator type that the first lack; lowering all that they stand for takes half a minute.
+# "few" has the operator type missing in the others; lowering all that they stand for takes half a minute.
 @pytest.fixture(scope="module", params=["every", "few", pytest.param("other", marks=pytest.mark.exhaustive)])
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path, Path]:
-    """The portable model; its twin over the operators with functions, and in standard operators.
+    """The portable model; its counterpart on the operators, with functions and in standard operators.
 
-    The two files differ in what follows the export, which takes most of a minute: it is done once.
+    The files differ only after the export, which takes most of a minute and is done once.
     """
     model = make(STEPS[request.param], num_heads=HEADS)
     folder = tmp_path_factory.mktemp(request.param)
     ready = ReducedViT(model.vit, model.description, model.plan, "vp").for_export()
     functions, standard = lower_onnx(ready, folder / "functions.onnx"), folder / "standard.onnx"
-    onnx.save(inline(onnx.load(str(functions))), str(standard))  # as `functions=False` does: test_static_plan
+    onnx.save(inline(onnx.load(str(functions))), str(standard))  # same as `functions=False`: test_static_plan
     check_onnx(standard, ready)
     return model, functions, standard
 
@@ -79,7 +79,7 @@ def test_what_stands_in_the_files(lowered: tuple[Model, Path, Path]) -> None:
     assert not twin.functions
     assert {node.domain for node in twin.graph.node} == {""}
     assert {entry.domain for entry in twin.opset_import} <= {"", "vp"}
-    # A profiler can still tell what belongs to a reducer.
+    # Profilers can still recognise what belongs to a reducer.
     scopes = {node.name.partition("/")[0] for node in twin.graph.node}
     assert any(scope.endswith(".fused_reduce") for scope in scopes)
 
@@ -103,8 +103,8 @@ def test_static_plan(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_plugin_nodes_say_which_plugin_they_are(tmp_path: Path) -> None:
-    """An engine without the library runs the same file by its function bodies."""
-    steps = EVERY_REDUCER[:2]  # every operator type is in the files above
+    """An engine without the library runs the same file through its function bodies."""
+    steps = EVERY_REDUCER[:2]  # every operator type is covered by the files above
     portable, fused = both(steps)
     path = lower_onnx(fused.for_export(), tmp_path / "plugins.onnx", functions=False, plugins=True)
     ours = [node for node in onnx.load(str(path)).graph.node if node.domain == "vp"]

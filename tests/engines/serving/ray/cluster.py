@@ -1,7 +1,6 @@
-"""A Ray cluster of two nodes on this machine, in the environment that has Ray (make ray): run as a program.
+"""A Ray cluster of two nodes on this machine, run as a program in Ray's environment (make ray).
 
-It prints its address as one line, and goes when its standard input ends: with the tests that started it, however
-they end.
+Prints its address as one line, and exits when its standard input closes, so that it never outlives the tests.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-# Two cores each, so that there is room for a second bundle; Ray counts them and reserves none of the machine's.
+# Two cores each, enough for a second bundle; Ray only counts them and does not reserve real ones.
 NODE = {"num_cpus": 2, "object_store_memory": 150 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.2"}
 
 

@@ -1,4 +1,4 @@
-"""`python -m vp_engines.serving.ray` on a cluster of two nodes, in the environment that has Ray (make ray)."""
+"""`python -m vp_engines.serving.ray` on a cluster of two nodes, in Ray's environment (make ray)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tests.waiting import LONG, until
 
 ROOT = Path(__file__).parents[4]
 PYTHON = Path(os.environ.get("VP_RAY_VENV", ROOT / "build" / "ray")) / "bin" / "python"
-MARK = "VP_RAY_TEST"  # in the environment of every process of one cluster: how the tests know theirs
-_SHORT = 40  # characters of a folder: Ray puts sockets some 65 below it, and their paths end at 107
+MARK = "VP_RAY_TEST"  # set in the environment of all processes of a cluster, to identify them
+_SHORT = 40  # characters of a folder: Ray adds about 65 for its sockets, whose paths are limited to 107
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that runs."""
+    """A running cluster."""
 
     address: str
     environment: dict[str, str]
 
     def replicas(self, application: str) -> dict[int, int]:
-        """Process ids of an application's replicas, and of what started each: its node's raylet."""
+        """Process ids of an application's replicas, and of their parents, the raylets of their nodes."""
         mark = f"{MARK}={self.environment[MARK]}".encode()
         title, found = f"ray::ServeReplica:{application}:".encode(), {}
         for folder in Path("/proc").iterdir():
-            with suppress(OSError, IndexError):  # processes come and go
+            with suppress(OSError, IndexError):  # processes start and end at any time
                 if not folder.name.isdecimal() or not (folder / "cmdline").read_bytes().startswith(title):
                     continue
                 if mark in (folder / "environ").read_bytes().split(b"\0"):
@@ -44,7 +44,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Server:
-    """The command that serves a bundle, what it has said, and where clients find it."""
+    """The serving command, its output, and its address."""
 
     process: subprocess.Popen[str]
     http: str
@@ -55,7 +55,7 @@ class Server:
 
 
 def environment(work: Path, scratch: Path) -> dict[str, str]:
-    """What a node has: Ray, the engine and vp_engines; a word to nobody outside, nothing outside `scratch`."""
+    """Environment of a node: Ray, the engine and vp_engines; no telemetry, and no files outside `scratch`."""
     if not PYTHON.is_file():
         missing("there is no Ray: make ray", "VP_REQUIRE_RAY")
     return {
@@ -65,7 +65,7 @@ def environment(work: Path, scratch: Path) -> dict[str, str]:
         "RAY_TMPDIR": str(scratch),
         "TMPDIR": str(scratch),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # On a busy machine a process of Ray's may need more than the five seconds that it is given.
+        # On a busy machine a Ray process may need more than the default of five seconds.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
         MARK: str(work),
@@ -74,7 +74,7 @@ def environment(work: Path, scratch: Path) -> dict[str, str]:
 
 @contextmanager
 def cluster(work: Path) -> Iterator[Cluster]:
-    """Two nodes; gone afterwards, with all that they started and wrote."""
+    """Run two nodes; removes them and all that they started and wrote afterwards."""
     base = tempfile.gettempdir()
     scratch = Path(tempfile.mkdtemp(prefix="vr", dir=base if len(base) < _SHORT else "/tmp"))
     found = environment(work, scratch)
@@ -101,7 +101,7 @@ def cluster(work: Path) -> Iterator[Cluster]:
 
 
 def _reap(mark: str) -> None:
-    """End what a cluster has left behind."""
+    """Kill remaining processes of a cluster."""
     wanted = f"{MARK}={mark}".encode()
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
@@ -115,7 +115,7 @@ def command(bundle: Path, *arguments: str) -> list[str]:
 
 @contextmanager
 def serving(bundle: Path, nodes: Cluster, work: Path, port: int, *arguments: str, route: str = "/") -> Iterator[Server]:
-    """Serve a bundle on a cluster, wait until it is ready, and stop it."""
+    """Serve a bundle on a cluster, wait until it is ready, and stop it afterwards."""
     log = work / f"serve-{route.strip('/')}.log"
     with open(log, "w") as file:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""How a replica gathers requests, with an engine that waits until it is told to go on."""
+"""Batching in a replica, with an engine that blocks until released."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vp_engines.serving.ray.batching import Batcher
 
 
 class FakeEngine:
-    """Notes the batches that it is given; answers each image with its first value."""
+    """Records the batches that it receives; returns each image's first value."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -63,7 +63,7 @@ def test_images_are_counted_and_nobody_is_overtaken(
 
 
 def test_a_batch_grows_while_the_engine_is_busy(executor: ThreadPoolExecutor) -> None:
-    """Nine requests come one by one, each long after the one before has waited enough: they run as 1 and 8."""
+    """Nine requests arrive one by one, each long after the previous one's wait has expired: they run as 1 and 8."""
 
     async def ask() -> None:
         engine = FakeEngine()

@@ -1,4 +1,4 @@
-"""What can be chosen, and how a wrong choice reads. No Ray is needed."""
+"""Options and the errors for invalid ones. Does not need Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests as bytes: what is read, and how what is wrong reads. No Ray is needed."""
+"""Parsing of requests, and errors for invalid ones. Does not need Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUTPUTS = {"logits": np.array([[1, 2], [3, 4]], np.float32), "features": np.ones
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    """A request as JSON; a change that is None leaves the member out."""
+    """A request as JSON; members changed to None are removed."""
     tensor = {"name": "images", "datatype": "FP32", "shape": [2, 3, 2, 2], "data": IMAGES.reshape(-1).tolist()}
     tensor = {key: value for key, value in (tensor | changes).items() if value is not None}
     return {"inputs": [tensor]}

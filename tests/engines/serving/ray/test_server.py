@@ -1,5 +1,4 @@
-"""A bundle on a real Ray cluster of two nodes: right answers, batching, a replica killed under load, clients that
-misbehave, and a shutdown that loses nothing."""
+"""A bundle on a real Ray cluster of two nodes: results, batching, killed replicas, invalid requests, shutdown."""
 
 from __future__ import annotations
 
@@ -56,14 +55,14 @@ def nodes(work: Path) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def server(bundle: Path, nodes: Cluster, work: Path) -> Iterator[Server]:
     (port,) = free_ports()
-    # 100 ms for others: whenever a replica is killed, requests wait in it.
+    # Waits 100 ms for further requests, so that requests are pending in a replica whenever it is killed.
     options = ("--per-node", "1", "--health-s", "2", "--wait-ms", "100")
     with serving(bundle, nodes, work, port, *options) as found:
         yield found
 
 
 class Client:
-    """The protocol's own client, unchanged."""
+    """The protocol's own client, unmodified."""
 
     def __init__(self, server: Server) -> None:
         self.client = http_client.InferenceServerClient(server.http, connection_timeout=LONG, network_timeout=LONG)
@@ -71,7 +70,7 @@ class Client:
     def ask(
         self, array: np.ndarray, name: str = "images", model: str = "linear", binary: bool = True, **given: Any
     ) -> tuple[np.ndarray, int]:
-        """The logits, and how many images ran with these."""
+        """Logits, and the number of images that ran together."""
         dtype = {"float32": "FP32", "float64": "FP64"}[str(array.dtype)]
         tensor = http_client.InferInput(name, list(array.shape), dtype)
         tensor.set_data_from_numpy(array, binary_data=binary)
@@ -85,7 +84,7 @@ def some_images(count: int, seed: int = 0) -> np.ndarray:
 
 
 def plain(server: Server, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, Any]]:
-    """Status and document of a request without any client."""
+    """Status and JSON document of a request made without a client library."""
     request = urllib.request.Request(f"http://{server.http}{path}", body, headers)
     try:
         with urllib.request.urlopen(request, timeout=LONG) as answer:
@@ -143,7 +142,7 @@ def test_an_image_file_in_and_class_names_out(server: Server, bundle: Path) -> N
 
 
 def test_the_page_on_embedding(server: Server, tmp_path: Path) -> None:
-    """docs/embedding.md: its command is this server's but for where it runs; its client's is run."""
+    """The commands in docs/embedding.md: the server's equals this one except for its location; the client's is run."""
     start, ask = blocks("Ray Serve", "bash")
     assert command(Path("deit_s.vpe")) == words(start, {"python": str(PYTHON)})
     Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "cat.jpg")
@@ -176,7 +175,7 @@ def test_a_replica_killed_under_load_costs_no_request(server: Server, nodes: Clu
     def client(number: int) -> None:
         asks = Client(server)
         while not stop.is_set():
-            images = some_images(1, seed=number)  # too few together to fill a batch before its time
+            images = some_images(1, seed=number)  # too few to fill a batch before its time is up
             try:
                 np.testing.assert_allclose(asks.ask(images)[0], answers(images), rtol=1e-5, atol=1e-4)
                 answered[number] += 1
@@ -188,7 +187,7 @@ def test_a_replica_killed_under_load_costs_no_request(server: Server, nodes: Clu
         thread.start()
     kills = 0
     try:
-        # A kill may meet no request in the replica. Then the next one is held still first, until some are.
+        # The replica may have no request when it is killed. Then suspend the next one until it has some.
         while not failures and not (kills and stats(server)["repeated"]) and kills < 10:
             before = nodes.replicas(ENGINES)
             so_far = sum(answered)
@@ -263,7 +262,7 @@ def test_half_a_request_takes_nothing_down(server: Server) -> None:
 
 
 def test_a_shutdown_answers_what_is_under_way(server: Server, nodes: Cluster, work: Path) -> None:
-    """A second bundle on the same cluster, whose requests wait long for others: SIGTERM comes while they do."""
+    """SIGTERM while requests to a second bundle on the cluster wait for others."""
     bundle = write_linear(work / "double.vpe", 2.0, name="double")
     port = int(server.http.split(":")[1])
     options = ("--replicas", "1", "--wait-ms", "4000")
@@ -276,11 +275,11 @@ def test_a_shutdown_answers_what_is_under_way(server: Server, nodes: Cluster, wo
             np.testing.assert_allclose(each.result(LONG), answers(images, 2.0), rtol=1e-5, atol=1e-4)
         assert second.process.wait(LONG) == 0, second.said()
     assert "stopping double" in second.said()
-    check_still_answers(server)  # the other one goes on
+    check_still_answers(server)  # the first application is not affected
 
 
 def refused(nodes: Cluster, bundle: Path, *arguments: str) -> tuple[int, str]:
-    """Exit code and the one line of a command that must not serve."""
+    """Exit code and error line of a command that must not serve."""
     found = subprocess.run(
         command(bundle, *arguments), env=nodes.environment, capture_output=True, text=True, timeout=LONG
     )
@@ -290,7 +289,7 @@ def refused(nodes: Cluster, bundle: Path, *arguments: str) -> tuple[int, str]:
 
 
 def test_what_a_cluster_refuses(server: Server, nodes: Cluster, bundle: Path, tmp_path: Path) -> None:
-    """A name and a route that are taken, an engine that no node can run."""
+    """A name or route already in use, or an engine that no node can run."""
     engine = {"name": "trt", "version": "10.0", "precision": "fp16", "device": "cpu", "batch": None}
     gpu = write_linear(tmp_path / "gpu.vpe", engine=engine, name="gpu")
     join = ("--address", nodes.address, "--replicas", "1", "--fronts", "1", "--threads")

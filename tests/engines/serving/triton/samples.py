@@ -1,4 +1,4 @@
-"""Bundles for a server: a linear model on 4 x 4 images, whose answers say which bundle gave them."""
+"""Bundles for a server: a linear model on 4 x 4 images, whose results identify the bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from tests.engines.bundle_samples import fields, linear_model
 from vp_engines.bundle import write_bundle
 
-# Images per second: 4 pays, 8 does not.
+# Images per second: a batch of 4 pays off, 8 does not.
 REPORT = {
     "latency": [
         {"batch": batch, "reduced": {"images_per_second": rate}, "dense": {"images_per_second": rate / 2}}
@@ -21,7 +21,7 @@ REPORT = {
 
 
 def write_linear(out: Path, scale: float = 1.0, **changes: Any) -> Path:
-    """logits[i] = (scale, -scale) * sum of image i; the dense one twice that."""
+    """Bundle with logits[i] = (scale, -scale) * sum of image i; twice that for the dense model."""
     variants = fields()["variants"]
     variants["reduced"] |= {"files": ["engine/model.onnx"], "requirements": {}}
     given = {"name": "linear", "variants": variants, **changes}
@@ -39,6 +39,6 @@ def write_linear(out: Path, scale: float = 1.0, **changes: Any) -> Path:
 
 
 def answers(images: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """What `write_linear` answers."""
+    """Expected results for `write_linear`."""
     sums = images.reshape(len(images), -1).sum(1, dtype=np.float64)
     return scale * np.stack([sums, -sums], 1)

@@ -1,4 +1,4 @@
-"""A real Triton Inference Server on the CPU: the one in nvidia-pytriton's wheel (make tritonserver)."""
+"""A real Triton Inference Server on the CPU, from nvidia-pytriton's wheel (make tritonserver)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @dataclass(frozen=True)
 class Server:
-    """Addresses of a server that runs, and what it has said so far."""
+    """Addresses of a running server, and its output so far."""
 
     process: subprocess.Popen[bytes]
     http: str
@@ -36,7 +36,7 @@ class Server:
 
 
 def packages() -> Path:
-    """Where the server's packages are; the test is skipped where they were not installed."""
+    """Folder with the server's packages; skips the test if they are not installed."""
     found = VENV / "lib" / f"python{PYTHON}" / "site-packages"
     if not (found / "pytriton").is_dir():
         missing("there is no Triton Inference Server: make tritonserver", "VP_REQUIRE_TRITON")
@@ -45,7 +45,7 @@ def packages() -> Path:
 
 @contextmanager
 def running(repository: Path, work: Path, *arguments: str) -> Iterator[Server]:
-    """Start the server on loopback, wait until it is ready, and stop it."""
+    """Start the server on loopback, wait until it is ready, and stop it afterwards."""
     site = packages()
     server, backend = site / "pytriton" / "tritonserver", work / "backends" / "python"
     shutil.copytree(server / "backends" / "python", backend, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +54,7 @@ def running(repository: Path, work: Path, *arguments: str) -> Iterator[Server]:
     shutil.copy(server / "bin" / "tritonserver", program)
     for file in (program, backend / "triton_python_backend_stub"):
         file.chmod(0o755)
-    # What a server has: the packages that `pip install vp-export[cpu]` brings, and not those of this process.
+    # Only what `pip install vp-export[cpu]` installs, not the packages of this process.
     environment = {
         **{key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ},
         "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",

@@ -1,4 +1,4 @@
-"""docs/embedding.md: Triton Inference Server, as it stands there."""
+"""The section on Triton Inference Server in docs/embedding.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the Python backend's model gathers requests, without a server."""
+"""Batching in the Python backend's model, without a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vp_engines.serving.triton import model
 
 
 class FakeEngine:
-    """Notes the batches that it is given; answers each image with its first value."""
+    """Records the batches that it receives; returns each image's first value."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""Which server takes a graph, and that a bundle says so."""
+"""Which server release supports a graph, and that a bundle names it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_version_that_no_release_has() -> None:
 
 
 def test_a_bundle_says_which_server_takes_it(tmp_path: Path) -> None:
-    """The server's own backend reads the file by itself: what the graph needs counts, and not what we open it with."""
+    """The server's own backend reads the file directly, so the graph's requirements matter, not ours."""
     bundle = write_linear(tmp_path / "linear.vpe")
     variants = {name: variant.model_dump() for name, variant in read_manifest(bundle).variants.items()}
     variants["reduced"]["requirements"] = {"onnxruntime_min": "1.24.1", "onnxruntime_min_graph": "1.18.0"}

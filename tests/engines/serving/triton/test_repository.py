@@ -1,4 +1,4 @@
-"""What is written into a model repository, read back by the server's own definitions; and what is refused."""
+"""Model repositories, parsed with the server's own definitions; and rejected inputs."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_an_onnx_engine_runs_under_the_servers_own_backend(bundle: Path, out: Pa
     assert (found.name, found.backend, found.platform) == ("linear", "onnxruntime", "onnxruntime_onnx")
     assert [(t.name, t.data_type, list(t.dims)) for t in found.input] == [("images", 11, [3, 4, 4])]
     assert [(t.name, list(t.dims), t.label_filename) for t in found.output] == [("logits", [2], "labels.txt")]
-    assert found.max_batch_size == 64  # as the engine was built
-    assert list(found.dynamic_batching.preferred_batch_size) == [4]  # 8 is no faster by the image
+    assert found.max_batch_size == 64  # as the engine was built for
+    assert list(found.dynamic_batching.preferred_batch_size) == [4]  # 8 has no more images per second
     assert found.dynamic_batching.max_queue_delay_microseconds == 0
     assert [(w.name, w.batch_size, w.inputs["images"].random_data) for w in found.model_warmup] == [
         ("batch-1", 1, True), ("batch-4", 4, True), ("batch-64", 64, True),
@@ -290,7 +290,7 @@ def test_without_renameat2_and_without_tritonclient(bundle: Path, out: Path, mon
 def test_a_server_that_polls_never_sees_a_model_being_built(
     bundle: Path, out: Path, monkeypatch: pytest.MonkeyPatch, parent_is_ours: bool
 ) -> None:
-    """It takes every folder in the repository for a model."""
+    """A polling server takes every folder in the repository for a model."""
     seen, store, access = set(), repository._store, os.access
 
     def look(path: Path, content: bytes) -> None:
@@ -305,7 +305,7 @@ def test_a_server_that_polls_never_sees_a_model_being_built(
     assert os.listdir(out) == ["linear"]
     assert not [name for name in os.listdir(out.parent) if name.startswith(".")]
     if parent_is_ours:
-        assert seen == {"linear"}  # while the second version was written
+        assert seen == {"linear"}  # while the second version was being written
 
 
 def test_a_dtype_that_the_server_does_not_know() -> None:

@@ -1,4 +1,4 @@
-"""Model repositories on the real server: right answers, batching, versions under load, and clients that misbehave."""
+"""Model repositories on a real server: results, batching, version changes under load, and invalid requests."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 
 def ask(server: Server, protocol: str, model: str, array: np.ndarray, name: str = "images", **given: Any) -> np.ndarray:
-    """One request on a connection of its own."""
+    """One request on a new connection."""
     module: ModuleType = http_client if protocol == "http" else grpc_client
     client = module.InferenceServerClient(server.http if protocol == "http" else server.grpc)
     dtype = {"float32": "FP32", "float64": "FP64", "object": "BYTES"}[str(array.dtype)]
@@ -204,7 +204,7 @@ def test_a_new_version_loses_no_request_and_a_damaged_one_changes_nothing(
         control.load_model("live")
         until(lambda: 96.0 in seen[-4:] or failures)
 
-        # The third one is damaged on its way to the server, which goes on with the second.
+        # The third version is corrupted on its way; the server keeps running the second.
         third = write_repository(
             write_linear(tmp_path / "three.vpe", 3.0), repository, ServeOptions(name="live", backend="python")
         )
@@ -235,7 +235,7 @@ def test_a_server_that_polls_finds_a_new_model_whole(bundle: Path, tmp_path: Pat
         write_repository(bundle, repository, ServeOptions(name="second", backend="python"))
         with closing(http_client.InferenceServerClient(server.http)) as client:
             until(lambda: client.is_model_ready("second"), server.said)
-            time.sleep(1.5)  # and another look at the folders
+            time.sleep(1.5)  # long enough for another poll
         ones = np.ones((1, 3, 4, 4), np.float32)
         np.testing.assert_array_equal(ask(server, "http", "second", ones), [[48, -48]])
         np.testing.assert_array_equal(ask(server, "http", "first", ones), [[48, -48]])
