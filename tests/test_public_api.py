@@ -99,7 +99,7 @@ def test_a_docstring_with_an_example(name: str) -> None:
     assert len(text) > 20
     if name.endswith("Error") and name not in ("vp_engines.VpError", "vp_kernels.KernelError"):
         return  # raised, never made by a user
-    assert "Example:" in text
+    assert "Examples:" in text
     assert ">>> " in text
 
 

@@ -71,7 +71,7 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         BundleError: if there is no bundle, or its manifest is corrupt or of another major version.
 
-    Example:
+    Examples:
         >>> import vp_engines
         >>> manifest = vp_engines.read_manifest("tiny.vpe")
         >>> manifest.model.name, manifest.plan.method, manifest.engine.name
@@ -89,7 +89,7 @@ def verify_bundle(path: str | Path) -> Bundle:
         BundleCorruptError: if a file is missing, extra, altered or unsafe; names the file.
         BundleIncompatibleError: if the format has another major version.
 
-    Example:
+    Examples:
         >>> import vp_engines
         >>> bundle = vp_engines.verify_bundle("tiny.vpe")
         >>> len(bundle.digest), "plan.json" in {file.path for file in bundle.manifest.files}

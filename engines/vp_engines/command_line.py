@@ -17,7 +17,7 @@ def in_options(text: str, names: Mapping[str, str] | None = None) -> str:
         text: a message of the library.
         names: options that are not named after their argument; "name=VALUE" as a key is for that value alone.
 
-    Example:
+    Examples:
         >>> in_options("`max_batch` is 0; leave out `dense=False`, or give `engine='ort'`")
         '--max-batch is 0; leave out --no-dense, or give --engine ort'
     """

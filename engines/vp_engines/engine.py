@@ -32,7 +32,7 @@ class Engine:
         manifest: Manifest of the bundle.
         variant: "reduced" or "dense".
 
-    Example:
+    Examples:
         >>> import vp_engines
         >>> with vp_engines.load("tiny.vpe", threads=1) as engine:
         ...     batch = engine.preprocess(["cat.jpg"])
@@ -162,7 +162,7 @@ def load(
         BundleIncompatibleError: if this version or machine cannot run the bundle.
         EngineUnavailableError: if the engine's package or device is missing.
 
-    Example:
+    Examples:
         >>> import vp_engines
         >>> with vp_engines.load("tiny.vpe", variant="dense") as engine:
         ...     print(engine)

@@ -20,7 +20,7 @@ class VpError(Exception):
         expected: What was expected; omit if `found` implies it.
         fix: What to do about it.
 
-    Example:
+    Examples:
         >>> from vp_engines import VpError
         >>> print(VpError("`threads` is 0", expected="1 or more", fix="leave it out"))
         `threads` is 0; expected 1 or more; leave it out

@@ -169,7 +169,7 @@ class Preprocessing(_Part):
             with the mean colour.
         mean, std: Per channel, on the scale 0 to 1.
 
-    Example:
+    Examples:
         >>> import vp_engines
         >>> print(vp_engines.read_manifest("tiny.vpe").preprocessing.summary())
         resize shorter side 71 (bicubic), crop 64x64, center, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5
@@ -244,7 +244,7 @@ class ValidationInfo(_Part):
 class Manifest(_Part):
     """Everything known about a bundle before deserialising it.
 
-    Example:
+    Examples:
         >>> import vp_engines
         >>> manifest = vp_engines.read_manifest("tiny.vpe")
         >>> manifest.inputs[0].shape, sorted(manifest.variants)

@@ -73,7 +73,7 @@ class ExportResult:
         manifest: of the bundle.
         report: how it compares with dense; None where it was not validated.
 
-    Example:
+    Examples:
         >>> done = vp.export(vit, plan, "tiny.vpe", data="val/")  # doctest: +SKIP
         >>> done.path.name, done.manifest.plan.method
         ('tiny.vpe', 'grid')

@@ -12,7 +12,7 @@ class KernelError(ValueError):
         found: Value or property found.
         expected: What is allowed.
 
-    Example:
+    Examples:
         >>> from vp_kernels import KernelError
         >>> print(KernelError("vp::select", "k", "0", "1 .. 16"))
         vp::select: k is 0; expected 1 .. 16

@@ -40,7 +40,7 @@ _ROOMS: tuple[ModuleType, ...] = tuple(
 def function_names() -> list[str]:
     """Operator types that have a function body, e.g. "MatchMergeSize".
 
-    Example:
+    Examples:
         >>> from vp_kernels import function_names
         >>> "Select" in function_names()
         True
@@ -59,7 +59,7 @@ def add_functions(model: onnx.ModelProto) -> list[str]:
     Raises:
         KernelError: if a node of the domain has an unknown type, or the opset is below 18; the model is then unchanged.
 
-    Example:
+    Examples:
         >>> from onnx import helper
         >>> from vp_kernels import add_functions
         >>> node = helper.make_node("Select", ["scores"], ["index"], domain="vp", k=2)
@@ -95,7 +95,7 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         KernelError: as for `add_functions`.
 
-    Example:
+    Examples:
         >>> from onnx import helper
         >>> from vp_kernels import add_functions, inline
         >>> node = helper.make_node("Select", ["scores"], ["index"], domain="vp", k=2)

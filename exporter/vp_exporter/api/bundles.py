@@ -72,7 +72,7 @@ def validate(
         DataError: images that cannot be used.
         EngineUnavailableError: the engine cannot run here.
 
-    Example:
+    Examples:
         >>> import vp_exporter as vp
         >>> report = vp.validate("tiny.vpe", seconds=0.1)
         >>> report.verdict.status
@@ -170,7 +170,7 @@ def profile(
         InputError: batch sizes that the engine was not built for.
         EngineUnavailableError: the engine cannot run here, or has no profiler.
 
-    Example:
+    Examples:
         >>> import vp_exporter as vp
         >>> found = vp.profile("tiny.vpe", batch_sizes=[1], seconds=0.1, memory=False)
         >>> sorted(found.profiles[0].groups)[:2]

@@ -103,7 +103,7 @@ def export(
         VpError: with nothing written: arguments that do not go together, a model, a plan or images that cannot be used.
         EngineUnavailableError: the engine cannot build here.
 
-    Example:
+    Examples:
         >>> import timm, vp_exporter as vp
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3)
         >>> plan = vp.build_plan("grid", vit, target_macs=0.7)

@@ -65,7 +65,7 @@ def build_plan(
         PlanError: an amount that does not fit the model, naming the block and the limit.
         UnsupportedModelError: a model that is not taken apart.
 
-    Example:
+    Examples:
         >>> import timm, vp_exporter as vp
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4)
         >>> plan = vp.build_plan("tome", vit, target_macs=0.65)
@@ -114,7 +114,7 @@ def reduce(
         PlanError: a plan that cannot be read, or is for another model.
         UnsupportedModelError: a model that is not taken apart, or does not compute what timm's class computes.
 
-    Example:
+    Examples:
         >>> import timm, torch, vp_exporter as vp
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5)
         >>> reduced = vp.reduce(vit, vp.build_plan("evit", vit, keep_rate=0.7))

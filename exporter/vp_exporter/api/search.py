@@ -101,7 +101,7 @@ def search(
         DataError: images that cannot be used.
         EngineUnavailableError: the engine of `target_latency` cannot run here.
 
-    Example:
+    Examples:
         >>> import timm, vp_exporter as vp
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3)
         >>> plan = vp.search(vit, "calib/", target_macs=0.8, search_batch=4, evaluations=1, min_tokens=2)

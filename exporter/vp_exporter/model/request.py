@@ -21,7 +21,7 @@ class ModelRequest:
         img_size: Height and width in pixels; None takes timm's default.
         use_ema: Averaged weights of a checkpoint that has both; None takes them if present.
 
-    Example:
+    Examples:
         >>> import vp_exporter as vp
         >>> tiny = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 2}
         >>> request = vp.ModelRequest("vit_tiny_patch16_224", tiny, random_init=True, num_classes=3)

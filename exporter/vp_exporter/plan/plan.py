@@ -112,7 +112,7 @@ class ReductionPlan:
     Raises:
         PlanError: on construction, saying what was found, what was expected and what to do.
 
-    Example:
+    Examples:
         >>> import vp_exporter as vp
         >>> plan = vp.build_plan("tome", "deit_small_patch16_224", r=13)
         >>> plan.save("plan.json")

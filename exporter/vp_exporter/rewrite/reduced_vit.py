@@ -39,7 +39,7 @@ class ReducedViT(nn.Module):
         PlanError: if the plan is for another model.
         UnsupportedModelError: if the vp operators do not support the model's heads.
 
-    Example:
+    Examples:
         >>> import timm, torch, vp_exporter as vp
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
         >>> reduced = vp.reduce(vit, vp.build_plan("tome", vit, r=4))

@@ -54,7 +54,7 @@ def check_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AotError: if the folder differs from its index; names the first difference, in one line.
 
-    Example:
+    Examples:
         >>> from vp_kernels import check_index
         >>> check_index("build/kernels")["format"]  # doctest: +SKIP
         'vp-kernels-aot'

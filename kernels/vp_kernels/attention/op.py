@@ -34,7 +34,7 @@ def attention(qkv: Tensor, key_bias: Tensor | None = None, importance: str = "no
     Raises:
         KernelError: if an argument has an unsupported device, dtype, shape, stride or value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vp_kernels.ops import attention
         >>> out, received = attention(torch.randn(2, 17, 3, 2, 32), importance="class")

@@ -45,7 +45,7 @@ def density_merge(
     Raises:
         KernelError: if an argument has an unsupported device, dtype, shape, stride or count.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vp_kernels.ops import density_merge
         >>> x, scores = torch.randn(2, 17, 64), torch.rand(2, 17)

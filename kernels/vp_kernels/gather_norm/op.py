@@ -44,7 +44,7 @@ def gather_norm(
         KernelError: if an argument is not as above. Indices are not checked while compiling or capturing a CUDA graph;
             a row with an index outside 0 .. N - 1 is then NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vp_kernels.ops import gather_norm
         >>> x, index = torch.randn(2, 17, 64), torch.tensor([0, 3, 5])

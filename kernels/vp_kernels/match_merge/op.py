@@ -49,7 +49,7 @@ def match_merge(
     Raises:
         KernelError: if an argument has an unsupported device, dtype, shape, stride or range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vp_kernels.ops import match_merge
         >>> x = torch.randn(2, 17, 64)

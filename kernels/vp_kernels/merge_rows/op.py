@@ -42,7 +42,7 @@ def merge_rows(
             Indices are not checked while tracing or compiling: a row of x out of range then reads as NaN, and a source
             that joins a row out of range is dropped.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vp_kernels.ops import merge_rows
         >>> x = torch.tensor([[[1.0], [2.0], [4.0]]])

@@ -27,7 +27,7 @@ def select(scores: Tensor, k: int, by_score: bool = False) -> Tensor:
     Raises:
         KernelError: if an argument is not as above.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vp_kernels.ops import select
         >>> select(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 2)
@@ -52,7 +52,7 @@ def select_fuse(scores: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         KernelError: if an argument is not as above.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from vp_kernels.ops import select_fuse
         >>> index, fused = select_fuse(torch.rand(2, 16), torch.randn(2, 17, 64), 11)

@@ -100,7 +100,7 @@ class ServeOptions:
     Raises:
         InputError: if a value is invalid.
 
-    Example:
+    Examples:
         >>> from vp_engines import ServeOptions
         >>> ServeOptions(backend="python", preprocess="model").instances
         1
@@ -182,7 +182,7 @@ def write_repository(bundle: str | Path, repository: str | Path, options: ServeO
         InputError: if the server does not support the name, or the engine was not built for the batch.
         EngineUnavailableError: if tritonclient is not installed.
 
-    Example:
+    Examples:
         >>> from vp_engines import ServeOptions, write_repository
         >>> served = write_repository("tiny.vpe", "models", ServeOptions(backend="python"))
         >>> served.name, served.version
