@@ -1,5 +1,4 @@
-"""The install lines of README and docs, with the commands that stand under each: read from the pages, so that none is
-forgotten."""
+"""Install commands in README and docs, and the commands that follow each, parsed from the pages."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ COMMAND = re.compile(r"^(?:vp-[a-z]+|python -m vp_[a-z_.]+)(?=\s|$)")
 
 @dataclass
 class Line:
-    """An install line and the commands up to the next one of its page."""
+    """An install command and the commands up to the next one on its page."""
 
     page: str
     extras: tuple[str, ...]
@@ -28,7 +27,7 @@ class Line:
 
 
 def install_lines() -> list[Line]:
-    """All of them, in the order of the pages; the same extras on one page are one line. Records are no instructions."""
+    """All install commands, in page order; equal extras on one page are merged. Records of past runs are excluded."""
     pages = [page for page in PAGES if page.parent.name not in ("decisions", "results")]
     return [line for page in pages for line in _of_page(_name(page), page.read_text())]
 

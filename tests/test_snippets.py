@@ -1,8 +1,9 @@
-"""Every command and every Python block of README and the documentation: commands are parsed by the commands themselves,
-Python compiles, names of ours that it imports exist, and what costs little is run.
+"""Commands and Python blocks in README and the documentation.
 
-Commands under an install line are run too, by test_wheel.py; docs/embedding.md by tests/engines; docs/extending.md by
-tests/extending. A block that no test runs says why in a comment before it: `<!-- not run: needs a GPU -->`.
+Commands are parsed by their own parsers, Python must compile, names imported from our packages must exist, and cheap
+blocks are run. test_wheel.py also runs commands after an install line, tests/engines docs/embedding.md, and
+tests/extending docs/extending.md. A block that no test runs states why in a comment before it:
+`<!-- not run: needs a GPU -->`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Those in fences and those that are indented, of every page."""
+    """Fenced and indented blocks of every page."""
     found = []
     for path in EVERY:
         page, text = path.relative_to(ROOT).as_posix(), path.read_text()
@@ -56,7 +57,7 @@ BLOCKS = blocks()
 
 
 def commands() -> list[tuple[str, str]]:
-    """Page and command, of all that start one of ours, a module of ours, or make."""
+    """(page, command) for each command that starts a program or module of ours, or make."""
     ours = re.compile(r"(?!vp-run)(vp-\w+|make|torchrun|python -m (vp|benchmarks)|python (benchmarks|examples)/)")
     found = []
     for block in BLOCKS:
@@ -75,7 +76,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_a_command_is_one_that_there_is(page: str, command: str) -> None:
-    """Every option exists and takes what it is given."""
+    """Every option exists and accepts the given value."""
     words = shlex.split(command, comments=True)
     while "=" in words[0] and not words[0].startswith("-"):
         words = words[1:]
@@ -103,9 +104,9 @@ def test_a_command_is_one_that_there_is(page: str, command: str) -> None:
 
 
 def check_options(command: object, given: list[str]) -> None:
-    """Every word that starts with a dash is an option of the command, and its value is of the option's type.
+    """Check that every word starting with a dash is an option of the command, with a value of its type.
 
-    What is not a whole command ("...", a bare `vp-export --opset 18`) is checked as far as it goes.
+    Incomplete commands ("...", a bare `vp-export --opset 18`) are checked as far as possible.
     """
     commands = getattr(command, "commands", None)
     if commands:
@@ -134,7 +135,7 @@ def check_options(command: object, given: list[str]) -> None:
 
 @pytest.mark.slow
 def test_the_python_of_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a model of the same family that takes seconds, with random weights and images."""
+    """With a model of the same family that takes seconds, random weights and images."""
     import timm
 
     create = timm.create_model
@@ -183,7 +184,7 @@ def test_json_blocks_are_json() -> None:
 
 
 def test_what_is_not_run_says_why() -> None:
-    """A shell block is run by test_wheel.py (commands under an install line) or another test, or says why not."""
+    """A shell block is run by test_wheel.py (after an install line) or another test, or states why not."""
     run = {(line.page, command) for line in install_lines() for command in line.commands}
     for block in BLOCKS:
         page = block.page.removeprefix("docs/")

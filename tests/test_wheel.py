@@ -1,5 +1,7 @@
-"""The wheel, and what stands under each install line of README and docs: run in an environment that has no more than
-the line installs. `make test-wheel` does the same with environments that pip makes."""
+"""The wheel, and the commands after each install line in README and docs, run with nothing but what the line installs.
+
+`make test-wheel` does the same with environments created by pip.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ from tests.install_lines import Line, install_lines
 
 FRESH = os.environ.get("VP_FRESH") == "1"
 LINES = install_lines()
-FIRST = "README.md-export+cpu"  # its first command writes what all others are given
-TORCH = {"export", "search", "aoti"}  # the extras that bring it
+FIRST = "README.md-export+cpu"  # its first command creates the bundle used by all others
+TORCH = {"export", "search", "aoti"}  # the extras that install it
 COMMANDS = ("vp-export", "vp-inspect", "vp-validate", "vp-search", "vp-profile", "vp-serve", "vp-doctor")
-# A model of the same family that takes seconds. Nothing is fetched: the weights are random.
+# A model of the same family that takes seconds, with random weights: nothing is downloaded.
 MODEL = "vit_tiny_patch16_224" + "".join(
     f" --model-arg {each}" for each in ("img_size=64", "depth=2", "embed_dim=64", "num_heads=2")
 )
@@ -37,7 +39,7 @@ SMALLER = {
     "--r 13": "--r 3",
     "--model M --weights W": f"--model {MODEL} --random-init --num-classes 3",
     "--target-macs 0.65": "--target-macs 0.75",  # as far as two blocks go
-    "--min-speedup 1.4": "--min-speedup 0.001",  # what is tried is the install, not the speed of this machine
+    "--min-speedup 1.4": "--min-speedup 0.001",  # tests the install, not the speed of this machine
     "--max-drop 0.5": "--max-drop 100",
 }
 QUICK = {
@@ -56,7 +58,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Environments by their extras, each made once."""
+    """Environments by their extras, each created once."""
     made: dict[tuple[str, ...], Environment | None] = {}
 
     def make(extras: tuple[str, ...]) -> Environment:
@@ -72,7 +74,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="module")
 def folder(environment: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages take as given: images, a mask, a plan, and README's first bundle under two names."""
+    """What the pages assume: images, a mask, a plan, and README's first bundle under two names."""
     top = tmp_path_factory.mktemp("given")
     rng = np.random.default_rng(0)
     for name in ("val", "calib"):
@@ -107,10 +109,10 @@ def _small(command: str) -> str:
 
 
 def _run(made: Environment, commands: Sequence[str], cwd: Path) -> None:
-    """All of them, and all go well. In a fresh environment each is a line in a shell, as a user types it."""
+    """Run commands, all of which must succeed. In a fresh environment, each is run by a shell, as a user would."""
     small = [_small(command) for command in commands]
     each = [made.run(one, cwd) for one in small] if FRESH else made.run_each(small, cwd)
-    for command, done in zip(small, each, strict=False):  # run_each ends at the first that fails
+    for command, done in zip(small, each, strict=False):  # run_each stops at the first that fails
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert len(each) == len(commands)
 
@@ -165,7 +167,7 @@ def test_a_bare_install(wheel: Path, tmp_path: Path) -> None:
 
 
 def again(line: Line) -> list[pytest.MarkDecorator]:
-    """A cluster is started by tests/engines/serving/ray: of these lines one is tried."""
+    """tests/engines/serving/ray starts a cluster: only try one of these lines."""
     return [pytest.mark.exhaustive] if "ray" in line.extras and line.page != "howto/serve.md" and not FRESH else []
 
 
@@ -179,12 +181,12 @@ def test_what_stands_under_an_install_line(
     if not TORCH & set(line.extras):
         _check_light(made, line, tmp_path)
     if "ray" in line.extras or not line.commands:
-        return  # a cluster is started by tests/engines/serving/ray
+        return  # tests/engines/serving/ray starts a cluster
     given = request.getfixturevalue("folder")
     shutil.copytree(given, tmp_path / "here")
-    commands = line.commands[line.id == FIRST :]  # the very first has run
+    commands = line.commands[line.id == FIRST :]  # the very first has been run
     for command in commands:
-        if out := re.search(r"--out (\S+\.json)", command):  # pages share names
+        if out := re.search(r"--out (\S+\.json)", command):  # pages share file names
             (tmp_path / "here" / out[1]).unlink(missing_ok=True)
         if out := re.search(r"--out (\S+\.vpe)", command):
             shutil.rmtree(tmp_path / "here" / out[1], ignore_errors=True)
@@ -192,7 +194,7 @@ def test_what_stands_under_an_install_line(
 
 
 def _check_light(made: Environment, line: Line, cwd: Path) -> None:
-    """What vp-doctor says where a server is installed: all that stands under the line works, without torch."""
+    """vp-doctor on a server: all commands after the line work, without torch."""
     found = json.loads(made.run("vp-doctor --json", cwd).stdout)
     assert {package["module"]: package["version"] for package in found["packages"]}["torch"] == ""
     for command in line.commands:

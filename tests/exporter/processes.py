@@ -1,4 +1,4 @@
-"""Several processes of one group: real ones over gloo, or threads that stand for them where that is enough."""
+"""Groups of processes: real ones over gloo, or threads as a stand-in."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def together(arguments: list[str], world: int, timeout: float = LONG) -> list[su
     try:
         return [process.communicate(timeout) for process in started]
     finally:
-        for process in started:  # one that hangs must not outlive its test
+        for process in started:  # a hanging process must not outlive its test
             process.kill()
 
 
 class Threads(Workers):
-    """A group whose processes are threads of this one: what is gathered goes over a shared list."""
+    """A group of threads in this process, which gather over a shared list."""
 
     def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
         super().__init__(rank, len(values))
@@ -53,7 +53,7 @@ class Threads(Workers):
 
 
 def in_threads(world: int, function: Callable[[Workers], T]) -> list[T | Exception]:
-    """What `function` returns or raises on each of `world` processes."""
+    """Result or exception of `function` on each of `world` processes."""
     values, barrier = [None] * world, threading.Barrier(world, timeout=LONG)
 
     def one(rank: int) -> T | Exception:

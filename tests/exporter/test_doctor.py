@@ -1,4 +1,4 @@
-"""What vp-doctor finds: on this machine, and on machines where packages are missing, old or broken."""
+"""Findings of vp-doctor on this machine, and with packages missing, outdated or broken."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BROKEN = {
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of packages, with a home beside it."""
+    """A folder for packages, and a home folder beside it."""
     monkeypatch.setattr(doctor, "TIMEOUT", 2)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "site").mkdir()
@@ -37,7 +37,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_broken_package_is_a_line(name: str, packages: Path) -> None:
     code, line = BROKEN[name]
     if name == "raises":
-        line = "does not import: at all"  # the last line is what Python ends with
+        line = "does not import: at all"  # the last line of Python's traceback
     (packages / f"vp_fake_{name}.py").write_text(code)
     found = look_at(f"vp_fake_{name}")
     assert found.problem == line
@@ -64,7 +64,7 @@ def test_a_version_that_vp_export_does_not_take(monkeypatch: pytest.MonkeyPatch)
 
 
 def _with(monkeypatch: pytest.MonkeyPatch, bad: dict[str, Package]) -> doctor.Diagnosis:
-    """A machine where everything is installed except as `bad` says, and which has a GPU."""
+    """Diagnose a machine with a GPU and everything installed except as given by `bad`."""
     monkeypatch.setattr(doctor, "look_at", lambda module: bad.get(module, Package(module, "1.0")))
     for backend in ("base", "ort", "openvino", "aoti", "tensorrt"):
         monkeypatch.setattr(
@@ -114,7 +114,7 @@ def test_a_broken_package_breaks_what_needs_it(monkeypatch: pytest.MonkeyPatch) 
         assert not works.ok
         assert "onnxruntime 1.31: does not import: OSError: libgomp" in works.why_not
     assert found.engines["openvino"][1].ok
-    assert found.commands["vp-validate"].ok  # on another engine
+    assert found.commands["vp-validate"].ok  # with another engine
     found = _with(monkeypatch, {"jinja2": Package("jinja2", "", "not installed")})
     assert {works.why_not for works in found.commands.values()} == {"jinja2 is not installed: pip install vp-export"}
 

@@ -1,4 +1,4 @@
-"""One export through the Python interface: what it refuses before the long work, and what it hands over."""
+"""Export through the Python interface: errors before the long work, and results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vp_exporter.validation.check import CheckRequest
 
 
 class Notes(SilentProgress):
-    """Remembers warnings."""
+    """Records warnings."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []

@@ -12,7 +12,7 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.plan.masks import plan_from_mask
 
-# id -> (timm name, arguments): each one differs from the others in something that ReducedViT must get right.
+# id -> (timm name, arguments): each differs from the others in something that ReducedViT must handle.
 KINDS: dict[str, tuple[str, dict]] = {
     "class-token": ("vit_tiny_patch16_224", {}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
@@ -36,7 +36,7 @@ def tiny_vit(
 ) -> tuple[nn.Module, ModelSpec]:
     """A 4-block (or `depth`), 64-wide model of 4x4 or 5x5 patches with parameters far from their initial values.
 
-    Fresh models have zero biases, unit norms and LayerScales of 1e-5, which would hide a forgotten term.
+    Fresh models have zero biases, unit norms and LayerScales of 1e-5, which could hide a missing term.
     """
     name, extra = KINDS[kind]
     args = {"depth": depth, "embed_dim": 64, "num_heads": heads, "img_size": 64, "patch_size": 16, **extra}

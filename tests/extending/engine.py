@@ -1,4 +1,4 @@
-"""An engine as one file: onnx's own reference evaluator. test_extending.py puts it into a copy of the repository."""
+"""A one-file engine on onnx's reference evaluator. test_extending.py adds it to a copy of the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The test of `engine.py`, beside it in the copy."""
+"""Test of `engine.py`, for the copy."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""docs/extending.md: a reducer is one file and its test, and so is an engine, shown on a copy of the repository."""
+"""docs/extending.md: adding a reducer or an engine takes one file and its test, shown on a copy of the repository."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def run(copy: Path, *tests: str) -> None:
-    """pytest, on the copy and its packages."""
+    """Run pytest on the copy and its packages."""
     places = [str(copy), *(str((copy / source).parent) for source in SOURCES)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = os.pathsep.join(places)

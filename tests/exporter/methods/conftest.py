@@ -1,4 +1,4 @@
-"""Models without weights: the ones that papers publish figures for, and small or unusual ones."""
+"""Models without weights: those with published figures, and small or unusual ones."""
 
 from __future__ import annotations
 

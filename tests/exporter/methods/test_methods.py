@@ -1,4 +1,4 @@
-"""From a method's name and a stated amount to the steps of a plan."""
+"""Steps of a plan from a method's name and an amount."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_r_is_cut_to_half_behind_the_first_block(deit_s: ModelSpec) -> None:
     assert left(build_plan(MethodRequest("tome", r=16), deit_s))[-1] == 11
     assert left(build_plan(MethodRequest("pitome", r=98), deit_s))[:4] == [99, 50, 26, 14]
     assert left(build_plan(MethodRequest("gtp", r=98), deit_s))[:3] == [99, 2, 2]  # gtp may drop all but one
-    # A slope that asks for more at its first block is cut there too, as ToMe's code does.
+    # A slope that asks for too much at its first block is clipped there too, as in ToMe's code.
     assert left(build_plan(MethodRequest("tome", r=60, schedule="decreasing"), deit_s))[:3] == [99, 50, 26]
 
 
@@ -125,7 +125,8 @@ def test_pitome_matches_everybody_in_the_first_half_of_the_blocks(deit_s: ModelS
     assert matching(matching="protect-first") == second + first
     assert matching(matching="protect") == second * 2
     assert matching(matching="bipartite") == first * 2
-    late = build_plan(MethodRequest("pitome", r=8, blocks=(5, 6)), deit_s)  # by the block, not by the acting one
+    # by block index, not by count of acting blocks
+    late = build_plan(MethodRequest("pitome", r=8, blocks=(5, 6)), deit_s)
     assert fields(late, "matching") == ["bipartite", "protect"]
 
 

@@ -1,4 +1,4 @@
-"""Published settings against what their papers publish."""
+"""Presets against the figures in their papers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import ReductionPlan
 from vp_exporter.plan.macs import count_macs
 
-# preset, backbone, {block: tokens that leave it, class token included}, 10^9 MACs: copied once more from the sources,
-# so that a slip in the table shows. PPT: README, and the re-measurement in its fork. ToMe: README and issue 11.
-# EViT: README (two digits) and PPT's table 1. BAT: logs (tokens solved from the MACs). DiffRate: README and rates.
+# preset, backbone, {block: tokens that leave it, class token included}, 10^9 MACs: copied from the sources a second
+# time, to catch errors in the table. PPT: README, and the re-measurement in its fork. ToMe: README and issue 11. EViT:
+# README (two digits) and PPT's table 1. BAT: logs (tokens solved from the MACs). DiffRate: README and rates.
 TABLE = [
     ("ppt-deit-s", "deit_small_patch16_224", {2: 197, 3: 147, 6: 97, 9: 49, 11: 49}, 2.944),
     ("ppt-deit-s", "deit_base_patch16_224", {9: 49}, 11.26),
@@ -67,8 +67,11 @@ def test_table_is_sound(preset: Preset, deit_s: ModelSpec) -> None:
 
 
 def test_ppts_macs_tell_49_from_47() -> None:
-    """Three times 50 of 196 would leave 47 with the class token. The MACs of the fork's r sweep (2.45 at r = 80) fit
-    only tokens that are cut to half at a block, as matching must: 2.20 otherwise."""
+    """Three times 50 of 196 would leave 47 tokens including the class token.
+
+    The MACs of the fork's r sweep (2.45 at r = 80) only fit if each block removes at most half, as matching must;
+    otherwise they would be 2.20.
+    """
     model = describe_by_name("deit_small_patch16_224", {})
     plan = build_plan(MethodRequest("ppt", r=80, tau=7e-5), model)
     assert [plan.tokens()[block].mlp for block in (3, 6, 9)] == [117, 59, 30]

@@ -1,4 +1,4 @@
-"""What a request refuses before any model is known."""
+"""Requests that are rejected before the model is known."""
 
 from __future__ import annotations
 

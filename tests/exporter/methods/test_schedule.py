@@ -24,14 +24,14 @@ def test_rounding_by_hand() -> None:
 
 
 def test_a_slope_is_truncated_block_by_block() -> None:
-    """ToMe's (16, -1) over 12 blocks: 10 of 197 tokens are left, where rounded counts would leave 5."""
+    """ToMe's (16, -1) over 12 blocks leaves 10 of 197 tokens; with rounded counts it would be 5."""
     down = [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]
     assert counts_of("decreasing", 12, 16) == down
     assert counts_of("increasing", 12, 16) == down[::-1]
     assert 197 - sum(down) == 10
-    assert counts_of("increasing", 12, 13)[-1] == 26  # 26 / 11 * 11 is not cut to 25
+    assert counts_of("increasing", 12, 13)[-1] == 26  # floating-point noise does not truncate 26 / 11 * 11 to 25
     assert counts_of("decreasing", 12, 13)[-1] == 0
-    assert counts_of("constant", 4, 2.5) == [3, 2, 3, 2]  # of a MAC target: the total counts
+    assert counts_of("constant", 4, 2.5) == [3, 2, 3, 2]  # for a MAC target, total counts matter
     assert counts_of("decreasing", 1, 13) == [13]
 
 

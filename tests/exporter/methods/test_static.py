@@ -1,4 +1,4 @@
-"""The baselines' masks."""
+"""Baseline masks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_half_of_a_grid_is_a_chessboard() -> None:
 def test_center() -> None:
     assert center_patches((4, 4), (16, 16), 4) == (5, 6, 9, 10)
     assert center_patches((3, 3), (16, 16), 1) == (4,)
-    assert center_patches((3, 3), (16, 16), 2) == (1, 4)  # four are as near: the lowest position
+    assert center_patches((3, 3), (16, 16), 2) == (1, 4)  # four are equally near: the lowest position
     assert center_patches((3, 3), (32, 8), 3) == (3, 4, 5)  # patches four times as high as wide
     assert center_patches((14, 14), (16, 16), 196) == tuple(range(196))
 

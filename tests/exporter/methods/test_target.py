@@ -1,4 +1,4 @@
-"""MAC targets: reached within half a percent where integers allow, refused with the reach where not."""
+"""MAC targets: reached within half a percent if integers allow it, else rejected with the reachable range."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_hits_the_target(method: str, shape: str | None, share: float, deit_s: M
 @given(share=st.floats(0.05, 0.99), method=st.sampled_from(["tome", "gtp", "evit", "bat", "diffrate", "grid"]),
        first=st.integers(0, 20))  # fmt: skip
 def test_any_target_on_a_larger_model(vit_l: ModelSpec, share: float, method: str, first: int) -> None:
-    """Other depths, other patches, other blocks: near the target, or an error that names the reach."""
+    """At other depths, patch counts and blocks: close to the target, or an error with the reachable range."""
     changes = {} if method == "grid" else {"blocks": tuple(range(first, 24, 2))}
     error = None
     try:
@@ -68,7 +68,7 @@ def test_any_target_on_a_larger_model(vit_l: ModelSpec, share: float, method: st
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.65, 0.9, 0.98])
 def test_static_finds_the_nearest_count(share: float, deit_s: ModelSpec) -> None:
-    """One token is half a percent here: against every count there is."""
+    """One token is half a percent here: compare with every possible count."""
     model = PlanModel.of(deit_s)
     step = type(build_plan(MethodRequest("grid", keep_rate=0.5), deit_s).steps[0])
     every = [ReductionPlan(model, (step(0, tuple(range(m))),)) for m in range(1, 196)]  # type: ignore[call-arg]
@@ -77,7 +77,7 @@ def test_static_finds_the_nearest_count(share: float, deit_s: ModelSpec) -> None
 
 
 def test_constant_r_may_be_a_fraction(deit_s: ModelSpec) -> None:
-    """Between r = 10 and 11: blocks take one or the other, and it is nearer than both."""
+    """Between r = 10 and 11: blocks use either, and the result is closer than both."""
     plan = target("tome", 0.65, deit_s)
     counts = [step.fields()["r"] for step in plan.steps]
     assert set(counts) == {10, 11}
@@ -125,6 +125,6 @@ def test_out_of_reach(method: str, share: float, changes: Any, message: str, dei
 
 
 def test_few_patches_get_the_nearest_plan(tiny: ModelSpec) -> None:
-    """16 patches: integers do not allow half a percent, and that is no error."""
+    """16 patches: half a percent is not possible with integers, which is no error."""
     plan = target("evit", 0.7, tiny)
     assert share_of(plan, tiny) == pytest.approx(0.7, abs=0.03)

@@ -1,4 +1,4 @@
-"""Which models are taken apart and which are refused, each reason shown on a model of timm; and docs/models.md."""
+"""Supported and rejected models, with each reason shown on a timm model; and docs/models.md."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_network_that_is_no_vit() -> None:
 
 @pytest.mark.slow
 def test_document_is_up_to_date() -> None:
-    """The document was written from whole models; one block of each must come to the same."""
+    """The document was generated from whole models; one block of each must give the same."""
     text = DOCUMENT.read_text(encoding="utf-8")
     stated = re.search(r"Generated from timm (\S+) by", text)
     assert stated is not None

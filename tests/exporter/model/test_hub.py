@@ -1,4 +1,4 @@
-"""Model names as timm takes them, from folders that timm itself wrote, and the hub out of reach."""
+"""Model names of timm, with folders written by timm itself, and without access to the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HUB_NAME = "someone/tiny"
 
 
 def write(path: Path, *, safe: bool) -> Path:
-    """A model of the user's own, as push_to_hf_hub writes it."""
+    """A user's model, as written by push_to_hf_hub."""
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=3, **ARGS)
     model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.75}
@@ -121,7 +121,7 @@ def test_timms_own_names() -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and no hub: its address is closed."""
+    """An empty hub cache, and no hub: its address is closed."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     return tmp_path / "cache"
@@ -134,17 +134,17 @@ def test_out_of_reach_is_one_line(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)  # by which the hub's client waits between its retries
+    monkeypatch.setattr("time.sleep", slept.append)  # the hub's client sleeps between retries
     with pytest.raises(WeightsError, match=r"timm cannot fetch the .*`weights`") as caught:
         load(name)
     assert not slept
     assert "\n" not in str(caught.value)
     assert "Retrying" not in capfd.readouterr().err
-    assert offline == huggingface_hub.constants.HF_HUB_OFFLINE  # as it was
+    assert offline == huggingface_hub.constants.HF_HUB_OFFLINE  # restored
 
 
 def fill(cache: Path, folder: Path) -> None:
-    """The hub's cache as if `folder` had been downloaded from HUB_NAME."""
+    """Fill the hub's cache as if `folder` had been downloaded from HUB_NAME."""
     commit = "0" * 40
     repository = cache / "models--someone--tiny"
     shutil.copytree(folder, repository / "snapshots" / commit)
@@ -179,7 +179,7 @@ def test_what_is_cached_needs_no_hub(cache: Path, folder: Path) -> None:
 
 
 def test_a_new_head_is_not_made_up(cache: Path) -> None:
-    """timm gives a pretrained model random weights for another number of classes."""
+    """For another number of classes, timm gives a pretrained model a random head."""
     with pytest.raises(WeightsError, match=r"`num_classes` is 10, and the pretrained weights of .* have 1000"):
         load(NAME, num_classes=10)
 

@@ -1,4 +1,4 @@
-"""What the manifest says of a model, carried out by vp_engines.preprocess, against timm's own evaluation transform."""
+"""Preprocessing in the manifest, applied by vp_engines.preprocess, against timm's own evaluation transform."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vp_exporter.model.describe import describe
 from vp_exporter.model.preprocessing import PreprocessingOverrides, preprocessing_of
 from vp_exporter.model.spec import ModelSpec
 
-# name, arguments, then what the case is there for: (crop mode, resize) worked out by hand.
+# name, arguments, then the expected (crop mode, resize), calculated by hand.
 MODELS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
     "crop-0.9-half-mean": ("vit_small_patch16_224", {}, "center", 248),  # floor(224 / 0.9) = floor(248.9)
     "crop-0.9-imagenet-mean": ("deit_small_patch16_224", {}, "center", 248),
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
     "tall": ("deit_small_patch16_224", {"img_size": (240, 96)}, "center", (266, 106)),
     "wide-squash": ("eva_giant_patch14_336", {"img_size": (140, 224)}, "squash", (140, 224)),
 }
-# Pillow's (width, height): square, both orientations, odd differences, smaller than the input, a strip.
+# (width, height) as in Pillow: square, both orientations, odd differences, smaller than the input, a strip.
 SIZES = [(256, 256), (500, 333), (333, 500), (501, 334), (97, 64), (61, 300)]
 
 
@@ -89,8 +89,8 @@ def test_overrides(override: dict[str, Any]) -> None:
     images = pictures(seed=7)
     spec = preprocessing_of(vit, description, PreprocessingOverrides(**override))
     ours, theirs = preprocess(images, spec), timms_result(vit, (64, 64), images, **override)
-    assert np.abs(ours - theirs).max() < 1e-5  # a standard deviation of 0.1 makes numbers up to 9
-    assert np.abs(ours - preprocess(images, preprocessing_of(vit, description))).max() > 0.01  # it did change something
+    assert np.abs(ours - theirs).max() < 1e-5  # a standard deviation of 0.1 gives values up to 9
+    assert np.abs(ours - preprocess(images, preprocessing_of(vit, description))).max() > 0.01  # it had an effect
 
 
 @pytest.mark.parametrize(

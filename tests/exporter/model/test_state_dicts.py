@@ -1,4 +1,4 @@
-"""Checkpoints as trainers write them: by their own classes where these are installed, else by their layout."""
+"""Checkpoints of training frameworks, written by their own classes if installed, else reproduced."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def saved(path: Path, content: Any) -> Path:
 
 @pytest.fixture
 def trained() -> tuple[nn.Module, nn.Module]:
-    """The weights of the last step, and their average."""
+    """Weights of the last step, and their average."""
     return make(0), make(1)
 
 
 class Trainer:
-    """timm's CheckpointSaver over a model, its average and an optimiser, as timm's train.py wires them."""
+    """timm's CheckpointSaver with a model, its average and an optimizer, as in timm's train.py."""
 
     def __init__(self, model: nn.Module, folder: Path, average: nn.Module | None = None) -> None:
         optimiser = torch.optim.AdamW(model.parameters())
@@ -81,7 +81,7 @@ def test_timms_own_trainer(tmp_path: Path, trained: tuple[nn.Module, nn.Module])
     path = Trainer(model, tmp_path, average).save()
     assert type(torch.load(path, weights_only=False)["args"]) is argparse.Namespace
     loaded = load(path)
-    assert same(loaded, average)  # averaged weights where there are some, as timm has it
+    assert same(loaded, average)  # averaged weights if present, as in timm
     assert any("'state_dict_ema.'" in note and "`use_ema=False` takes the other" in note for note in loaded.notes)
     assert same(load(path, use_ema=True), average)
     assert same(load(path, use_ema=False), model)
@@ -102,7 +102,7 @@ def test_averaged_weights_that_are_asked_for_must_be_there(
 
 
 class Wrapped(nn.Module):
-    """A user's own module around the model, by whatever name."""
+    """A user's module with the model in an attribute of any name."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Wrapped(nn.Module):
 
 
 def _parallel(model: nn.Module) -> nn.Module:
-    return nn.DataParallel(model)  # the names that DistributedDataParallel gives
+    return nn.DataParallel(model)  # same names as DistributedDataParallel
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -140,7 +140,7 @@ def test_wrappers(tmp_path: Path, wrapper: str) -> None:
 
 
 def test_blocks_that_are_wrapped_one_by_one(tmp_path: Path) -> None:
-    """FSDP, activation checkpoints and torch.compile of each block put their names in the middle."""
+    """FSDP, activation checkpointing and torch.compile per block insert names in the middle."""
     model = make()
     state = {}
     for name, tensor in model.state_dict().items():
@@ -155,7 +155,7 @@ def prefixed(model: nn.Module, prefix: str) -> State:
 
 
 def test_student_and_teacher(tmp_path: Path) -> None:
-    """DINO and iBOT: the teacher is the student's average; their heads are for training only."""
+    """DINO and iBOT: the teacher is the student's average; heads are used in training only."""
     student, teacher = make(0, num_classes=0), make(1, num_classes=0)
     head = {"head.mlp.0.weight": torch.ones(4, 16), "head.last_layer.weight_g": torch.ones(4, 1)}
     path = saved(
@@ -177,7 +177,7 @@ def test_student_and_teacher(tmp_path: Path) -> None:
 
 
 def test_a_larger_teacher_is_not_taken(tmp_path: Path) -> None:
-    """Distillation: `teacher` is another network, which the model's width tells."""
+    """Distillation: `teacher` is another network, recognised by the model's width."""
     student, teacher = make(0), make(1, embed_dim=32)
     path = saved(
         tmp_path / "d.ckpt", {"state_dict": {**prefixed(student, "student."), **prefixed(teacher, "teacher.")}}
@@ -186,7 +186,7 @@ def test_a_larger_teacher_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_moco_v3(tmp_path: Path) -> None:
-    """Its authors evaluate the base encoder, not the momentum encoder, without the projection head."""
+    """Its authors evaluate the base encoder rather than the momentum encoder, without the projection head."""
     base, momentum = make(0, num_classes=0), make(1, num_classes=0)
     heads = {f"module.{which}_encoder.head.0.weight": torch.ones(4, 16) for which in ("base", "momentum")}
     state = {**prefixed(momentum, "module.momentum_encoder."), **prefixed(base, "module.base_encoder."), **heads}
@@ -204,7 +204,7 @@ def test_masked_autoencoder(tmp_path: Path) -> None:
     )
     assert same(loaded, model)
     assert any("left out mask_token and 2 more" in note for note in loaded.notes)
-    averaging = make(global_pool="avg")  # its fine-tuned models average the patches
+    averaging = make(global_pool="avg")  # its fine-tuned models pool by average
     path = saved(tmp_path / "finetuned.pth", {"model": averaging.state_dict()})
     with pytest.raises(WeightsError, match=r"finetuned\.pth .*model argument `global_pool=avg`"):
         load(path)
@@ -218,7 +218,7 @@ def test_i_jepa_takes_the_target_encoder(tmp_path: Path) -> None:
 
 
 def test_lightnings_weight_averaging(tmp_path: Path, trained: tuple[nn.Module, nn.Module]) -> None:
-    """Its callback puts the average where the weights are otherwise, and these beside it."""
+    """Its callback stores the average in the usual place, with the current weights beside it."""
     model, average = trained
     content = {"state_dict": prefixed(average, "model."), "current_model_state": prefixed(model, "model.")}
     path = saved(tmp_path / "last.ckpt", {**content, "pytorch-lightning_version": "2.5.5"})
@@ -227,7 +227,7 @@ def test_lightnings_weight_averaging(tmp_path: Path, trained: tuple[nn.Module, n
 
 
 def test_chunks_of_blocks(tmp_path: Path) -> None:
-    """DINOv2's trainer keeps blocks in chunks: blocks.CHUNK.BLOCK, the block's number counted through."""
+    """DINOv2's training code groups blocks in chunks: blocks.CHUNK.BLOCK, with consecutive block numbers."""
     model = make(num_classes=0, init_values=1e-5)
     state = {
         "backbone." + name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): tensor
@@ -239,7 +239,7 @@ def test_chunks_of_blocks(tmp_path: Path) -> None:
 
 
 def test_registers_as_dinov2_keeps_them(tmp_path: Path) -> None:
-    """Its class token has a position of its own, which timm's filter adds to the token: nothing is resampled."""
+    """Its class token has a position, which timm's filter adds to the token; nothing is resampled."""
     name = "vit_small_patch14_reg4_dinov2"
     model = make(name=name, num_classes=0, img_size=28)
     state = dict(model.state_dict())
@@ -253,7 +253,7 @@ def test_registers_as_dinov2_keeps_them(tmp_path: Path) -> None:
 
 
 def test_open_clip(tmp_path: Path) -> None:
-    """timm's tower below visual.trunk, and its projection beside it: timm's filter makes one model of them."""
+    """timm's tower below visual.trunk and the projection beside it, combined by timm's filter."""
     projection = torch.randn(512, 16)
     name = "vit_base_patch16_clip_224"
     tower = make(name=name, num_classes=0)
@@ -271,7 +271,7 @@ def test_two_models_that_nothing_tells_apart(tmp_path: Path) -> None:
     state = {**prefixed(first, "left."), **prefixed(second, "right.")}
     with pytest.raises(WeightsError, match=r"several models of this width: 'left\.' and 'right\.'; expected one"):
         load(saved(tmp_path / "pair.pth", state))
-    twice = {**prefixed(first, "left."), **prefixed(first, "right.")}  # registered by two names
+    twice = {**prefixed(first, "left."), **prefixed(first, "right.")}  # registered under two names
     assert same(load(saved(tmp_path / "twice.pth", twice)), first)
 
 
@@ -291,7 +291,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 class Foreign:
-    """A class of a trainer's own."""
+    """A class of a training framework."""
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -340,7 +340,7 @@ def test_classes_of_the_file_are_said(tmp_path: Path) -> None:
 
 
 def by_timm(state: State, name: str, **args: Any) -> State:
-    """What timm's own path makes of a pretrained state dict."""
+    """timm's own conversion of a pretrained state dict."""
     overlay = {"state_dict": dict(state), "num_classes": 5, "custom_load": False}
     torch.manual_seed(3)
     model = timm.create_model(
@@ -413,7 +413,7 @@ def test_torchvision(tmp_path: Path) -> None:
     assert any("the names of torchvision" in note for note in loaded.notes)
 
 
-# timm's name -> the name in transformers, for one block; query, key and value apart.
+# timm's name -> the name in transformers, for one block; query, key and value are separate.
 TRANSFORMERS = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -427,7 +427,7 @@ TRANSFORMERS = {
 
 
 def as_transformers(state: State, prefix: str) -> State:
-    """A state dict as transformers' ViTForImageClassification saves it."""
+    """A state dict as saved by transformers' ViTForImageClassification."""
     out = {}
     for name, tensor in state.items():
         if name.startswith("head."):
@@ -462,7 +462,7 @@ def test_transformers(tmp_path: Path, prefix: str) -> None:
 
 
 def test_transformers_dinov2_gives_features(tmp_path: Path) -> None:
-    """Its classifier reads the class token beside the mean of the patches, which no timm model does."""
+    """Its classifier takes the class token and the mean of the patches, which no timm model does."""
     model = make(num_classes=0, init_values=1e-5)
     apart = (".mlp.", ".norm", ".ls")
     common = {name: t for name, t in model.state_dict().items() if not any(part in name for part in apart)}

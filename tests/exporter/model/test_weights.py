@@ -1,4 +1,4 @@
-"""Weights: read from files that we do not trust, held to the model parameter by parameter, and fingerprinted."""
+"""Weights: read from untrusted files, checked against the model parameter by parameter, and fingerprinted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_safetensors(tmp_path: Path, state: State) -> None:
     assert metadata == {"classes": "a,b"}
     loaded = load(path)
     assert same(loaded.vit.state_dict(), state)
-    assert loaded.weights_source == "weights.safetensors"  # no folder of this machine
+    assert loaded.weights_source == "weights.safetensors"  # no local folder
     assert loaded.description.num_classes == 5
 
 
@@ -141,11 +141,11 @@ def test_weights_that_do_not_fit(case: str, state: State) -> None:
     assert len(before) == 20
     with pytest.raises(WeightsError, match=says):
         load_into(model, change(state), "w.st")
-    assert same(model.state_dict(), before)  # never half-applied
+    assert same(model.state_dict(), before)  # never partly applied
 
 
 class Payload:
-    """Unpickling it creates a file."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -170,12 +170,12 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, state: State, 
     assert "\n" not in str(caught.value)
     assert not ran.exists()
     if writer == "torch":
-        torch.load(path, weights_only=False)  # the payload works: had we run it, the folder would be there
+        torch.load(path, weights_only=False)  # the payload works, so it was not run before
         assert ran.exists()
 
 
 def test_quantised_weights_are_refused() -> None:
-    """int8 weights of the right shape would load, and mean nothing."""
+    """int8 weights of the right shape would load, but be meaningless."""
     model = make()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["head.weight"] = (state["head.weight"] * 100).to(torch.int8)
@@ -271,7 +271,7 @@ def test_classes_of(state: State) -> None:
 
 
 def test_fingerprint_by_hand() -> None:
-    """sha256 over name, dtype and shape as JSON, then the bytes, by name."""
+    """sha256 over name, dtype and shape as JSON, then the bytes, sorted by name."""
     layer = nn.Linear(2, 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, -2.0]]))
@@ -289,7 +289,7 @@ def test_fingerprint_is_stable_and_sensitive(state: State) -> None:
     with torch.no_grad():
         weight = model.blocks[0].attn.qkv.weight  # type: ignore[union-attr, index]
         weight.view(-1)[7] = torch.nextafter(weight.view(-1)[7], torch.tensor(9.0))  # type: ignore[operator, index]
-    assert fingerprint(model) != first  # the last bit of one weight
+    assert fingerprint(model) != first  # one bit of one weight differs
     load_into(model, state, "w.st")
     assert fingerprint(model) == first
     assert fingerprint(model.double()) != first

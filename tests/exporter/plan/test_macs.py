@@ -1,4 +1,4 @@
-"""The closed form of the MACs against torch's own counter, which watches the operators that really run."""
+"""MACs in closed form against torch's counter, which observes the operators that run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 
 def watched_macs(vit: torch.nn.Module, description: ModelSpec, plan: ReductionPlan | None, batch: int = 1) -> int:
-    """MACs that torch's counter sees while the model runs."""
+    """MACs counted by torch while the model runs."""
     model = ReducedViT(vit, description, plan).for_export("fp32", "explicit")
     images = torch.zeros(batch, description.in_chans, *description.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -62,7 +62,7 @@ def test_patches_that_leave_first_are_not_embedded() -> None:
 
 
 def test_deit_small_is_4_6_gmacs() -> None:
-    """As the DeiT paper's table states it (Touvron et al. 2021, table 5: 4.6 B)."""
+    """As stated in the DeiT paper (Touvron et al. 2021, table 5: 4.6 B)."""
     description = describe_by_name("deit_small_patch16_224", {})
     assert count_macs(description).total == pytest.approx(4.6e9, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""Searched masks in: every file kind, and mask -> plan -> mask."""
+"""Mask files of every kind, and the round trip mask -> plan -> mask."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_drop_before_the_first_block() -> None:
 def monotone_masks(draw: st.DrawFn, scales: st.SearchStrategy[float]) -> tuple[PlanModel, np.ndarray]:
     depth, patches = draw(st.integers(1, 5)), draw(st.integers(1, 8))
     leaves = draw(st.lists(st.integers(0, depth), min_size=patches, max_size=patches))
-    leaves[draw(st.integers(0, patches - 1))] = depth  # somebody stays
+    leaves[draw(st.integers(0, patches - 1))] = depth  # at least one patch stays
     values = draw(st.lists(scales, min_size=depth * patches, max_size=depth * patches))
     alive = np.arange(depth)[:, None] < np.asarray(leaves)[None, :]
     model = PlanModel("vit_toy", (1, patches), (1, 1), draw(st.integers(0, 3)), depth, patches)
@@ -154,7 +154,7 @@ def test_scores_are_no_mask(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])
 def test_whole_numbers_scale_nothing(dtype: type) -> None:
-    """255 for 1, as images of masks have it, would be a scale of 255 against the class token's 1."""
+    """255 instead of 1, as in mask images, would mean a scale of 255 relative to the class token."""
     with pytest.raises(
         PlanError, match=r"whole numbers up to 255; expected 0 to drop and 1 to keep; save \(mask > 0\)"
     ):
@@ -202,7 +202,7 @@ def test_revival(positions: list[int], says: str) -> None:
 
 
 class Payload:
-    """Unpickling it creates a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -227,7 +227,7 @@ def test_pickles_are_not_opened(tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
     assert not ran.exists()
     if kind == "npy-pickle":
-        pickle.loads(path.read_bytes())  # the payload does work: had we opened it, the file would be there
+        pickle.loads(path.read_bytes())  # the payload works, so it was not run before
         assert ran.exists()
 
 

@@ -1,4 +1,4 @@
-"""Plans: what is written is read back, and everything inconsistent is refused with what to do about it."""
+"""Plans are read back as written, and inconsistent ones are rejected with a suggestion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = PlanModel("vit_toy", (32, 48), (16, 16), prefix_tokens=1, depth=4, patch
 
 
 def as_json(**changes: Any) -> dict[str, Any]:
-    """A sound plan of two steps and one bias, written by hand, with fields replaced."""
+    """A valid plan of two steps and one bias, written by hand, with fields replaced."""
     plan: dict[str, Any] = {
         "format": "vp-plan",
         "version": 1,
@@ -107,7 +107,7 @@ def plans(draw: st.DrawFn) -> ReductionPlan:
 
 
 def shuffled(value: Any, rng: random.Random) -> Any:
-    """The same JSON value, the keys of every object in another order."""
+    """The same JSON value, with the keys of every object in another order."""
     if isinstance(value, dict):
         items = [(key, shuffled(inner, rng)) for key, inner in value.items()]
         rng.shuffle(items)
@@ -160,7 +160,7 @@ def test_fingerprint_takes_whole_numbers_for_floats() -> None:
 
 
 def test_a_plan_of_before_keeps_its_meaning_and_its_fingerprint() -> None:
-    """Fields that came later are missing in it: they mean what ran then, and are no part of the fingerprint."""
+    """Later fields are missing: they default to the earlier behaviour, and are not part of the fingerprint."""
     model = {**as_json()["model"], "patches": 30, "image_size": [80, 96]}
     steps = [
         {"block": 0, "reducer": "pitome", "r": 3, "margin": 0.5},
@@ -207,7 +207,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     path.write_text("an old file")
     plan.save(path)
     assert ReductionPlan.load(path) == plan
-    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]  # nothing half-written stays
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]  # no partial file is left
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert len(list(tmp_path.iterdir())) == 1
 
 
-# id -> (the plan, what the message must say of: found, expected, fix).
+# id -> (plan, expected parts of the message: found, expected, fix).
 BAD: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "revived": (
         with_keep((1, [0, 2]), (3, [0, 1])),

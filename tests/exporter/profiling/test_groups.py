@@ -1,4 +1,4 @@
-"""Operations to parts of the model: by the graph's names, and by order where an engine has names of its own."""
+"""Assigning operations to parts of the model, by node name, or by order if the engine has names of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vp_engines.backends.recording import Operation
 from vp_exporter.profiling.groups import ATTENTION, EMBEDDING, GROUPS, HEAD, MLP, NORM, REDUCTION, RUNTIME, assign
 
 A, E, H, M, N, R = ATTENTION, EMBEDDING, HEAD, MLP, NORM, REDUCTION
-# As ONNX Runtime's profiler calls them (1.31): a block that reduces, what it fuses, the end.
+# As named by ONNX Runtime's profiler (1.31): a block that reduces, fused nodes, the end.
 ONNX_RUNTIME = [
     ("embed/Reshape.0", "Reshape", E, None),
     ("embed/Gather.0", "Gather", R, None),
@@ -20,7 +20,7 @@ ONNX_RUNTIME = [
     ("blocks.0/Unsqueeze.0", "Unsqueeze", R, 0),
     ("blocks.0/Attention.0", "Attention", A, 0),
     ("blocks.0.statistics/MatMul.0", "MatMul", R, 0),
-    ("blocks.0.see/MatMul.0", "MatMul", R, 0),  # as bundles of 2026 call it
+    ("blocks.0.see/MatMul.0", "MatMul", R, 0),  # name in early bundles
     ("vit.blocks.0.attn.proj/MatMul.0", "MatMul", A, 0),
     ("blocks.0/Add.1", "Add", A, 0),
     ("blocks.0.reduce/TopK.0", "TopK", R, 0),
@@ -36,7 +36,7 @@ ONNX_RUNTIME = [
     ("head/Gather.0", "Gather", H, None),
     ("vit.head/Gemm.0", "Gemm", H, None),
 ]
-# As OpenVINO's (2026.4): a fused operation has the name of its last node.
+# As named by OpenVINO (2026.4): a fused operation has the name of its last node.
 OPENVINO = [
     ("embed/MatMul.0", "FullyConnected gemm_mlas_f32", E, None),
     ("MVN_30", "MVN jit_avx2_f32", N, None),
@@ -49,7 +49,7 @@ OPENVINO = [
     ("vit.blocks.0.mlp.fc1/Add.0", "FullyConnected brgemm_avx2_f32", M, 0),
     ("blocks.0/Add.2", "FullyConnected brgemm_avx2_f32", M, 0),
 ]
-# As torch's profiler calls what AOTInductor made (2.11), and in the manner of TensorRT's.
+# As named by torch's profiler for AOTInductor (2.11), and in the style of TensorRT.
 INDUCTOR = [
     ("cpp_fused_clone_permute_view_0", E, None),
     ("aoti_torch_cpu__linear_pointwise", E, None),

@@ -1,4 +1,4 @@
-"""What a profiler costs, taken off again; the rest of `profile` is tested on real bundles (tests/exporter/cli)."""
+"""Correcting for a profiler's overhead; the rest of `profile` is tested on real bundles (tests/exporter/cli)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def series(operations: list[tuple[str, float]], cost: float = COST, rounds: int 
 
 @pytest.mark.parametrize("repeats", [1, 50])
 def test_the_profilers_cost_is_found_and_taken_off(repeats: int) -> None:
-    """However many operations there are: the parts come out as they are without a profiler."""
+    """For any number of operations, the parts are as without a profiler."""
     measured = series(TRUE * repeats)
     assert measured.excess() == pytest.approx(COST / 1000)
     found = measured.profile(measured.excess())
@@ -45,7 +45,7 @@ def test_the_profilers_cost_is_found_and_taken_off(repeats: int) -> None:
 
 
 def test_what_a_profiler_slows_down_in_proportion_is_scaled_to_the_clock() -> None:
-    """Beside its cost per operation; and where the two are far apart, nothing is corrected."""
+    """In addition to its cost per operation; if the difference is too large, nothing is corrected."""
     measured = series([(name, 1.1 * duration) for name, duration in TRUE])
     measured.taken = np.tile([(LEAD + sum(duration for _, duration in TRUE)) / 1000, 1.5], (5, 1))
     found = measured.profile(COST / 1000)
@@ -59,7 +59,7 @@ def test_what_a_profiler_slows_down_in_proportion_is_scaled_to_the_clock() -> No
 
 
 def test_a_profiler_that_times_no_whole_runs_is_held_to_the_clock() -> None:
-    """What its operations leave of a run is the runtime's; what they have too much is scaled."""
+    """Time not covered by operations is attributed to the runtime; an excess is scaled down."""
     measured = series(TRUE, whole=False)
     assert measured.excess() == 0
     found = measured.profile(1.0)

@@ -1,8 +1,8 @@
-"""Every reducer in each of its variants, batches of made-up tokens for them, and plans of them.
+"""Every reducer in all variants, with batches of synthetic tokens and plans.
 
-Tokens come in two regimes. "Exact" ones are made so that float32 and float64 compute every comparison without rounding:
-ties abound and every one must be broken as the specification says, with no image excepted. "Rough" ones are noise,
-where two candidates may lie closer than float32 can tell; the oracle's margin names those images.
+There are two kinds of tokens. "Exact" ones are constructed such that float32 and float64 compute every comparison
+without rounding: there are many ties, and each must be broken as specified, in every image. "Rough" ones are noise,
+where two candidates may be closer than float32 can resolve; the oracle's margin identifies those images.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from vp_exporter.reducers.graph import TokenGraph, code_index
 from vp_exporter.reducers.stream import AttentionStatistics, Stream
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
-Pick = Callable[[int, int], int]  # a whole number from low to high, both included
+Pick = Callable[[int, int], int]  # an integer from low to high, inclusive
 
-# id -> reducer and the fields that are no counts.
+# id -> reducer and its fields other than counts.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tome": ("tome", {}),
     "tome-similarity": ("tome", {"order": "similarity"}),
     "ppt-pool": ("ppt", {"tau": 1e9}),
     "ppt-prune": ("ppt", {"tau": 0.0, "order": "score"}),
     "ppt-prune-position": ("ppt", {"tau": 0.0, "order": "position"}),
-    "ppt-mixed": ("ppt", {"tau": None, "order": "score"}),  # to be set between the variances of the images at hand
+    "ppt-mixed": ("ppt", {"tau": None, "order": "score"}),  # set to a value between the variances of the images
     "evit-fuse": ("evit", {"fuse": True}),
     "evit": ("evit", {"fuse": False}),
     "topk": ("topk", {"score": "class"}),
@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gtp-sparse": ("gtp", {"alpha": 0.3, "score": "graph", "graph_from": "patches", "theta": 0.6}),
     "gtp-sparse-class": ("gtp", {"alpha": 0.3, "score": "class", "graph": "spatial", "theta": 0.8}),
 }
-# Reducers that lose nothing and average: every token that leaves is a mean of tokens that entered.
+# Reducers that lose nothing and average: every output token is a mean of input tokens.
 PURE_MERGES = (
     "tome",
     "tome-similarity",
@@ -81,7 +81,7 @@ NEED_NONE = (
 
 
 def own_files() -> set[str]:
-    """The reducers that are held by a test file of their own, test_NAME.py (`contract.py`), and not by these cases."""
+    """Reducers with a test file of their own, test_NAME.py (`contract.py`), which are not in these cases."""
     return {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")} & set(REDUCERS)
 
 
@@ -92,11 +92,11 @@ def needs_class(variant: str) -> bool:
 def make_step(
     variant: str, tokens: Tokens, pick: Pick, block: int = 0, *, exact: bool = False, **more: Any
 ) -> InnerStep:
-    """The variant with counts that `tokens` allow (2 patch tokens or more; 3 for pairs and clusters alone).
+    """The variant with counts that fit `tokens` (at least 2 patch tokens; 3 for pairs and clusters alone).
 
     Args:
-        exact: choose such counts and fields that no comparison rounds.
-        more: fields that are laid down.
+        exact: Choose counts and fields for which no comparison is rounded.
+        more: Fields to set explicitly.
     """
     reducer, fixed = VARIANTS[variant]
     prefix, n = tokens.prefix, tokens.patches
@@ -126,32 +126,32 @@ def _bat_counts(variant: str, prefix: int, n: int, pick: Pick, exact: bool) -> d
         inattentive = 0
     else:
         inattentive = pick(1 if variant == "bat-clusters-only" else 0, n)
-        if exact and inattentive:  # their mean is taken: a power of 2 divides without rounding
+        if exact and inattentive:  # their mean is taken: dividing by a power of 2 is exact
             inattentive = 2 ** (inattentive.bit_length() - 1)
     clusters = pick(1, inattentive) if inattentive else 0
     pairs = 0 if variant == "bat-clusters-only" else pick(0, (n - inattentive) // 2)
     return {"tokens_out": prefix + n - inattentive - pairs + clusters, "clusters": clusters, "pairs": pairs}
 
 
-# Rows of length a power of 2 (or 0), so that unit rows and cosines are exact; several are parallel or equal.
+# Rows whose length is a power of 2 (or 0), so that unit rows and cosines are exact; some are parallel or equal.
 EXACT_ROWS = [
     [1, 0, 0, 0], [0, 1, 0, 0], [-1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, -1], [1, 1, 1, 1], [2, 2, 2, 2],
     [1, -1, 1, -1], [1, 1, -1, -1], [-0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0],
 ]  # fmt: skip
 
 
-# Without the row of zeros: its cosine to itself is 0, and of embedded patches each is its own nearest.
+# Without the zero row: its cosine to itself is 0, but each embedded patch must be its own nearest.
 EXACT_PATCHES = np.array(EXACT_ROWS[:-1], dtype=float)
 
 
 def exact_image(prefix: int, grid: tuple[int, int], draw: Callable[[int, int], Sequence[int]], *, sized: bool) -> Image:
-    """Tokens of width 4 in which ties abound. `draw(count, high)` gives whole numbers from 0 to high."""
+    """Tokens of width 4 with many ties. `draw(count, high)` gives integers from 0 to high."""
     n = grid[0] * grid[1]
     total, heads, most = prefix + n, 2, len(EXACT_ROWS) - 1
     rows = np.array(EXACT_ROWS, dtype=float)
     keys = rows[list(draw(total, most))]
     attention = np.random.default_rng(draw(1, 1000)[0]).integers(1, 5, (1, total, total)) / 64
-    attention[0, 0] = np.array(draw(total, 3)) / 64 + 1 / 64  # the row that most reducers read
+    attention[0, 0] = np.array(draw(total, 3)) / 64 + 1 / 64  # the row used by most reducers
     size = [1.0] * prefix + [(1.0, 2.0, 0.5, 4.0)[i] for i in (draw(n, 3) if sized else [0] * n)]
     return Image(
         rows[list(draw(total, most))], np.array(size), np.arange(n), prefix, grid,
@@ -161,7 +161,7 @@ def exact_image(prefix: int, grid: tuple[int, int], draw: Callable[[int, int], S
 
 
 def rough_image(prefix: int, grid: tuple[int, int], rng: np.random.Generator, *, sized: bool) -> Image:
-    """Noise; class attention is drawn from few numbers, so that scores tie."""
+    """Noise; class attention takes few distinct values, so that scores tie."""
     n = grid[0] * grid[1]
     total, heads, width = prefix + n, 3, 5
 
@@ -179,7 +179,7 @@ def rough_image(prefix: int, grid: tuple[int, int], rng: np.random.Generator, *,
 
 
 def as_stream(images: Sequence[Image], *, sized: bool, shared_places: bool = False) -> Stream:
-    """A batch as the reducers get it. `shared_places`: one table of positions for all images."""
+    """A batch as passed to reducers. `shared_places`: one table of positions for all images."""
     places = [ops.grid_codes(image.positions.tolist(), image.grid[1]) for image in images]
     columns = images[0].grid[1]
     return Stream(
@@ -194,7 +194,7 @@ def as_stream(images: Sequence[Image], *, sized: bool, shared_places: bool = Fal
 
 
 class Links(dict[tuple[str, int], torch.Tensor]):
-    """The graphs of the embedded patches, each made when a step asks for it."""
+    """Graphs of the embedded patches, each computed on demand."""
 
     def __init__(self, images: Sequence[Image]) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Links(dict[tuple[str, int], torch.Tensor]):
 
 
 def as_statistics(images: Sequence[Image]) -> AttentionStatistics:
-    """What the attention shows of a batch, rounded to float32 once."""
+    """Attention statistics of a batch, rounded to float32 once."""
     rows = [range(len(image.x)) for image in images]
     graph = [image.attention.diagonal(axis1=1, axis2=2).max(0) * image.attention.sum(1).max(0) for image in images]
     return AttentionStatistics(
@@ -225,18 +225,18 @@ def batch(arrays: Any) -> torch.Tensor:
 
 
 def tau_between(images: Sequence[Image]) -> float:
-    """A tau for ppt that lies in the widest gap of the images' variances, so that both policies are taken."""
+    """A tau for ppt in the widest gap between the images' variances, so that both policies occur."""
     scores = [np.array([image.class_attention(j) * image.value_norm(j) for j in image.patches]) for image in images]
     return widest_gap([float((score / score.sum()).var(ddof=1)) for score in scores])
 
 
 def widest_gap(values: Sequence[float]) -> float:
-    """The middle of the widest gap between neighbouring values."""
+    """Midpoint of the widest gap between neighbouring values."""
     return max((high - low, (low + high) / 2) for low, high in pairwise(sorted(values)))[1]
 
 
 def score_variances(model: ReducedViT, block: int, images: torch.Tensor) -> list[float]:
-    """What ppt compares with tau at a block, for each image."""
+    """The variance that ppt compares with tau at a block, for each image."""
     spread: list[float] = []
 
     def look(_module: object, _args: object, statistics: AttentionStatistics) -> None:
@@ -254,14 +254,14 @@ def score_variances(model: ReducedViT, block: int, images: torch.Tensor) -> list
 
 @cache
 def model_of(kind: str) -> tuple[nn.Module, ModelSpec]:
-    """`tiny_vit`, made once: nobody here changes its parameters."""
+    """`tiny_vit`, created once; its parameters must not be modified."""
     return tiny_vit(kind)
 
 
 def make_plan(
     description: ModelSpec, variants: dict[int, str], pick: Pick, *, proportional: bool = False, **more: Any
 ) -> ReductionPlan:
-    """A plan with the variant of each block; `more` goes to every step."""
+    """A plan with a variant in each block; `more` is passed to every step."""
     tokens = Tokens(description.prefix_tokens, description.patches, tuple(range(description.patches)))
     steps = []
     for block, variant in sorted(variants.items()):
@@ -273,5 +273,5 @@ def make_plan(
 
 
 def middle(low: int, high: int) -> int:
-    """A `Pick` that goes for moderate counts: a third of the way up from half."""
+    """A `Pick` of moderate counts: a third of the way up from half."""
     return max(low, min(high, (low + 2 * high) // 3))

@@ -1,4 +1,4 @@
-"""One thread for every test here: operations this small wait for a second core longer than they compute."""
+"""Use one thread: operations this small take less time than synchronising a second core."""
 
 from __future__ import annotations
 

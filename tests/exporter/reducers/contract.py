@@ -1,9 +1,9 @@
-"""What every reducer is held to, for a reducer with a test file of its own:
+"""Checks for a reducer with a test file of its own:
 
     def test_norm(tmp_path: Path) -> None:
         check_reducer("norm", {"tokens_out": 33}, oracle, tmp_path)
 
-The reducers in `cases.py` are held to more, together and in combination.
+The reducers in `cases.py` have further tests, also in combination.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ PREFIX = 1
 
 
 def check_reducer(name: str, fields: Mapping[str, Any], oracle: Callable[..., Result], folder: Path) -> None:
-    """The step reads its fields back, gives as many tokens as it says, chooses as its oracle does, image by image,
-    alone and in a whole model, and runs on ONNX Runtime; and a method asks for it by name.
+    """Check a reducer.
+
+    The step parses its own fields, returns the stated number of tokens, chooses as its oracle does for each image,
+    alone and in a whole model, and runs on ONNX Runtime; and there is a method for it.
 
     Args:
-        name: the reducer.
-        fields: its own fields, for 1 prefix token and 8 x 8 patches.
-        oracle: the same in float64 for one image (`oracles.py` says how).
-        folder: an empty one, for the engine.
+        name: Name of the reducer.
+        fields: Its fields, for 1 prefix token and 8 x 8 patches.
+        oracle: Reference in float64 for one image (see `oracles.py`).
+        folder: Empty folder for the engine.
     """
     ORACLES[name] = oracle
     if REDUCERS[name].merges:  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
-"""A whole timm ViT under a plan, in float64, one image at a time: timm's own layers, attention written out by head,
-reducers by tests/exporter/reducers/oracles.py. It shares no line with ReducedViT.
+"""A whole timm ViT under a plan, in float64, one image at a time.
+
+Uses timm's own layers, attention written out per head, and the reducers of oracles.py; shares no code with ReducedViT.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def run(
     """Classify one image.
 
     Args:
-        vit: the timm model; it is copied, not changed.
+        vit: The timm model; copied, not modified.
         image: [C, H, W].
-        margins: filled with how clear each decision of the inner steps was (see `oracles.Image`).
+        margins: Receives the margin of each decision of the inner steps (see `oracles.Image`).
 
     Returns:
         The tokens [N_b, D] that leave each block, and the logits [classes] (features [D] without classes); float64.
@@ -88,13 +89,13 @@ def run(
 def _embed(vit: nn.Module, image: Tensor) -> Tensor:
     """[C, H, W] -> [P + patches, D]."""
     x = vit._pos_embed(vit.patch_embed(image[None]))
-    if isinstance(x, tuple):  # Eva returns its rotary embedding too
+    if isinstance(x, tuple):  # Eva also returns its rotary embedding
         x = x[0]
     return vit.norm_pre(x)[0]
 
 
 def _attend(layer: nn.Module, x: Tensor, bias: Tensor, theta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Self-attention over normed tokens [N, D] with one additive logit a key [N]; `theta` of each map stays.
+    """Self-attention over normed tokens [N, D] with one additive logit per key [N]; keeps a share `theta` of each map.
 
     Returns:
         The output [N, D], the softmax [H, N, N], the normed keys and the values [H, N, d_h].
@@ -122,20 +123,20 @@ def _attend(layer: nn.Module, x: Tensor, bias: Tensor, theta: float) -> tuple[Te
 
 
 def _sparse(weights: Tensor, theta: float) -> Tensor:
-    """The map with 0 where an entry is below the int((1 - theta) N^2)-th lowest."""
+    """Set entries of the map below the int((1 - theta) N^2)-th lowest to 0."""
     ranked = sorted(weights.flatten().tolist())
     lowest = int(len(ranked) * (1 - theta))
     return torch.where(weights >= ranked[lowest - 1], weights, 0.0) if lowest else weights
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Over each row of [M, N]."""
+    """Softmax of each row of [M, N]."""
     powers = torch.exp(logits - logits.max(dim=1, keepdim=True).values)
     return powers / powers.sum(dim=1, keepdim=True)
 
 
 def _scaled(block: nn.Module, x: Tensor, which: int) -> Tensor:
-    """The block's LayerScale, by whichever name it goes."""
+    """The block's LayerScale, under either name."""
     if hasattr(block, "ls1"):
         return (block.ls1 if which == 1 else block.ls2)(x)
     gamma = block.gamma_1 if which == 1 else block.gamma_2
@@ -145,7 +146,7 @@ def _scaled(block: nn.Module, x: Tensor, which: int) -> Tensor:
 def _classify(
     vit: nn.Module, description: ModelSpec, x: Tensor, size: Tensor, proportional: bool, by_size: bool
 ) -> Tensor:
-    """Tokens [N, D] that leave the last block, and their sizes [N], to logits."""
+    """Logits from the tokens [N, D] that leave the last block, and their sizes [N]."""
     x = vit.norm(x)
     if description.distilled:
         return (vit.head(x[0]) + vit.head_dist(x[1])) / 2
@@ -168,7 +169,7 @@ def _classify(
 
 
 def _attention_pool(pool: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
-    """timm's AttentionPoolLatent over [N, D] with one additive logit a token [N]."""
+    """timm's AttentionPoolLatent over [N, D] with one additive logit per token [N]."""
     heads, width = pool.num_heads, pool.head_dim
     q, both = pool.q(pool.latent[0]), pool.kv(x)
     k, v = both[:, : heads * width], both[:, heads * width :]

@@ -1,12 +1,12 @@
-"""docs/reducers.md read aloud: every token reducer for one image, in float64, with loops. Slow on purpose.
+"""Reference implementation of docs/reducers.md: every reducer for one image, in float64, with loops. Slow on purpose.
 
 Each oracle takes an `Image` and the reducer's fields and returns (x [N', D], size [N'], positions [n']) in output
-order. A row that others are merged into keeps its own position; a fused row has that of the first token fused, and a
-cluster its centre's. Sizes are always computed; a caller whose plan carries none ignores them.
+order. A merge target keeps its own position, a fused row has that of the first token fused, a cluster that of its
+centre. Sizes are always computed; callers whose plan does not track them ignore them.
 
-Float32 code may rightly decide otherwise where two candidates are nearly tied. So every oracle notes in
-`Image.margins` how clear each decision was that it took; `Image.margin` is the smallest. An exact tie goes to the
-lowest index, which is a rule and no accident of rounding: it is not noted.
+float32 code may rightly decide differently if two candidates are nearly tied. So every oracle records in
+`Image.margins` how clear each of its decisions was; `Image.margin` is the smallest. Exact ties go to the lowest index
+by specification and are not recorded.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ import numpy as np
 
 Result = tuple[np.ndarray, np.ndarray, np.ndarray]
 Row = tuple[np.ndarray, float, int]  # token [D], size, position
-Group = tuple[int, list[int]]  # the member whose position the merged token has, and all members
+Group = tuple[int, list[int]]  # the member whose position the merged token inherits, and all members
 
 TINY = 1e-12
 
 
 @dataclass
 class Image:
-    """What a reducer sees of one image.
+    """Input of a reducer for one image.
 
     Attributes:
-        x: tokens after the attention [N, D].
-        size: patches that each token stands for [N]; 1 for prefix tokens.
-        positions: of the patch tokens in the original patch grid, row-major [n].
-        prefix: P, tokens in front that are never touched.
-        grid: rows and columns of the original patch grid.
-        attention: softmax of every head, biases and log sizes included: row i is query i [H, N, N].
-        keys, values: of every head [H, N, d_h].
-        embedded: the patch tokens that entered the first block [n0, D]; embedded_at: their positions in the grid [n0].
-        margins: filled by the oracles: how clear each decision was, relative to the numbers compared.
+        x: Tokens after the attention [N, D].
+        size: Number of patches in each token [N]; 1 for prefix tokens.
+        positions: Positions of the patch tokens in the original patch grid, row-major [n].
+        prefix: P, number of leading tokens that are never touched.
+        grid: Rows and columns of the original patch grid.
+        attention: Softmax of every head, with biases and log sizes: row i is query i [H, N, N].
+        keys, values: Of every head [H, N, d_h].
+        embedded: Patch tokens that entered the first block [n0, D]; embedded_at: their positions in the grid [n0].
+        margins: Filled by the oracles: how clear each decision was, relative to the numbers compared.
     """
 
     x: np.ndarray
@@ -60,7 +60,7 @@ class Image:
 
     @property
     def margin(self) -> float:
-        """The least clear decision so far; infinity where there was none."""
+        """The smallest margin so far; infinity if there was none."""
         return min(self.margins, default=math.inf)
 
     def class_attention(self, j: int) -> float:
@@ -76,23 +76,23 @@ class Image:
         return int(self.positions[j - self.prefix])
 
     def row(self, j: int) -> Row:
-        """Token j as it is."""
+        """Token j unchanged."""
         return self.x[j], float(self.size[j]), self.position(j)
 
 
 def note(image: Image, a: float, b: float, scale: float | None = None) -> None:
-    """Note that a decision hung on a differing from b; `scale` is what rounding is relative to, if not to them."""
+    """Record a decision between a and b; `scale` is what rounding is relative to, by default a and b themselves."""
     if a != b:
         image.margins.append(abs(a - b) / (max(abs(a), abs(b)) if scale is None else scale))
 
 
 def rank(scores: dict[int, float]) -> list[int]:
-    """Indices by descending score, the lowest index first among equals."""
+    """Indices by descending score, ties to the lowest index."""
     return sorted(scores, key=lambda j: (-scores[j], j))
 
 
 def top(image: Image, scores: dict[int, float], count: int, scale: float | None = None) -> list[int]:
-    """The `count` indices of highest score, best first; notes how clearly they beat the others."""
+    """The `count` indices of highest score, best first; records their margin over the others."""
     ranked = rank(scores)
     for chosen in ranked[:count]:
         for other in ranked[count:]:
@@ -106,14 +106,14 @@ def cosine(u: np.ndarray, v: np.ndarray) -> float:
 
 
 def output(image: Image, rows: list[Row]) -> Result:
-    """The prefix tokens untouched, then the rows."""
+    """The prefix tokens unchanged, then the rows."""
     x = [image.x[j] for j in range(image.prefix)] + [row[0] for row in rows]
     size = [image.size[j] for j in range(image.prefix)] + [row[1] for row in rows]
     return np.array(x), np.array(size), np.array([row[2] for row in rows], dtype=int)
 
 
 def size_weighted(image: Image, j: int, sources: list[int]) -> Row:
-    """Token j with its sources merged in."""
+    """Token j merged with its sources."""
     total, x = 0.0, np.zeros(image.x.shape[1])
     for i in [j, *sources]:
         total += float(image.size[i])
@@ -222,7 +222,7 @@ def bat(image: Image, tokens_out: int, clusters: int, pairs: int, weights: str =
 
 
 def match_attentive(image: Image, attentive: list[int], pairs: int) -> list[Group]:
-    """Step 3 of bat: A that stay alone, then all of B with those merged into each; without pairs, all ascending."""
+    """Step 3 of bat: unmerged tokens of A, then all of B with those merged into each; without pairs, all ascending."""
     if pairs == 0:
         return [(j, [j]) for j in attentive]
     first, second = attentive[0::2], attentive[1::2]
@@ -230,7 +230,7 @@ def match_attentive(image: Image, attentive: list[int], pairs: int) -> list[Grou
     similar = {a: {b: cosine(image.x[a], image.x[b]) for b in second} for a in first}
     partner = {a: top(image, similar[a], 1, scale=1.0)[0] for a in first}
     score = {a: similar[a][partner[a]] for a in first}
-    winners = {}  # by partner: the one whose pair it is
+    winners = {}  # partner -> the token paired with it
     for b in second:
         suitors = {a: score[a] for a in first if partner[a] == b}
         if suitors:
@@ -241,7 +241,7 @@ def match_attentive(image: Image, attentive: list[int], pairs: int) -> list[Grou
     merged += top(image, thirds, pairs - len(merged), scale=1.0)
     for a in first:
         winner = winners[partner[a]]
-        if winner in merged and a not in merged:  # who won the partner decided which one is merged
+        if winner in merged and a not in merged:  # the winner of the partner decided which one is merged
             note(image, score[winner], score[a], scale=1.0)
     for a in merged:
         members[partner[a]].append(a)
@@ -250,12 +250,12 @@ def match_attentive(image: Image, attentive: list[int], pairs: int) -> list[Grou
 
 
 def cluster(image: Image, inattentive: list[int], clusters: int) -> list[Group]:
-    """Step 2 of bat: density peaks; one group a centre, the centres ascending."""
+    """Step 2 of bat: density peaks; one group per centre, in ascending order."""
     width, count = image.x.shape[1], len(inattentive)
-    # Squared distances round relative to the squared lengths that they are made from.
+    # Rounding of squared distances is relative to the squared lengths that they are computed from.
     longest = max((float(image.x[j] @ image.x[j]) for j in inattentive), default=0.0) or 1.0
     square = {i: {j: float(((image.x[i] - image.x[j]) ** 2).sum()) for j in inattentive} for i in inattentive}
-    # The logarithm of rho: the order is the same, and nothing underflows.
+    # The logarithm of rho has the same order and does not underflow.
     log_rho = {i: -sum(square[i].values()) / (count * width) for i in inattentive}
     denser = {
         i: [j for j in inattentive if log_rho[j] > log_rho[i] or (log_rho[j] == log_rho[i] and j < i)]
@@ -268,7 +268,7 @@ def cluster(image: Image, inattentive: list[int], clusters: int) -> list[Group]:
         else:
             delta[i] = max(math.sqrt(square[i][j]) for j in inattentive)
     for i in inattentive:
-        for j in denser[i]:  # does it matter that j is denser than i, and not the other way round?
+        for j in denser[i]:  # would the result differ if i were denser than j?
             apart = math.sqrt(square[i][j])
             if apart <= delta[i] or apart < delta[j]:
                 note(image, log_rho[i], log_rho[j], scale=max(1.0, longest / width))
@@ -291,10 +291,10 @@ def pitome(image: Image, r: int, margin: float, matching: str = "protect") -> Re
             total += z if z > 0 else math.exp(z) - 1
         energy[i] = total / len(image.patches)
     mergeable = top(image, energy, len(energy) if matching == "bipartite" else 2 * r, scale=1.0)
-    for before, after in pairwise(mergeable):  # the ranks alternate between a and b
+    for before, after in pairwise(mergeable):  # ranks alternate between a and b
         note(image, energy[before], energy[after], scale=1.0)
     sources: dict[int, list[int]] = {b: [] for b in mergeable[1::2]}
-    # By place among the a and among the b: of equal cosines the lowest rank wins, not the lowest index in the sequence.
+    # By position among a and among b: of equal cosines the lowest rank wins, not the lowest index in the sequence.
     first = dict(enumerate(mergeable[0::2]))
     similar = {p: {q: cosine(image.key(a), image.key(b)) for q, b in enumerate(sources)} for p, a in first.items()}
     closest = rank({p: max(similar[p].values()) for p in first})
@@ -321,7 +321,7 @@ def gtp(
     graph_from: str = "keys",
     theta: float = 1.0,
 ) -> Result:
-    """`theta` has acted already: the attention of the image is what it left."""
+    """The image's attention must already be sparsified by `theta`."""
     scores = {}
     for j in image.patches:
         if score == "class":
@@ -345,7 +345,7 @@ def gtp(
     return output(image, [(x[j], size[j], image.position(j)) for j in kept])
 
 
-Gift = tuple[int, int, float]  # a dropped token, a kept one, and the weight with which the second receives the first
+Gift = tuple[int, int, float]  # a dropped token, a kept one, and the weight with which the kept one receives it
 
 
 def from_keys(image: Image, kept: list[int], graph: str, neighbours: int) -> list[Gift]:
@@ -360,13 +360,13 @@ def from_keys(image: Image, kept: list[int], graph: str, neighbours: int) -> lis
         if graph in ("semantic", "mixed"):
             similar = {j: cosine(image.key(i), image.key(j)) for j in kept}
             chosen = top(image, similar, min(neighbours, len(kept)), scale=1.0)
-            near |= {j for j in kept if similar[j] >= similar[chosen[-1]]}  # a tie adds a neighbour
+            near |= {j for j in kept if similar[j] >= similar[chosen[-1]]}  # ties add neighbours
         gifts += [(i, j, 1 / len(near)) for j in near]
     return gifts
 
 
 def from_patches(image: Image, kept: list[int], graph: str, neighbours: int) -> list[Gift]:
-    """By the graph of all embedded patches: 1 / sqrt(d_i d_j) where i is a neighbour of j."""
+    """Weights of the graph of all embedded patches: 1 / sqrt(d_i d_j) where i is a neighbour of j."""
     near = neighbours_of_patches(image, graph, neighbours + (1 if image.prefix == 0 else 0))
     at = {int(position): place for place, position in enumerate(image.embedded_at)}
     gifts: list[Gift] = []
@@ -379,7 +379,7 @@ def from_patches(image: Image, kept: list[int], graph: str, neighbours: int) -> 
 
 
 def neighbours_of_patches(image: Image, graph: str, neighbours: int) -> list[set[int]]:
-    """Of each embedded patch, by place."""
+    """Neighbours of each embedded patch, by its index."""
     count = len(image.embedded)
     near: list[set[int]] = []
     for b in range(count):
@@ -400,7 +400,7 @@ def neighbours_of_patches(image: Image, graph: str, neighbours: int) -> list[set
 
 
 def adjacent(image: Image, i: int, j: int) -> bool:
-    """Whether two tokens' places in the patch grid touch, corners included."""
+    """Whether two tokens are adjacent in the patch grid, diagonals included."""
     row_i, column_i = divmod(image.position(i), image.grid[1])
     row_j, column_j = divmod(image.position(j), image.grid[1])
     return abs(row_i - row_j) <= 1 and abs(column_i - column_j) <= 1

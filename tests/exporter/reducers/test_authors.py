@@ -1,6 +1,6 @@
-"""The reducers as the methods make them, beside authors.py: what the papers' authors compute, read by somebody else.
+"""The default reducers of each method against authors.py, an independent reading of the papers' code.
 
-What a method makes where nobody says otherwise has to be that: the tokens, their order, sizes and places.
+Tokens, their order, sizes and positions must agree with the authors' by default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vp_exporter.reducers import REDUCERS, InnerStep, ops
 from vp_exporter.reducers.stream import reduce_tokens
 from vp_exporter.rewrite.attention_statistics import attention_map
 
-CLEAR = 1e-5  # float32 tells two numbers of one step apart that differ by this share
+CLEAR = 1e-5  # relative difference that float32 can resolve in one step
 GRID = (4, 5)
 
 Author = Callable[[Image, InnerStep], authors.Reduced]
@@ -34,18 +34,18 @@ def description() -> ModelSpec:
 
 
 def made(method: str, description: ModelSpec, block: int = 0, **fields: Any) -> InnerStep:
-    """The step that the method puts at a block."""
+    """The step that the method creates at a block."""
     step = REDUCERS[method].new(block, fields, description)
     assert isinstance(step, InnerStep)
     return step
 
 
 def compare(step: InnerStep, author: Author, *, prefix: int = 1, sized: bool = True, images: int = 40) -> None:
-    """Every image whose decisions float32 can tell apart; few may not be."""
+    """Compare all images whose decisions float32 can resolve; only few may be skipped."""
     count: Counter[str] = Counter()
     for seed in range(images):
         image = rough_image(prefix, GRID, np.random.default_rng(seed), sized=sized)
-        # Scores that tie may go either way with the authors: here each is another.
+        # The authors may break ties either way: make all scores different.
         image.attention[:, 0] += np.random.default_rng(seed + 1000).uniform(0, 0.01, len(image.x))
         stream = as_stream([image], sized=sized)
         out = reduce_tokens(stream, step.choose(stream, as_statistics([image])), carry_size=True)
@@ -63,7 +63,7 @@ def compare(step: InnerStep, author: Author, *, prefix: int = 1, sized: bool = T
 
 
 def ascending(image: Image, result: authors.Reduced, count: int) -> authors.Reduced:
-    """The first `count` patch tokens in the sequence's order, as ours stand where the order decides nothing later."""
+    """The first `count` patch tokens in sequence order, as in our output if the order does not matter later."""
     x, size, positions = result
     place = {int(position): at for at, position in enumerate(image.positions)}
     order = sorted(range(count), key=lambda row: place[int(positions[row])]) + list(range(count, len(positions)))
@@ -74,7 +74,7 @@ def ascending(image: Image, result: authors.Reduced, count: int) -> authors.Redu
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("last", [False, True])
 def test_pitome(description: ModelSpec, last: bool, sized: bool) -> None:
-    """The first block and the last one: two algorithms."""
+    """The first and the last block use different algorithms."""
     block, depth = (description.depth - 1 if last else 0), description.depth
     margin, half = authors.pitome_margin(block, depth), authors.pitome_half(block, depth)
     step = made("pitome", description, block, r=6)
@@ -151,7 +151,7 @@ def test_gtp_attention(theta: float) -> None:
 
 @pytest.mark.parametrize("sized", [True, False])
 def test_ppt(description: ModelSpec, sized: bool) -> None:
-    """Both policies: tau is below every variance, then above."""
+    """Both policies: tau below every variance, then above."""
     prunes, pools = (made("ppt", description, r=8, tau=tau) for tau in (0.0, 1e9))
     compare(prunes, lambda image, _: authors.ppt_prune(image, 20 - 8), sized=sized)
     compare(pools, lambda image, _: authors.ppt_pool(image, 8), sized=sized)
@@ -176,7 +176,7 @@ def test_ppt_chooses_as_they_do(description: ModelSpec) -> None:
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 def test_tome(prefix: int) -> None:
-    """Without a prefix token their code leaves the rest of A by falling similarity: other tokens pair up next."""
+    """Without a prefix token their code sorts the rest of A by similarity, which affects later pairings."""
     kind = "class-token" if prefix else "average-pool"
     step = made("tome", model_of(kind)[1], r=7)
     compare(step, lambda image, _: authors.tome(image, 7), prefix=prefix)

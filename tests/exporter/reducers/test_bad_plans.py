@@ -1,4 +1,4 @@
-"""Plans that cannot be: one line each, which names the reducer, the block and the limit."""
+"""Invalid plans: one-line errors that name the reducer, the block and the limit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOME = step(1, "tome", r=6)  # leaves 10 patch tokens
 ONE_STAYS = "at least 1 patch token stays"
 
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
-    # more than there is, or nothing left
+    # more tokens than there are, or none left
     "tome-beyond-half": ([step(2, "tome", r=9)],
         rf"^r of the tome step at block 2 is 9; expected 1 to 8: at most half of the patch tokens can merge {ALL}"),
     "tome-beyond-half-of-what-is-left": ([TOME, step(3, "tome", r=6)],
@@ -123,7 +123,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
         r"^weights of the bat step at block 2 is 'none'; expected attention or size$"),
     "unknown-reducer": ([step(2, "atc", r=2)], r"^the step at block 2 has the reducer 'atc'; expected one of static"),
     "unhashable-reducer": ([step(2, ["tome"], r=2)], r"^the step at block 2 has the reducer \['tome'\]; expected"),
-    # steps that conflict
+    # conflicting steps
     "two-at-one-block": ([step(2, "tome", r=2), step(2, "evit", tokens_out=8, fuse=True)],
         r"^block 2 has two steps in the same place; expected one; join them$"),
     "static-after-a-choice": ([TOME, step(2, "static", keep=[0, 1])],
@@ -157,7 +157,7 @@ def test_every_reducer_is_in_the_table() -> None:
     ),
 )
 def test_class_token_missing(kind: str, variant: str) -> None:
-    """The plan itself is sound: the model is refused by name, where the plan meets it."""
+    """The plan is valid by itself; it is rejected for this model."""
     vit, description = model_of(kind)
     plan = make_plan(description, {2: variant}, middle)
     reducer = VARIANTS[variant][0]

@@ -1,6 +1,6 @@
-"""Every reducer through every engine: the same logits as torch at any batch, from a graph that engines run well.
+"""Every reducer on every engine: the same logits as torch at any batch size, from efficient graphs.
 
-Lowering and compiling take seconds a block, so each model here has another reducer in every block.
+Lowering and compiling take seconds per block, so each model has a different reducer in every block.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from vp_exporter.reducers.stream import AttentionStatistics, Stream, reduce_toke
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 TOLERANCE = 1e-4
-CLEAR = 1e-4  # an image without a nearer tie must agree
+CLEAR = 1e-4  # images without a closer tie must agree
 BATCHES = (1, 3, 8)
 
 Steps = list[tuple[str, dict[str, Any]]]
@@ -75,10 +75,10 @@ OTHER_FIELDS: Steps = [
     ("diffrate", {"prune_to": 35, "merge_to": 33, "weights": "similarity"}),
     ("pitome", {"r": 4, "margin": 0.3, "matching": "protect"}),
     ("ppt", {"r": 3, "tau": 0.0, "order": "position"}),
-    ("tome", {"r": 2}),  # has no other fields: so that this model too has every reducer
+    ("tome", {"r": 2}),  # has no other fields, but every reducer should be in this model too
     ("gtp", {"r": 3, "alpha": 0.3, "score": "graph", "graph_from": "patches", "graph": "spatial", "theta": 0.7}),
 ]
-# What takes longest to build, by default; of every reducer, it is exhaustive.
+# The slowest to build, by default; all reducers are exhaustive.
 FEW: Steps = [step for step in EVERY_REDUCER if step[0] in ("tome", "ppt", "evit", "bat")]
 NO_CLASS_TOKEN: Steps = [
     ("tome", {"r": 9, "order": "similarity"}),
@@ -116,7 +116,7 @@ def images_of(batch: int) -> Tensor:
 
 
 def between_variances(steps: Steps) -> Model:
-    """With ppt's tau in the widest gap between the variances of the images' scores."""
+    """Set ppt's tau to the widest gap between the variances of the images' scores."""
     spread = score_variances(make(steps).reduced, 1, images_of(8))
     return make([(name, {**fields, "tau": widest_gap(spread)} if name == "ppt" else fields) for name, fields in steps])
 
@@ -141,7 +141,7 @@ def without_class_token() -> Model:
     return make(NO_CLASS_TOKEN, class_token=False, global_pool="avg")
 
 
-# Lowering takes half a minute. OpenVINO has every reducer in OTHER_FIELDS.
+# Lowering takes half a minute. For OpenVINO, every reducer is in OTHER_FIELDS.
 HALF_OF_EVERY = pytest.param("half_of_every", marks=pytest.mark.exhaustive)
 PLAIN = pytest.param("plain", marks=pytest.mark.exhaustive)
 
@@ -152,13 +152,13 @@ def lower(model: Model, engine: str, folder: Path, precision: Precision = "fp32"
 
 @pytest.fixture(scope="module")
 def packed(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
-    """As ONNX Runtime gets it."""
+    """Lowered for ONNX Runtime."""
     return lower(every, "ort", tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="module")
 def plain(every: Model, tmp_path_factory: pytest.TempPathFactory) -> BuildSource:
-    """As OpenVINO and TensorRT get it."""
+    """Lowered for OpenVINO and TensorRT."""
     return lower(every, "openvino", tmp_path_factory.mktemp("plain"))
 
 
@@ -178,7 +178,7 @@ def other_fields(others: Model, tmp_path_factory: pytest.TempPathFactory) -> Bui
 
 
 def agrees(model: Model, engine: str, source: BuildSource, out: Path) -> None:
-    """Build once, run batches of several sizes. An image may differ only where the oracle finds a near-tie."""
+    """Build once and run several batch sizes. An image may only differ if the oracle finds a near-tie."""
     backend = get_backend(engine)
     if not backend.available("build").ok:
         pytest.skip(backend.available("build").reason)
@@ -197,7 +197,7 @@ def agrees(model: Model, engine: str, source: BuildSource, out: Path) -> None:
 
 
 def near_ties(model: Model, images: Tensor, found: Any, wanted: Any, tolerance: float) -> int:
-    """How many images have other logits; each must be one whose decisions are near-ties, or this fails."""
+    """Number of images with different logits; fails unless their decisions are near-ties."""
     errors = torch.as_tensor(np.abs(np.asarray(found) - np.asarray(wanted)).max(axis=1))
     for image in images[errors > tolerance]:
         margins: list[float] = []
@@ -245,7 +245,7 @@ def test_aoti(of: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["half", "other_fields", PLAIN, HALF_OF_EVERY])
 def test_tensorrt_builds(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """For a GPU that is not here; every attention is found (and so fused, in fp16)."""
+    """Built for a GPU that is not present; every attention is recognised (and so fused, in fp16)."""
     backend = get_backend("trt-rtx")
     if not backend.available("build").ok:
         pytest.skip("TensorRT-RTX is not installed")
@@ -256,7 +256,7 @@ def test_tensorrt_builds(source: str, request: pytest.FixtureRequest, tmp_path: 
 
 
 FORBIDDEN = {
-    *("ScatterElements", "ScatterND", "Scatter"),  # in what order several sources meet is not defined
+    *("ScatterElements", "ScatterND", "Scatter"),  # the order of several sources is undefined
     *("NonZero", "If", "Loop", "Scan", "Shape", "Size", "Range", "ConstantOfShape", "Unique", "Compress"),
 }
 
@@ -264,7 +264,7 @@ FORBIDDEN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["packed", "half", "other_fields", PLAIN, HALF_OF_EVERY])
 def test_graph(source: str, request: pytest.FixtureRequest) -> None:
-    """Nothing of data-dependent shape, one attention a block, small TopKs, and names that say what a node is for."""
+    """No data-dependent shapes, one attention per block, small TopKs, and names that tell what a node is for."""
     lowered: BuildSource = request.getfixturevalue(source)
     model = onnx.shape_inference.infer_shapes(onnx.load(str(lowered.onnx)), data_prop=True)
     assert not model.functions
@@ -297,13 +297,13 @@ def test_graph(source: str, request: pytest.FixtureRequest) -> None:
         if node.op_type == "TopK":
             k, axis = int(constants[node.input[1]].item()), shapes[node.input[0]][-1]
             assert 1 <= k <= axis <= 3840  # TensorRT's limit
-            assert axis <= 64 or thins  # no axis is longer than the patch tokens are many
+            assert axis <= 64 or thins  # no axis is longer than the number of patch tokens
     for block in range(len(steps)):
         assert {f"blocks.{block}.statistics", f"blocks.{block}.reduce"} <= parts
 
 
 class Choices(nn.Module):
-    """Steps on given statistics, without a model around them: which positions stay, and the sizes."""
+    """Steps on given statistics, without a model: positions that stay, and sizes."""
 
     def __init__(self, steps: list[InnerStep], prefix: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ class Choices(nn.Module):
         self.register_buffer("places", ops.grid_codes(list(range(grid[0] * grid[1])), grid[1]))
 
     def forward(self, packed: Tensor) -> Tensor:
-        """[B, N, 10]: tokens, keys, class attention, value norm -> float32 [B, ...], all answers in a row."""
+        """[B, N, 10]: tokens, keys, class attention, value norm -> float32 [B, ...], all results concatenated."""
         x, keys, scores, norm = packed.split([4, 4, 1, 1], dim=2)
         statistics = AttentionStatistics(scores[:, :, 0], keys, norm[:, :, 0], scores[:, :, 0])
         stream = Stream(x, self.prefix, positions=self.places, columns=self.columns)
@@ -327,7 +327,7 @@ class Choices(nn.Module):
 
 @pytest.fixture(scope="module")
 def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildSource, np.ndarray, np.ndarray]:
-    """Steps over tokens full of ties that no rounding disturbs: their graph, its input and torch's answers."""
+    """Steps on tokens with many exact ties: their graph, its input and torch's results."""
     prefix, grid = 1, (3, 4)
     fields: Steps = [
         ("tome", {"r": 4}),
@@ -350,7 +350,7 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildSource, np.n
     assert statistics.keys is not None
     assert statistics.class_attention is not None
     assert statistics.value_norm is not None
-    norm = (statistics.value_norm / 2**0.5).round(decimals=3)  # powers of 2 again, so that products do not round
+    norm = (statistics.value_norm / 2**0.5).round(decimals=3)  # powers of 2 again, so that products are exact
     packed = torch.cat(
         [as_stream(images, sized=False).x, statistics.keys, statistics.class_attention[:, :, None], norm[:, :, None]],
         dim=2,
@@ -373,7 +373,7 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildSource, np.n
 def test_ties_go_to_the_lowest_index(
     choices: tuple[BuildSource, np.ndarray, np.ndarray], engine: str, tmp_path: Path
 ) -> None:
-    """The oracles hold torch to the rule on tokens like these; here an engine is held to torch, no image excepted."""
+    """Compare an engine with torch, for every image; test_parity.py compares torch with the oracles on such tokens."""
     source, packed, answers = choices
     np.testing.assert_allclose(answers_of(engine, source, packed, tmp_path), answers, atol=1e-6)
 
@@ -397,7 +397,7 @@ def answers_of(engine: str, source: BuildSource, packed: np.ndarray, out: Path) 
     ),
 )
 def test_low_precision_errs_at_most_twice_as_much_as_the_dense_model(variant: str, precision: str) -> None:
-    """Against fp32; the median of 48 images, because rounding makes some choose other tokens, and those differ more."""
+    """Against fp32; median of 48 images, since rounding makes some choose other tokens, which changes more."""
     vit, description = model_of("class-token")
     images = images_for(description, 48)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
@@ -422,7 +422,7 @@ def test_compiles_in_one_graph() -> None:
 
 @pytest.mark.slow
 def test_tensorrt_names_a_sort_that_is_too_long(tmp_path: Path) -> None:
-    """TensorRT's TopK takes 3840 values; an image of 1024 pixels has 4096 patches."""
+    """TensorRT's TopK takes at most 3840 values; an image of 1024 pixels has 4096 patches."""
     rtx = get_backend("trt-rtx")
     if not rtx.available("build").ok:
         pytest.skip("TensorRT-RTX is not installed")

@@ -1,4 +1,4 @@
-"""What holds of every reducer whatever the tokens: sizes, hulls, prefix tokens, batches, ties, counts."""
+"""Properties of every reducer on any tokens: sizes, hulls, prefix tokens, batches, ties, counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**32 - 1)
-# Every row that leaves is a mean, or a token as it was.
+# Every output row is a mean, or an unchanged token.
 MEANS = (
     *PURE_MERGES,
     "diffrate",
@@ -83,7 +83,7 @@ def reduced(step: InnerStep, stream: Stream, statistics: AttentionStatistics) ->
 @QUIET
 @given(seed=seeds, sized=st.booleans())
 def test_sizes_add_up(variant: str, seed: int, sized: bool) -> None:
-    """What leaves stands for every patch that came (gtp: at alpha 1, where everybody has a neighbour)."""
+    """Output sizes sum to the number of input patches (gtp: at alpha 1, if every token has a neighbour)."""
     more = {"alpha": 1.0} if variant.startswith("gtp") else {}
     step, stream, statistics = drawn(variant, seed, sized=sized, **more)
     before = torch.full((4,), float(stream.x.shape[1])) if stream.size is None else stream.size.sum(1)
@@ -96,7 +96,7 @@ def test_sizes_add_up(variant: str, seed: int, sized: bool) -> None:
 @QUIET
 @given(seed=seeds, sized=st.booleans())
 def test_what_leaves_lies_in_the_hull_of_what_came(variant: str, seed: int, sized: bool) -> None:
-    """With the identity in place of the tokens, what leaves is the weights themselves."""
+    """With the identity as tokens, the output is the weights themselves."""
     step, stream, statistics = drawn(variant, seed, sized=sized)
     tokens = stream.x.shape[1]
     identity = replace(stream, x=torch.eye(tokens).expand(4, -1, -1))
@@ -130,8 +130,10 @@ def at(statistics: AttentionStatistics, index: torch.Tensor) -> AttentionStatist
 @QUIET
 @given(seed=seeds)
 def test_images_do_not_see_each_other(variant: str, seed: int) -> None:
-    """A permuted batch gives permuted results, and an image alone makes the same choice, unless that is a near-tie:
-    vector code may add up in another order, or round another way at the end of a tensor."""
+    """A permuted batch gives permuted results, and an image alone makes the same choice, except for near-ties.
+
+    Vectorised code may add in another order, or round differently at the end of a tensor.
+    """
     step, images = drawn_images(variant, seed)
     for image in images:
         ORACLES[step.reducer](image, **step.fields())
@@ -155,7 +157,7 @@ def test_images_do_not_see_each_other(variant: str, seed: int) -> None:
         torch.testing.assert_close(mine.size[mine_sure], out.size[sure])
 
 
-# Of 8 equal patch tokens behind a class token: fields, positions that leave, their sizes.
+# For 8 equal patch tokens after a class token: fields, output positions, sizes.
 EQUAL = {
     "tome": ({"r": 3}, [7, 0, 2, 4, 6], [1, 4, 1, 1, 1]),
     "ppt": ({"r": 3, "tau": 1.0}, [7, 0, 2, 4, 6], [1, 4, 1, 1, 1]),
@@ -213,7 +215,8 @@ def test_again_is_the_same_and_the_batch_does_not_matter(variant: str) -> None:
     for image in images_for(description, 8):
         margins: list[float] = []
         run(vit, description, plan, image, margins)
-        if min(margins, default=np.inf) >= CLEAR_IN_MODEL:  # or another batch may choose otherwise, and be as right
+        # else another batch may choose differently, and be equally right
+        if min(margins, default=np.inf) >= CLEAR_IN_MODEL:
             clear.append(image)
     assert len(clear) >= 5
     images = torch.stack(clear[:5])
@@ -249,7 +252,7 @@ def test_sizes_of_a_whole_model_add_up(proportional: bool) -> None:
 
 @pytest.mark.parametrize("kind", [*WITHOUT_CLASS_TOKEN, "class-token", "average-pool-fc-norm-class-token", "eva"])
 def test_merging_equal_tokens_changes_nothing_under_proportional_attention(kind: str) -> None:
-    """Two equal tokens and one of size 2 are the same to every later softmax and to every average."""
+    """Two equal tokens and one of size 2 are equivalent in every later softmax and average."""
     vit, description = model_of(kind)
     vit = copy.deepcopy(vit)
     images, side = images_for(description), description.patch_size[0]
@@ -265,7 +268,7 @@ def test_merging_equal_tokens_changes_nothing_under_proportional_attention(kind:
             ReducedViT(vit, description, p)(images) for p in (None, plan, replace(plan, proportional_attention=False))
         )
     torch.testing.assert_close(merged[0], dense, atol=2e-5, rtol=2e-5)
-    assert (merged[1] - dense).abs().max() > 1e-4  # without the sizes in the logits it is another function
+    assert (merged[1] - dense).abs().max() > 1e-4  # without sizes in the logits it is another function
 
 
 # multiply-accumulates
@@ -282,7 +285,7 @@ def deit() -> ReducedViT:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reducer_adds_little_to_the_counted_macs(deit: ReducedViT, variant: str) -> None:
-    """torch's counter sees what count_macs says, and beside it only the products of the reducers themselves."""
+    """torch's counter agrees with count_macs, plus only the products of the reducers themselves."""
     description = deit.description
     plan = make_plan(description, {3: variant, 6: variant, 9: variant}, lambda low, high: max(low, min(high, 60)))
     assert len(plan.steps) == 3

@@ -1,4 +1,4 @@
-"""The model oracle against timm: the dense model, static masks, and merges of equal tokens (which change nothing)."""
+"""The model oracle against timm: dense, under static masks, and with merges of equal tokens (which change nothing)."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_static_masks(kind: str) -> None:
     assert_agree(
         run(vit, description, plan_from_mask(mask, model), images[0], margins), masked_dense(vit, mask, images)
     )
-    assert margins == []  # a static plan decides nothing
+    assert margins == []  # a static plan makes no decisions
 
 
 @pytest.mark.parametrize("kind", ["class-token", "average-pool", "average-pool-fc-norm-class-token", "map-pool", "eva"])
 def test_merging_equal_tokens_under_proportional_attention_changes_nothing(kind: str) -> None:
-    """Two equal tokens and one of size 2 are the same to every later softmax and average: an exact property of ToMe.
+    """Two equal tokens and one of size 2 are equivalent in every later softmax and average: an exact property of ToMe.
 
-    Patches 2i and 2i + 1 are equal, and positions too, so that tokens are; they differ in nothing but their parity.
+    Patches 2i and 2i + 1 are equal, and so are their positions, which makes the tokens equal except for their parity.
     """
     vit, description = tiny_vit(kind)
     vit = copy.deepcopy(vit)
@@ -62,7 +62,7 @@ def test_merging_equal_tokens_under_proportional_attention_changes_nothing(kind:
         cells = image.reshape(3, description.grid[0], side, description.grid[1], side)
         cells[:, :, :, 1::2] = cells[:, :, :, 0::2]
         vit.pos_embed.zero_()
-    # Not every pair: with no prefix token, sizes that are all 2 would cancel in the softmax.
+    # Not every pair: without prefix tokens, sizes that are all 2 would cancel in the softmax.
     merged, dense = description.patches // 4, ReductionPlan(PlanModel.of(description))
     plan = ReductionPlan(
         PlanModel.of(description),
@@ -75,6 +75,6 @@ def test_merging_equal_tokens_under_proportional_attention_changes_nothing(kind:
     assert [len(row) for row in tokens] == [len(expected[0]), *[len(expected[0]) - merged] * 3]
     torch.testing.assert_close(mine, logits, atol=1e-9, rtol=1e-9)
     assert margins
-    # Without the log sizes the same merge is no longer exact: the check above can fail.
+    # Without log sizes the same merge is not exact: the check above is able to fail.
     plain = ReductionPlan(plan.model, plan.steps)
     assert (run(vit, description, plain, image)[1] - logits).abs().max() > 1e-6

@@ -1,4 +1,4 @@
-"""Every reducer against docs/reducers.md as oracles.py beside this file reads it: alone, and in a whole model."""
+"""Every reducer against its oracle in oracles.py, alone and in a whole model."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from vp_exporter.reducers.stream import reduce_tokens
 from vp_exporter.rewrite.attention import AttentionForm
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
-CLEAR = 1e-5  # float32 tells two numbers of one step apart that differ by this share
-CLEAR_IN_MODEL = 5e-5  # and behind several blocks
+CLEAR = 1e-5  # relative difference that float32 can resolve in one step
+CLEAR_IN_MODEL = 5e-5  # likewise, after several blocks
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def check_step(step: InnerStep, images: list[Image], *, sized: bool, shared: bool, clear: float = 0.0) -> int:
-    """Tokens, their order, sizes and positions of every image; returns the number of near-ties that were left out."""
+    """Compare tokens, order, sizes and positions of every image; returns the number of near-ties skipped."""
     fields = step.fields()
     stream = as_stream(images, sized=sized, shared_places=shared)
     out = reduce_tokens(stream, step.choose(stream, as_statistics(images)), carry_size=True)
@@ -70,7 +70,7 @@ def check_step(step: InnerStep, images: list[Image], *, sized: bool, shared: boo
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ties_and_order_exactly(variant: str) -> None:
-    """Equal scores, equal and parallel and zero keys: no rounding, so no image is left out."""
+    """Equal scores, and equal, parallel and zero keys: no rounding, so no image is skipped."""
 
     @settings(QUIET, max_examples=60)
     @given(data=st.data())
@@ -92,7 +92,7 @@ def test_ties_and_order_exactly(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["ppt-prune", "ppt-mixed", "ppt-pool"])
 def test_values_without_any_length(variant: str) -> None:
-    """Scores of 0 have no shares, and so no variance that lies below a tau."""
+    """Scores of 0 have no shares, and so no variance below tau."""
     images = [exact_image(1, (2, 4), lambda count, high: [high] * count, sized=False) for _ in range(2)]
     assert not images[0].values.any()
     step = make_step(variant, Tokens(1, 8, None), middle, exact=True)
@@ -123,7 +123,7 @@ def test_noise(variant: str) -> None:
 
 
 def check_model(kind: str, plan: ReductionPlan, images: torch.Tensor, forms: tuple[AttentionForm, ...] = ()) -> int:
-    """Tokens of every block and logits, as built and as lowered in `forms`; returns the number of near-ties."""
+    """Compare tokens of every block and logits, as built and as lowered in `forms`; returns the number of near-ties."""
     vit, description = model_of(kind)
     reduced = ReducedViT(vit, description, plan)
     kept, truth = [], []
@@ -154,9 +154,9 @@ def check_model(kind: str, plan: ReductionPlan, images: torch.Tensor, forms: tup
     ),
 )
 def test_whole_model(kind: str, variant: str) -> None:
-    """At blocks 1 and 2, without and with proportional attention; every form in which attention is lowered.
+    """At blocks 1 and 2, without and with proportional attention, in every form of attention.
 
-    By default every kind with every reducer, and every variant once.
+    By default every kind of model with every reducer, and every variant once.
     """
     _, description = model_of(kind)
     for proportional in (False, True):
@@ -168,7 +168,7 @@ def test_whole_model(kind: str, variant: str) -> None:
 
 @pytest.mark.parametrize("kind", ["class-token", "distilled"])
 def test_ppt_decides_for_each_image(kind: str) -> None:
-    """Some images of the batch merge and the others drop: tau lies in the widest gap between their variances."""
+    """Some images of the batch merge and the others prune: tau is in the widest gap between their variances."""
     vit, description = model_of(kind)
     images = images_for(description, 6)
     dropping = ReducedViT(vit, description, make_plan(description, {1: "ppt-prune"}, middle))
@@ -191,7 +191,7 @@ def test_ppt_decides_for_each_image(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class-token", "registers-swiglu", "average-pool-fc-norm-class-token", "distilled"])
 def test_any_plan(kind: str) -> None:
-    """A reducer of any kind at any block, after static steps and under key biases: what each hands to the next."""
+    """Any reducer at any block, after static steps and under key biases."""
     _, description = model_of(kind)
     count: Counter[str] = Counter()
 
@@ -220,7 +220,7 @@ def test_any_plan(kind: str) -> None:
 
 
 def with_static_front(plan: ReductionPlan, rng: np.random.Generator) -> ReductionPlan:
-    """The plan with one patch in five dropped at its first block already, and key biases everywhere."""
+    """The plan with one in five patches dropped at its first block, and key biases everywhere."""
     model, first = plan.model, plan.steps[0].block
     keep = sorted(rng.permutation(model.patches)[: model.patches - model.patches // 5].tolist())
     steps = [step_from_dict({"block": first, "reducer": "static", "keep": keep})]
@@ -228,7 +228,7 @@ def with_static_front(plan: ReductionPlan, rng: np.random.Generator) -> Reductio
     for step in plan.steps:
         try:
             tokens = step.apply(tokens)
-        except PlanError:  # asks for more than the static step has left
+        except PlanError:  # needs more tokens than the static step leaves
             continue
         steps.append(step)
     plan = replace(plan, steps=tuple(steps))

@@ -1,6 +1,6 @@
-"""The model over the vp operators against the portable model, which the oracles hold (test_reduced, reducers/).
+"""The model on the vp operators against the portable model, which is compared with the oracles elsewhere (reducers/).
 
-On the CPU the operators run their torch forms: what is tested here is the wiring. Kernels: tests/kernels.
+On the CPU the operators run their torch implementations, so this tests the wiring. Kernels are tested in tests/kernels.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from vp_exporter.reducers import REDUCERS, step_from_dict
 from vp_exporter.rewrite import fused_block
 from vp_exporter.rewrite.reduced_vit import ReducedViT
 
-HEADS = 2  # of 32 channels: the narrowest that the operators take
+HEADS = 2  # of 32 channels, the minimum for the operators
 MIXED = [("evit", {"tokens_out": 55, "fuse": True}), ("tome", {"r": 5}), ("evit", {"tokens_out": 30, "fuse": True})]
 TRACKED = [("tome", {"r": 9}), ("gtp", {"r": 4, "alpha": 0.3, "graph": "spatial"}), ("topk", {"tokens_out": 30})]
 
 
 def both(steps: Any, **arguments: Any) -> tuple[ReducedViT, ReducedViT]:
-    """The portable model and the one over the operators."""
+    """The portable model and the one on the operators."""
     model = make(steps, num_heads=HEADS, **arguments)
     return model.reduced, ReducedViT(model.vit, model.description, model.plan, "vp")
 
 
 def count(model: nn.Module, images: torch.Tensor) -> dict[str, int]:
-    """How often each vp operator stands in the exported program."""
+    """Number of calls of each vp operator in the exported program."""
     program = torch.export.export(model, (images,), strict=False)
     names = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("vp.")]
     return {name: names.count(name) for name in sorted(set(names))}
@@ -98,8 +98,8 @@ def test_for_export_changes_the_form() -> None:
 
 
 def test_operators_stand_in_the_program() -> None:
-    """A reducer that has an operator of its own uses it; merges of the others are one operator too."""
-    steps = [(name, fields) for name, fields in EVERY if name != "gtp"]  # before it, places must be followed
+    """Reducers with an operator of their own use it; merges of the others are one operator too."""
+    steps = [(name, fields) for name, fields in EVERY if name != "gtp"]  # it makes earlier steps track positions
     _, fused = both(steps)
     found = count(fused, images_of(2))
     attentions = len(steps)

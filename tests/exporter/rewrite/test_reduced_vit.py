@@ -1,6 +1,6 @@
-"""ReducedViT against the design's oracle: the dense model in which removed tokens are masked out of attention.
+"""ReducedViT against an oracle: the dense model with removed tokens masked out of attention.
 
-The oracle is timm's own forward, block by block, with an additive attention mask; it shares no line with ReducedViT.
+The oracle is timm's own forward, block by block, with an additive attention mask; it shares no code with ReducedViT.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from vp_exporter.rewrite.reduced_vit import ReducedViT
 
 
 def masked_dense(vit: torch.nn.Module, mask: np.ndarray, images: torch.Tensor) -> tuple[list, torch.Tensor]:
-    """Run timm's model whole, hiding dropped tokens: key bias -inf where the mask is 0, log(mask) elsewhere.
+    """Run timm's whole model with dropped tokens masked: key bias -inf where the mask is 0, log(mask) elsewhere.
 
-    Returns the surviving tokens after every block, and the output with pooling over the survivors.
+    Returns the remaining tokens after every block, and the output with pooling over them.
     """
     prefix = vit.num_prefix_tokens
     with torch.no_grad():
         x = vit.patch_embed(images)
         x = vit._pos_embed(x)
-        x = x[0] if isinstance(x, tuple) else x  # Eva returns its rotary embedding too
+        x = x[0] if isinstance(x, tuple) else x  # Eva also returns its rotary embedding
         x = vit.norm_pre(x)
         layers = []
         for block, row in zip(vit.blocks, mask, strict=True):
@@ -71,7 +71,7 @@ def test_oracle(kind: str, where: str, values: str) -> None:
         for block, (mine, theirs) in enumerate(zip(reduced.block_tokens(images), layers, strict=True)):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, b=block: f"block {b}: {m}")
         torch.testing.assert_close(reduced(images), output, atol=1e-5, rtol=1e-5)
-        # What is lowered is the folded copy: it must be the same function.
+        # The folded copy, which is lowered, must be the same function.
         torch.testing.assert_close(reduced.for_export()(images), output, atol=2e-5, rtol=2e-5)
         for form in ("explicit", "packed"):
             torch.testing.assert_close(reduced.for_export("fp32", form)(images), output, atol=2e-5, rtol=2e-5)
@@ -85,7 +85,7 @@ def test_oracle_on_any_mask(data: st.DataObject) -> None:
     vit, description = tiny_vit()
     model = PlanModel.of(description)
     leaves = data.draw(st.lists(st.integers(0, DEPTH), min_size=model.patches, max_size=model.patches))
-    leaves[data.draw(st.integers(0, model.patches - 1))] = DEPTH  # somebody stays
+    leaves[data.draw(st.integers(0, model.patches - 1))] = DEPTH  # at least one patch stays
     mask = (np.arange(DEPTH)[:, None] < np.asarray(leaves)[None, :]).astype(float)
     images = images_for(description, batch=1)
     _, output = masked_dense(vit, mask, images)
@@ -114,7 +114,7 @@ def test_for_export_leaves_the_model_alone() -> None:
 
 
 def test_dropped_patches_do_not_matter() -> None:
-    """What leaves before block 0 is never read: NaN in its pixels must not reach the output."""
+    """Patches dropped before block 0 are never read: NaN in their pixels must not reach the output."""
     vit, description = tiny_vit()
     model = PlanModel.of(description)
     mask = np.ones((model.depth, model.patches))
@@ -151,7 +151,7 @@ def test_compiles_in_one_graph() -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_low_precision_error_is_at_most_twice_torch(precision: str) -> None:
-    """Against fp32, the reduced model errs at most twice as much as timm's own model cast to the same dtype."""
+    """The reduced model's error against fp32 is at most twice that of timm's own model cast to the same dtype."""
     vit, description = tiny_vit()
     images = images_for(description, 8)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -1,4 +1,4 @@
-"""A tiny model with calibration images for the tests of the search."""
+"""A tiny model with calibration images, for tests of the search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vp_exporter.utils.distributed import Workers
 
 
 def images(description: ModelSpec, count: int, seed: int = 0) -> torch.Tensor:
-    """Smooth random images: neighbouring patches resemble each other, as in photographs."""
+    """Smooth random images: neighbouring patches are similar, as in photographs."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, description.image_size, mode="bilinear")

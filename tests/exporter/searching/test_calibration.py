@@ -1,4 +1,4 @@
-"""Folders of images as calibration batches: what is mixed, skipped, refused."""
+"""Image folders as calibration batches: shuffling, skipped files, errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_batches_mix_the_classes_and_carry_their_own_labels(folder: Path) -> Non
     assert (calibration.search, calibration.held) == ((0, 1, 2), (3,))
     assert sorted(labels(calibration)) == sorted(list(range(CLASSES)) * EACH)
     assert len(set(labels(calibration)[:8])) > 3, "a sorted folder would give two classes a batch"
-    # Each image is the file that its label says: undo the shuffle by looking the pixels up.
+    # Labels name the files: undo the shuffle by comparing pixels.
     spec = preprocessing_of(vit, tiny_vit()[1])
     known = {
         preprocess([path], spec)[0].tobytes(): int(path.parent.name.removeprefix("class-"))
@@ -116,7 +116,8 @@ def test_a_process_decodes_its_own_batches_only(folder: Path, monkeypatch: pytes
         read.append(path)
         return preprocess([path], spec)[0]
 
-    def gather(self: Workers, function: object, items: range) -> list[torch.Tensor]:  # what the other would send
+    # what the other process would send
+    def gather(self: Workers, function: object, items: range) -> list[torch.Tensor]:
         mine = {item: function(item) for item in items if self.owns(item)}  # type: ignore[operator]
         if len(next(iter(mine.values())).shape) == 2:
             return [mine.get(item, whole.dense(item)) for item in items]

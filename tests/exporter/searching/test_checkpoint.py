@@ -1,4 +1,4 @@
-"""Checkpoints: what a killed search leaves is whole, exact and its own."""
+"""Checkpoints of killed searches are complete, exact and not mixed up with others."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_floats_are_exact(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         first = Checkpoint(Path(folder), IDENTITY)
         first.memo["plan/0"] = rows
-        assert repr(first.memo["plan/0"]) == repr(rows)  # repr tells -0.0 from 0.0
+        assert repr(first.memo["plan/0"]) == repr(rows)  # repr distinguishes -0.0 from 0.0
         first.flush(force=True)
         assert first.value("rows", lambda: rows) == rows
         second = Checkpoint(Path(folder), IDENTITY)
@@ -213,7 +213,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, cut: int) -> None:
     first.array("a", lambda: np.arange(12.0))
     first.value("b", lambda: {"numbers": list(range(20))})
     path = tmp_path / name
-    whole = path.read_bytes().rstrip(b"\n")  # without its last newline JSON is still whole
+    whole = path.read_bytes().rstrip(b"\n")  # JSON without its last newline is still complete
     path.write_bytes(whole[: min(cut, len(whole) - 1)])
     with pytest.raises(SearchError, match=rf"{name} in the checkpoint is damaged: .+; expected .+; remove ") as caught:
         _read_all(tmp_path)
@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match=r"cannot use .*file/inner for the checkpoint: Not a directory"):
         Checkpoint(tmp_path / "file" / "inner", IDENTITY)
 
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to other users
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folder is not accessible to other users
         os.chmod(name, 0o555)
         with _as_nobody():
             with pytest.raises(
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @contextmanager
 def _as_nobody() -> Iterator[None]:
-    """Root may write everywhere; for this thread's files, be somebody who may not."""
+    """Drop root's privileges for files in this thread, since root can write anywhere."""
     root = os.geteuid() == 0
     if root:
         ctypes.CDLL(None).setfsuid(65534)
@@ -279,7 +279,7 @@ def test_others_than_the_leader_write_nothing(tmp_path: Path, monkeypatch: pytes
     Checkpoint(tmp_path, IDENTITY)
     before = files(tmp_path)
     follower = Workers(rank=1, world=2)
-    # What the leader makes comes over the network; here the folder says the same.
+    # The leader's result would arrive over the network; here it is in the folder.
     monkeypatch.setattr(Workers, "from_leader", lambda self, make: make())
     other = Checkpoint(tmp_path, IDENTITY, follower)
     other.memo["a"] = [[1.0]]
@@ -311,13 +311,13 @@ def test_kill_9_in_the_middle_leaves_all_that_was_written(tmp_path: Path) -> Non
     for wait in (0.02, 0.11, 0.3):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        assert int(process.stdout.readline().split()[1]) >= known  # the run before left at least what it announced
-        announced = [int(process.stdout.readline())]  # under way: now at any moment
+        assert int(process.stdout.readline().split()[1]) >= known  # the previous run left at least what it announced
+        announced = [int(process.stdout.readline())]  # in progress: may be killed at any moment
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         lines = process.communicate()[0].splitlines()
         assert process.returncode == -signal.SIGKILL
-        announced += [int(line) for line in lines[:-1]]  # the last one may be cut
+        announced += [int(line) for line in lines[:-1]]  # the last one may be cut off
         again = Checkpoint(folder, {"model": "tiny"})
         assert again.elapsed > 0
         assert len(again.memo) >= known

@@ -1,4 +1,4 @@
-"""What a stage may spend, and what is told of it meanwhile."""
+"""Limits of a stage, and its progress messages."""
 
 from __future__ import annotations
 

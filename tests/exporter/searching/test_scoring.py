@@ -1,4 +1,4 @@
-"""Scores against a plain loop over the models, shared prefixes against none."""
+"""Scores against a plain loop over the models, with and without shared prefixes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def naive_kl(dense: torch.Tensor, reduced: torch.Tensor) -> list[float]:
 
 
 def plans_of(model) -> list[ReductionPlan]:
-    """Static, tuned, and by-image plans that share beginnings of different depth."""
+    """Static, tuned, and data-dependent plans with shared prefixes of different length."""
     static = random_plan(model, scales=True)
     tome = [{"block": 1, "reducer": "tome", "r": 3}, {"block": 2, "reducer": "tome", "r": 2}]
     mixed = [{"block": 0, "reducer": "static", "keep": list(range(12))}, *tome]

@@ -1,4 +1,4 @@
-"""What a search refuses before it reads anything."""
+"""Settings that a search rejects before it reads anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two real processes (gloo) do what one does, bit for bit, and hear of each other's failures."""
+"""Two real processes (gloo) give bitwise the same results as one, and raise each other's errors."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_bug_names_its_process() -> None:
         return workers.agree(lambda: 1 / (1 - workers.rank))
 
     first, second = in_threads(2, run)
-    assert isinstance(second, ZeroDivisionError)  # the traceback is there
+    assert isinstance(second, ZeroDivisionError)  # with its traceback
     assert isinstance(first, RuntimeError)
     assert str(first) == "process 1 of 2 failed: ZeroDivisionError: division by zero"
 
@@ -145,7 +145,7 @@ def test_each_process_sees_its_own_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", local)):
         if value is None:
-            # Set first, so that what is set below is taken back.
+            # set first, so that monkeypatch restores it
             monkeypatch.setenv(name, "x")
             monkeypatch.delenv(name)
         else:

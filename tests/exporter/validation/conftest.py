@@ -1,4 +1,4 @@
-"""Images of three colours, and engines that are made up."""
+"""Images of three colours, and fake engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.exporter.validation.samples import FakeEngine
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str, dict[str, Any]]]:
-    """What was loaded, in order; every engine is a fake one."""
+    """Records what was loaded, in order; every engine is a fake."""
     calls: list[tuple[Path, str, dict[str, Any]]] = []
 
     def load(path: Path, *, variant: str, **options: Any) -> FakeEngine:

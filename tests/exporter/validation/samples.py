@@ -1,4 +1,4 @@
-"""Bundles and engines that are made up: enough for what is said of them, nothing that runs."""
+"""Bundles and engines for tests that only look at what is reported; nothing really runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vp_exporter.reducers import StaticStep
 
 CLASSES = 3
 QUICK: dict[str, Any] = {"seconds": 0.01, "batches": (1,)}
-LARGE: dict[str, Any] = {  # fields of a bundle for images of another size
+LARGE: dict[str, Any] = {  # fields of a bundle with another image size
     "inputs": [{"name": "images", "dtype": "float32", "shape": ["batch", 3, 64, 64]}],
     "preprocessing": {"input_size": (3, 64, 64), "resize": 64},
     "model": {"img_size": (64, 64)},
@@ -22,7 +22,7 @@ LARGE: dict[str, Any] = {  # fields of a bundle for images of another size
 
 
 class FakeEngine:
-    """Answers with the brightest channel, so that red, green and blue images are the classes 0, 1 and 2."""
+    """Returns the brightest channel, so that red, green and blue images are classes 0, 1 and 2."""
 
     def __init__(self, wrong: bool = False) -> None:
         self.wrong = wrong
@@ -50,7 +50,7 @@ def make_bundle(
     """A bundle whose engine files are a few bytes; its plan drops one of four patches at block 1.
 
     Args:
-        changes: fields of the manifest; of a mapping those that differ.
+        changes: Fields of the manifest; mappings are merged.
     """
     plan = ReductionPlan(PlanModel("vit_x", (32, 32), (16, 16), 1, 2, 4), (StaticStep(block=1, keep=(0, 1, 3)),))
     folder.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from vp_exporter.validation.intervals import (
 
 
 class Table(Runner):
-    """An engine that knows its answers: pixel [0, 0, 0] of an image is the row of the table that it gives."""
+    """A fake engine: pixel [0, 0, 0] of an image is the row of the table that it returns."""
 
     def __init__(self, table):
         super().__init__(
@@ -38,7 +38,7 @@ class Table(Runner):
 
 
 class Rows:
-    """Image i asks for row i."""
+    """Image i selects row i."""
 
     def __init__(self, count, num_classes, labels=None, skipped=()):
         self.count, self.num_classes, self.labels, self.skipped = count, num_classes, labels, list(skipped)
@@ -60,7 +60,7 @@ class Rows:
 
 
 def numbered(root, count, labels=3, **options):
-    """Files whose content is the row that they ask for; "x" is broken."""
+    """Files whose content is the row that they select; "x" is broken."""
     for row in range(count):
         path = root / f"{row * labels // count}" / f"{row:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def test_unlabelled():
 
 
 def test_equal_logits_are_ranked_by_class_number():
-    # All-equal logits: argmax says class 0, so label 0 is top-1, labels 0-4 are top-5, and the rest are not.
+    # All-equal logits: argmax gives class 0, so label 0 is top-1, labels 0-4 are top-5, and the rest are not.
     flat = Table(np.zeros((8, 8)))
     result = evaluate(flat, flat, Rows(8, 8, range(8)))
     assert (result.dense_top1, result.dense_top5) == (12.5, 62.5)
@@ -258,7 +258,7 @@ def test_wilson_against_the_quadratic():
 
 
 def test_mcnemar_against_every_outcome():
-    """Sum the probabilities of all coin tosses at least as uneven, toss by toss."""
+    """Sum the probabilities of all outcomes of coin tosses that are at least as uneven."""
     for b, c in [(0, 0), (1, 0), (5, 5), (9, 6), (2, 12), (0, 10)]:
         n, uneven = b + c, 0
         for tosses in range(2**n):
@@ -280,12 +280,12 @@ def test_paired_difference_by_hand():
     )
     same = paired_difference(0, 0, 100)
     assert same.value == 0
-    assert same.low < 0 < same.high  # never having differed is not proof of equality
+    assert same.low < 0 < same.high  # no observed difference does not prove equality
 
 
 @pytest.mark.parametrize(("n", "b", "c"), [(50, 0.1, 0.05), (200, 0.03, 0.01), (736, 0.012, 0.008), (1000, 0.15, 0.1)])
 def test_coverage_of_the_paired_interval(n, b, c):
-    """Draw many data sets from known probabilities: the interval holds the truth about 95 times in 100."""
+    """Over many data sets drawn from known probabilities, the interval covers the truth about 95 times in 100."""
     rng = np.random.default_rng(1)
     draws = rng.multinomial(n, [b, c, 1 - b - c], 4000)
     results = [paired_difference(int(x), int(y), n) for x, y, _ in draws]
@@ -300,7 +300,7 @@ def test_bootstraps_cover():
         values = rng.exponential(1, 80)
         mean = bootstrap_mean(values, seed=i, resamples=200)
         means += mean.low <= 1 <= mean.high
-        common = rng.normal(1, 0.2, 80)  # drift that both share
+        common = rng.normal(1, 0.2, 80)  # drift shared by both
         ratio = bootstrap_ratio_of_medians(
             2 * (5 + common + rng.normal(0, 0.1, 80)), 5 + common + rng.normal(0, 0.1, 80), seed=i, resamples=200
         )
@@ -312,7 +312,7 @@ def test_bootstraps_cover():
 
 @pytest.fixture
 def noisy():
-    """Dense and reduced answers of 50 images in 7 classes, four of them with a NaN."""
+    """Dense and reduced outputs of 50 images in 7 classes, four of them with a NaN."""
     rng = np.random.default_rng(0)
     dense = rng.normal(size=(50, 7)).astype(np.float32)
     reduced = (dense + rng.normal(size=dense.shape)).astype(np.float32)

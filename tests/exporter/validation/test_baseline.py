@@ -1,4 +1,4 @@
-"""A bundle against another one: which pairs are refused, before anything runs, and what the rest is called."""
+"""Comparing a bundle with another one: pairs rejected before anything runs, and labels of the figures."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_class_names_on_one_side_do_not_matter(tmp_path: Path, loaded: Loaded) -
 
 
 def test_one_device_by_order(tmp_path: Path, loaded: Loaded) -> None:
-    """What was built for a GPU may be run on the CPU, with the other."""
+    """A bundle built for a GPU can be run on the CPU, together with the other."""
     assert compared(tmp_path, {}, {"engine": {"device": "cuda"}}, device="cpu").latency
 
 

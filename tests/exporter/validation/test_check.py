@@ -1,4 +1,4 @@
-"""A bundle against its dense twin, with engines that are made up: what runs, what is said, what is refused."""
+"""A bundle against its dense baseline, with fake engines: what is run, reported and rejected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_images_give_accuracy_and_samples(tmp_path: Path, images: Path, loaded: 
     assert all(options == {"device": None, "threads": 1} for _, _, options in loaded)
     assert found.accuracy is not None
     assert (found.accuracy.images, found.accuracy.dense_top1, found.accuracy.reduced_top1) == (12, 100, 100)
-    assert found.verdict.status in ("passed", "measured")  # the fakes are equal, but for what the machine does
+    assert found.verdict.status in ("passed", "measured")  # the fakes are equal, except for noise
     assert len(found.samples) == check.SAMPLES
     assert found.samples[0].shape == (32, 32, 3)
     assert found.samples[0][16, 16].tolist() == [200, 0, 0]
@@ -85,7 +85,7 @@ def test_no_baseline_measures_nothing(tmp_path: Path, loaded: list) -> None:
     path = make_bundle(tmp_path / "x", dense=False)
     found = check_bundle(path, CheckRequest(**QUICK))
     assert (found.accuracy, found.latency) == (None, None)
-    assert [(where, variant) for where, variant, _ in loaded] == [(path, "reduced")]  # for its outputs alone
+    assert [(where, variant) for where, variant, _ in loaded] == [(path, "reduced")]  # only for its outputs
     assert [(check.name, check.passed) for check in found.verdict.checks] == [("finite outputs", True)]
     assert found.warnings == ["The bundle holds no dense baseline: neither speed-up nor accuracy is measured."]
 
@@ -191,7 +191,7 @@ def test_an_engine_that_loads_on_one_process_only(tmp_path: Path, monkeypatch: p
 
 
 class Nan(FakeEngine):
-    """Answers with NaN for some images of a batch."""
+    """Returns NaN for some images of a batch."""
 
     def __init__(self, rows: slice) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def test_nan_without_images_fails(dense: bool, rows: slice, tmp_path: Path, monk
 
 
 class Warns(SilentProgress):
-    """Remembers warnings."""
+    """Records warnings."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []

@@ -17,7 +17,7 @@ SHAPE = (3, 4, 4)
 
 
 class Clock:
-    """Stands in for `time` where runs are timed: moves with what runs take, not with what else the machine does."""
+    """Fake `time` for timed runs: advances by the duration of runs, not by other load on the machine."""
 
     now = 0
 
@@ -32,7 +32,7 @@ CLOCK = Clock()
 
 
 class Slow(Runner):
-    """Takes `seconds` (and a microsecond) per run, and remembers what it was given."""
+    """Takes `seconds` (plus a microsecond) per run, and records its inputs."""
 
     def __init__(self, seconds, log=None, name=""):
         super().__init__((TensorSpec("images", "float32", ("batch", *SHAPE)),), ())
@@ -83,8 +83,8 @@ def test_runs_alternate_on_the_same_data_without_gc():
     assert gc.isenabled()
     names = [name for name, _ in log[-80:]]
     assert all(set(names[i : i + 2]) == {"dense", "reduced"} for i in range(0, 80, 2))  # each round has both
-    assert names[::2].count("dense") == 20  # and neither goes first more often
-    assert names[::2] != ["dense", "reduced"] * 20  # but in no fixed pattern
+    assert names[::2].count("dense") == 20  # each goes first equally often
+    assert names[::2] != ["dense", "reduced"] * 20  # but not in a fixed pattern
     assert not any(on for _, on in log[-80:])
     assert dense.seen[0].shape == (3, *SHAPE)
     assert abs(float(dense.seen[0].mean())) < 0.5 < float(dense.seen[0].std())
@@ -107,7 +107,7 @@ def test_gc_is_restored_after_an_error():
 @pytest.mark.usefixtures("quick")
 def test_rounds_fill_the_time():
     row = compare(Slow(0.001), Slow(0.001), image_shape=SHAPE, batches=(1,), min_seconds=0.1)[0]
-    assert latency.MIN_ROUNDS <= row.rounds <= 50  # at least 2 ms a round
+    assert latency.MIN_ROUNDS <= row.rounds <= 50  # at least 2 ms per round
     assert (row.mac_ratio, row.efficiency) == (None, None)
 
 
@@ -132,7 +132,7 @@ def test_figures_by_hand():
 
 
 def test_no_claim_between_equals():
-    """Equal engines with 5% noise and drift: a claim is at most a rarity."""
+    """Between equal engines with 5% noise and drift, claims are rare."""
     rng, claims, slower = np.random.default_rng(0), 0, 0
     for i in range(100):
         drift = 1 + 0.1 * np.sin(np.arange(60) / 9 + i)
@@ -155,7 +155,7 @@ def test_real_differences_are_claimed():
 
 
 def test_noise_bars_a_claim_that_the_interval_would_allow():
-    # The dense engine flips between two speeds every fourth round: it is 30% faster than itself.
+    # The dense engine alternates between two speeds every four rounds: it is 30% faster than itself.
     dense = np.where(np.arange(160) // 4 % 2 == 0, 10.0, 13.0)
     assert noise_floor(dense) == pytest.approx(0.3)
     dense = dense + np.linspace(0, 0.01, 160)
@@ -167,7 +167,7 @@ def test_noise_bars_a_claim_that_the_interval_would_allow():
 
 def test_noise_floor_of_a_steady_engine_is_nothing():
     assert noise_floor(np.full(50, 7.0)) == 0
-    assert noise_floor(np.array([10.0, 11.0] * 20)) == pytest.approx(0.1)  # every second round slower
+    assert noise_floor(np.array([10.0, 11.0] * 20)) == pytest.approx(0.1)  # every second round is slower
     assert 0 < noise_floor(np.random.default_rng(0).normal(10, 0.5, 400)) < 0.05
 
 
@@ -191,7 +191,7 @@ def test_environment_names_the_machine_but_not_its_owner():
 
 
 class Poisoned(Slow):
-    """Finite answers but for one run, one output and some images."""
+    """Finite outputs except for one run, one output and some images."""
 
     def __init__(self, poison, image=1, run=0, output="logits"):
         super().__init__(0)
@@ -209,7 +209,7 @@ class Poisoned(Slow):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("poison", "run", "output"),  # the first run, another of the warm-up, one on the clock, the last
+    ("poison", "run", "output"),  # the first run, another of the warm-up, one that is timed, the last
     [(np.nan, 0, "logits"), (np.inf, 2, "features"), (-np.inf, 12, "logits"), (np.nan, 21, "features")],
 )
 def test_every_output_that_is_timed_is_looked_at(poison, run, output):

@@ -1,4 +1,4 @@
-"""report.html in a browser: on a telephone nothing sticks out or is cut, in light and dark nothing glares."""
+"""report.html in a browser: on a phone nothing overflows or is cut off, and colours suit light and dark mode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER = Baseline(
 
 
 def wide(baseline: Baseline | None = None) -> ReportData:
-    """Much of everything, with names that cannot be broken at a space."""
+    """Much of everything, with names that have no spaces to break at."""
     found = accuracy(parity=Parity(64, 1e-5, 1e-6, 1e-6, 64, 0), dense_top5=99.0, reduced_top5=98.5)
     rows = [row(1, 0.75, 0.72), row(8), replace(row(64), nonfinite_reduced=3, claim=False)]
     baseline = baseline or Baseline()

@@ -164,7 +164,7 @@ def test_status_words():
     ],
 )
 def test_every_status_has_its_colour_and_word(data, status, words, capsys):
-    """On the page and on the terminal: green is for "passed" alone."""
+    """On the page and on the terminal, only "passed" is green."""
     found = data()
     result = page(found)
     (section,) = [each for each in result.having("section") if "verdict" in each.get("class", "").split()]
@@ -184,7 +184,7 @@ def test_every_status_has_its_colour_and_word(data, status, words, capsys):
 
 
 def test_none_is_not_counted():
-    """Rows of zeros say nothing."""
+    """Rows of zeros are left out."""
     text = page(report_data()).text
     assert "0 not finite" not in text
     assert "Images with NaN" not in text
@@ -194,11 +194,11 @@ def test_none_is_not_counted():
 
 
 def test_dropped_patches_are_seen_on_every_photograph():
-    """Dark for bright ones, hatched and bordered in white for dark ones; whatever the page's own colours are."""
+    """Dark on bright photographs, hatched with a white border on dark ones; independent of the page's colours."""
     html = Report(report_data()).to_html()
     rules = dict(re.findall(r"\.(dropped|hatch|border) \{(.*?)\}", html))
     fill, opacity = re.search(r"fill: (#\w{6}); fill-opacity: ([.\d]+)", rules["dropped"]).groups()
-    # A white patch under it is far darker than a white one beside it.
+    # A white patch below it is far darker than a white one beside it.
     shade = (1 - float(opacity)) * 255 + float(opacity) * int(fill[1:3], 16)
     assert shade < 90
     for name in ("hatch", "border"):
@@ -262,7 +262,7 @@ def luminance(colour):
 
 
 def test_contrast_in_light_and_dark():
-    """WCAG 2: 4.5 to 1 for text."""
+    """WCAG 2: at least 4.5 to 1 for text."""
     html = Report(report_data()).to_html()
     schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", html, re.S)]
     assert len(schemes) == 2

@@ -71,7 +71,7 @@ def test_everything_holds():
     ("change", "low", "limit", "passed", "holds"),
     [
         (-0.4, -1.2, 0.5, True, False),
-        (-0.4, -1.2, 0.4, True, False),  # the limit itself is within it
+        (-0.4, -1.2, 0.4, True, False),  # the limit is inclusive
         (-0.4, -1.2, 0.39, False, False),
         (-0.4, -1.2, 1.2, True, True),
         (+0.6, -0.2, 0, True, False),
@@ -102,7 +102,7 @@ def test_agreement():
     [
         ([row(1), row(8)], 1.5, True),
         ([row(1, 1.49), row(8, 1.9, 1.8)], 1.5, False),  # at every batch size
-        ([row(1, 1.5, 1.005)], 1.2, False),  # inside the noise
+        ([row(1, 1.5, 1.005)], 1.2, False),  # within the noise
         ([row(1, 1.02, 1.005)], 1, False),
         ([row(1, 1.03, 1.02)], 1, True),
         ([row(1, 0.95, 0.93)], 0.9, True),  # "not slower than" needs no claim
@@ -191,7 +191,7 @@ SLOWER = replace(row(1, 0.75, 0.72), batch=1)
         ([SLOWER], Budget(min_speedup=0.5, max_drop=2), "measured"),
         ([SLOWER, row(8, 2.0, 1.9)], Budget(max_drop=2), "measured"),  # at any batch size
         ([SLOWER], Budget(min_speedup=1.2), "failed"),
-        ([row(1, 1.0, 0.98)], Budget(max_drop=2), "passed"),  # no difference is no slow-down
+        ([row(1, 1.0, 0.98)], Budget(max_drop=2), "passed"),  # no difference is not a slow-down
         ([row(1)], Budget(max_drop=2), "passed"),
         ([row(1)], Budget(), "measured"),
         ([], Budget(max_drop=2), "passed"),

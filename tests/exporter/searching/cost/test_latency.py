@@ -1,4 +1,4 @@
-"""Latency tables: measured on ONNX Runtime, read between the counts, stored and refused."""
+"""Latency tables: measuring on ONNX Runtime, interpolation, storage, and invalid tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VIT, DESCRIPTION = tiny_vit()  # 16 patches and a class token, 4 blocks
 
 
 def some_table(description: ModelSpec = DESCRIPTION, **changes: Any) -> LatencyTable:
-    """A table by hand; 9 tokens take longer than 13, as happens on real engines."""
+    """A table made by hand; 9 tokens take longer than 13, as happens on real engines."""
     table = LatencyTable(
         "ort", "fp32", "cpu", 8, None, timed_model(description), (5, 9, 13, 17), (1.0, 2.5, 2.0, 4.0),
         (0.5, 0.7, 0.6, 1.0), 20, {"engine": "ort 1", "cores": 2},
@@ -35,7 +35,7 @@ def some_table(description: ModelSpec = DESCRIPTION, **changes: Any) -> LatencyT
 
 
 def naive(tokens: float, table: LatencyTable, values: tuple[float, ...]) -> float:
-    """On the line between the neighbours."""
+    """Linear interpolation."""
     for (a, left), (b, right) in zip(
         list(zip(table.tokens, values, strict=True))[:-1], list(zip(table.tokens, values, strict=True))[1:], strict=True
     ):
@@ -51,8 +51,8 @@ def measured() -> LatencyTable:
 
 @pytest.mark.slow
 def test_a_measured_table(measured: LatencyTable) -> None:
-    """Times are noise at this size: only that they are times, of what was asked, is held."""
-    assert measured.tokens == (5, 17)  # each once, with the class token, and the dense count
+    """Times are noise at this size: only check that they are times, of the requested counts."""
+    assert measured.tokens == (5, 17)  # without duplicates, with the class token, and the dense count
     assert all(0 < value < 1000 for value in measured.milliseconds)
     assert all(0 <= value < 1000 for value in measured.overhead_ms)
     assert (measured.engine, measured.precision, measured.device) == ("ort", "fp32", "cpu")
@@ -62,24 +62,24 @@ def test_a_measured_table(measured: LatencyTable) -> None:
     assert measured.environment["engine"].startswith("ort 1.")
     assert measured.environment["threads"] == 1
     assert LatencyTable.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
-    assert len(VIT.blocks) == DESCRIPTION.depth  # the model itself was not cut
+    assert len(VIT.blocks) == DESCRIPTION.depth  # the model itself was not modified
 
 
 @pytest.mark.slow
 def test_a_search_by_a_measured_table(measured: LatencyTable) -> None:
-    # The figures are set: the search must have something to gain whatever the noise was.
+    # Fixed times: the search must be able to gain, whatever the noise.
     table = replace(measured, milliseconds=(1.0, 3.4), overhead_ms=(0.1, 0.1))
     costs = latency_costs(table, DESCRIPTION)
     importance = np.random.default_rng(0).random((4, 16))
     found = search_lifetimes(importance, costs, 0.6 * costs.dense, min_tokens=1)
-    assert min(found.counts) >= 4  # fewer were not measured
+    assert min(found.counts) >= 4  # smaller counts were not measured
     assert found.cost == pytest.approx(table.predicted_ms([n + 1 for n in found.counts]))
     assert found.cost <= 0.6 * costs.dense
 
 
 @pytest.mark.parametrize("kind", ["class-token", "eva"])
 def test_cut_models(kind: str) -> None:
-    """The first three blocks of a deep one; of a shallow one, copies: shared weights would stay in the caches."""
+    """The first three blocks of a deep model; copies for a shallow one, as shared weights would stay in the cache."""
     vit, description = tiny_vit(kind)
     images = torch.randn(2, 3, *description.image_size)
     three, about = _cut(vit, description, 3)

@@ -1,4 +1,4 @@
-"""Static baselines: counts kept, masks nested, orders against obvious loops."""
+"""Static baselines: counts are kept, masks are nested, orders match naive loops."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_grid_is_that_of_the_methods_in_the_first_block(counts: tuple[int, ...])
 
 
 def test_later_grid_sets_stay_spread() -> None:
-    """Of a full grid of 4 x 4, farthest points from the corner are the four corners."""
+    """In a full 4 x 4 grid, the farthest points from the corner are the four corners."""
     life = baselines((16, 16, 4, 4), MODEL, importance_of(0))["grid"]
     assert np.flatnonzero(life == 4).tolist() == [0, 3, 12, 15]
 
@@ -69,7 +69,7 @@ def test_fisher_prior_drops_the_least_important_of_those_alive(counts: tuple[int
     alive = set(range(MODEL.patches))
     life = ranked(importance, counts)
     for block, count in enumerate(counts):
-        while len(alive) > count:  # ties: the highest position goes first
+        while len(alive) > count:  # ties: the highest position is dropped first
             alive.remove(min(alive, key=lambda i: (importance[block, i], -i)))
         assert set(np.flatnonzero(life > block)) == alive
     assert np.array_equal(baselines(counts, MODEL, importance)["fisher prior"], life)
@@ -84,7 +84,7 @@ def test_fisher_prior_at_a_single_count_is_the_top_of_the_first_row(count: int, 
 
 
 def slow_farthest(grid: tuple[int, int], weights: np.ndarray, among: list[int]) -> list[int]:
-    """O(n^3): every turn, every candidate, every chosen one."""
+    """O(n^3): every step, every candidate, every chosen one."""
     order: list[int] = []
     while len(order) < len(among):
         best, best_score = -1, -1.0

@@ -1,4 +1,4 @@
-"""Token Mask Search against every possible mask of tiny problems, and what must hold for any."""
+"""Token Mask Search against every possible mask of tiny problems, and invariants of any result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY_LIFE = [np.array(life) for life in product(range(DEPTH + 1), repeat=PATCHE
 
 
 def some_costs(seed: int, depth: int = DEPTH, patches: int = PATCHES, *, rising: bool = True) -> Costs:
-    """Costs in which every block differs; measured ones need not rise with the count."""
+    """Costs that differ in every block; measured ones need not increase with the count."""
     rng = np.random.default_rng(seed)
     blocks = rng.uniform(0.5, 2.0, (depth, patches + 1))
     if rising:
@@ -47,7 +47,7 @@ def allowed(life: np.ndarray, min_tokens: int, multiple: int) -> bool:
 
 
 def least_loss(importance: np.ndarray, costs: Costs, budget: float, min_tokens: int = 1, multiple: int = 1) -> float:
-    """The optimum over all masks; infinite where none fits."""
+    """The optimum over all masks; infinite if none fits."""
     return min(
         (
             loss_of(importance, life)
@@ -63,7 +63,7 @@ def least_cost(costs: Costs, min_tokens: int = 1, multiple: int = 1) -> float:
 
 
 def sound(found: Found, importance: np.ndarray, costs: Costs, budget: float, min_tokens: int, multiple: int) -> None:
-    """What holds of every result."""
+    """Check the invariants of a result."""
     depth, patches = importance.shape
     assert found.life.dtype == np.int64
     assert found.life.shape == (patches,)
@@ -75,17 +75,17 @@ def sound(found: Found, importance: np.ndarray, costs: Costs, budget: float, min
         assert n >= min_tokens
         assert n % multiple == 0 or n == patches
     mask = mask_of(found.life, depth)
-    assert not (mask[1:] & ~mask[:-1]).any()  # nested: nobody comes back
+    assert not (mask[1:] & ~mask[:-1]).any()  # nested: no patch returns
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_macs_are_those_of_the_plan(kind: str) -> None:
-    """map-pool and average-pool read the patches of the last block: their head costs by its count."""
+    """map-pool and average-pool read the patches of the last block: the cost of their head depends on its count."""
     _, description = tiny_vit(kind)
     costs = macs_costs(description)
     assert costs.dense == count_macs(description).total
     rng = np.random.default_rng(1)
-    for low in (0, 1, 4):  # at 4 of 4 blocks nobody leaves
+    for low in (0, 1, 4):  # at 4 of 4 blocks no patch is dropped
         life = rng.integers(low, description.depth + 1, description.patches)
         life[0] = description.depth
         counts = counts_of(life, description.depth)
@@ -95,8 +95,9 @@ def test_macs_are_those_of_the_plan(kind: str) -> None:
 @pytest.mark.parametrize("share", [0.35, 0.5, 0.65, 0.8, 0.95])
 @pytest.mark.parametrize("seed", range(4))
 def test_exact_where_one_order_sorts_what_a_block_is_worth(seed: int, share: float) -> None:
-    """Then the result is at least as good as the optimum of a budget that is smaller by the rounding: one step of
-    (budget - cheapest) / FINE for each block. And no mask within the budget is better than the optimum."""
+    """The result is at least as good as the optimum of a budget smaller by the rounding, one step of
+    (budget - cheapest) / FINE per block; and no mask within the budget is better than the optimum.
+    """
     rng = np.random.default_rng(seed)
     worth = np.sort(rng.integers(0, 20, (DEPTH, PATCHES)), axis=1)[:, rng.permutation(PATCHES)].astype(float)
     importance = worth[::-1].cumsum(axis=0)[::-1]  # I[l] - I[l + 1] = worth[l]
@@ -115,7 +116,7 @@ def test_exact_where_one_order_sorts_what_a_block_is_worth(seed: int, share: flo
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_prefix_of_a_starting_order_and_no_exchange_is_better(seed: int) -> None:
-    """With rankings that disagree: not proven the optimum, but at least as good as all of these."""
+    """With rankings that disagree: not the proven optimum, but at least as good as all of these."""
     rng = np.random.default_rng(seed)
     importance, costs = rng.gamma(0.7, size=(DEPTH, PATCHES)), some_costs(seed)
     budget = 0.6 * costs.dense
@@ -123,21 +124,23 @@ def test_no_prefix_of_a_starting_order_and_no_exchange_is_better(seed: int) -> N
     sound(found, importance, costs, budget, 1, 1)
     optimum = least_loss(importance, costs, budget)
     assert found.predicted_loss >= optimum - 1e-9
-    rounding = DEPTH * (budget - least_cost(costs)) / FINE * 4  # starting orders are searched at the coarser steps
+    rounding = DEPTH * (budget - least_cost(costs)) / FINE * 4  # starting orders are searched with the coarser steps
     for start in (importance[0], importance.mean(axis=0), importance[-1]):
         rank = np.argsort(np.argsort(-start))
         for counts in product(range(1, PATCHES + 1), repeat=DEPTH):
             if list(counts) == sorted(counts, reverse=True) and costs.total(counts) <= budget - rounding:
                 life = np.array([sum(r < n for n in counts) for r in rank])
                 assert found.predicted_loss <= loss_of(importance, life) + 1e-9
-    for life in EVERY_LIFE:  # the best assignment of its own counts
+    for life in EVERY_LIFE:  # the best assignment for its own counts
         if counts_of(life, DEPTH) == found.counts:
             assert found.predicted_loss <= loss_of(importance, life) + 1e-9
 
 
 def test_assignment_and_order_in_turn_find_what_one_order_cannot() -> None:
-    """Patch 0 matters in the first block only, patch 1 in the last only, and 2 to 4 hardly ever: a nested prefix of one
-    ranking keeps one of the first two too long or drops it too soon."""
+    """Patch 0 only matters in the first block, patch 1 only in the last, and 2 to 4 hardly at all.
+
+    A nested prefix of one ranking keeps one of the first two too long or drops it too soon.
+    """
     importance = np.array([[9.0, 8.0, 0.3, 0.2, 0.1], [0.0, 8.0, 0.2, 0.1, 0.0], [0.0, 8.0, 0.1, 0.0, 0.0]])
     costs = Costs(np.tile(np.arange(PATCHES + 1.0), (DEPTH, 1)), np.zeros(PATCHES + 1), 0.0, "MACs")
     found = search_lifetimes(importance, costs, 4.0, min_tokens=1)
@@ -230,7 +233,7 @@ def test_errors() -> None:
     ) as caught:
         search_lifetimes(importance, costs, 0.3 * costs.dense, min_tokens=4)
     share = float(caught.value.expected.split("(")[1].split(" ")[0])
-    assert least <= share < least + 0.001  # what it says is enough, and no more than that
+    assert least <= share < least + 0.001  # the stated share suffices, and is tight
     search_lifetimes(importance, costs, share * costs.dense, min_tokens=4)
     for too_much in (costs.dense, 2 * costs.dense, np.nan):
         with pytest.raises(SearchError, match="nothing to remove"):

@@ -1,4 +1,4 @@
-"""Gate gradients against central differences of timm's own model in float64, and the importance against plain loops."""
+"""Gate gradients against central differences of timm's model in float64, and the importance against plain loops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def scorer_of(
 
 
 def gated_logits(twin: nn.Module, image: Tensor, block: int, gates: Tensor) -> Tensor:
-    """Logits float64 [V, C] of timm's own forward, where one block multiplies exp(logit) of key j by gates[v, j]."""
+    """Logits float64 [V, C] of timm's own forward, with exp(logit) of key j in one block multiplied by gates[v, j]."""
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, {**kwargs, "attn_mask": gates.log()[:, None, None, :]}
@@ -126,7 +126,7 @@ def test_gradients_of_the_logit_probe_are_its_central_differences() -> None:
     weights = fisher._target(scorer.calibration, 0, "logits", 1.0, 0)
     for at in range(BATCH):
         signs = torch.where(weights[at] > weights[at].mean(), 1.0, -1.0).double()
-        if weights[at].abs().max() == 0:  # all signs alike: the probe sees nothing
+        if weights[at].abs().max() == 0:  # all signs equal: the probe gives 0
             signs.zero_()
 
         def loss(row: Tensor, signs: Tensor = signs) -> Tensor:
@@ -143,7 +143,7 @@ def test_logit_probes_square_to_the_gauss_newton_diagonal() -> None:
     signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 7)).reshape(7, -1).T
     weights = signs - signs.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(weights.T @ weights / len(weights), np.eye(7) - 1 / 7, atol=1e-12)
-    # and what is drawn are such vectors, near that mean
+    # the drawn vectors are of this form, near that mean
     vit, description = tiny_vit()
     calibration = scorer_of(vit, description).calibration
     drawn = torch.cat([fisher._target(calibration, 0, "logits", 1.0, seed) for seed in range(400)]).numpy()
@@ -176,7 +176,7 @@ def test_the_same_again_and_in_any_order_of_batches(targets: str) -> None:
     vit, description = tiny_vit()
     scorer = scorer_of(vit, description)
     first = gate_gradients(scorer, [0, 1], targets=targets)
-    torch.rand(3)  # the global generator plays no part
+    torch.rand(3)  # the global generator is not used
     assert torch.equal(first, gate_gradients(scorer, [0, 1], targets=targets))
     swapped = gate_gradients(scorer, [1, 0], targets=targets)
     assert torch.equal(first, torch.cat([swapped[BATCH:], swapped[:BATCH]]))
@@ -195,7 +195,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert {name: parameter.requires_grad for name, parameter in vit.named_parameters()} == flags
     assert all(parameter.grad is None for parameter in vit.parameters())
     assert torch.equal(vit(scorer.calibration.images(0)).detach(), before)
-    with torch.inference_mode():  # a caller's mode does not switch the gradients off
+    with torch.inference_mode():  # the caller's mode does not disable gradients
         assert gate_gradients(scorer, [0]).abs().max() > 0
 
 
@@ -258,7 +258,7 @@ def test_a_suffix_sum_is_the_gradient_of_a_gate_shared_by_the_later_blocks() -> 
 
 
 class Recorded(Workers):
-    """One process that notes which items it is given."""
+    """A single process that records its items."""
 
     def map(self, function, items: Sequence[int]) -> list[Tensor]:  # type: ignore[override]
         asked.append(list(items))

@@ -30,7 +30,7 @@ def test_the_untrained_policy_prefers_what_the_prior_does() -> None:
     importance = np.repeat((4.0**rank)[None], DEPTH, axis=0)
     life = np.where(rng.permutation(PATCHES) < 8, 0, DEPTH)
     shorten, lengthen = learner(importance=importance).preferences(life)
-    assert np.array_equal(np.argsort(-shorten), np.argsort(rank))  # the least important first
+    assert np.array_equal(np.argsort(-shorten), np.argsort(rank))  # least important first
     assert np.array_equal(np.argsort(-lengthen), np.argsort(-rank))
     kept, gone = life == DEPTH, life == 0
     proposed = learner(importance=importance).propose(life, episodes=200, exchanges=1)
@@ -40,9 +40,9 @@ def test_the_untrained_policy_prefers_what_the_prior_does() -> None:
 
 
 def test_importance_is_read_at_the_block_of_death() -> None:
-    """A patch that lives on would die at the next shorter lifetime in use; a dead one died at its own."""
+    """A kept patch would be removed at the next shorter lifetime in use; a removed one was removed at its own."""
     importance = np.ones((DEPTH, PATCHES))
-    importance[2, 9:] = 1e6  # leaving at block 2 is what costs: the only lifetime below 3 and 4 in use
+    importance[2, 9:] = 1e6  # leaving at block 2 is costly: the only lifetime below 3 and 4 in use
     life = np.array([0] * 3 + [2] * 6 + [3] * 2 + [DEPTH] * 5)
     shorten, lengthen = learner(importance=importance).preferences(life)
     assert shorten[9:11].max() < shorten[:9].min()  # 3 -> 2
@@ -96,11 +96,12 @@ def test_episodes_keep_every_lifetime_and_undo_nothing(lifetimes: list[int], exc
     assert np.array_equal(np.sort(proposed, axis=1), np.broadcast_to(np.sort(life), proposed.shape))
     changed = (proposed != life).sum(axis=1)
     others = len(life) - np.bincount(life).max()
-    assert (changed == 2 * min(exchanges, -(-others // 2))).all()  # each exchange stays, on patches of its own
+    # exchanges are never undone, and use disjoint patches
+    assert (changed == 2 * min(exchanges, -(-others // 2))).all()
 
 
 def test_an_update_against_its_formulas() -> None:
-    """The first epoch's gradient, from GAE and the clipped objective written out (ratios are 1 there)."""
+    """Gradient of the first epoch, from explicit GAE and the clipped objective (where ratios are 1)."""
     agent = learner()
     with torch.no_grad():
         agent.policy.value.add_(torch.randn(agent.policy.value.shape, generator=torch.Generator().manual_seed(0)))
@@ -148,7 +149,7 @@ def test_an_update_against_its_formulas() -> None:
 
 
 def test_it_learns_what_the_prior_does_not_know() -> None:
-    """Importance says nothing; the loss is of the patches that leave from the left half."""
+    """The importance is uninformative; the loss is caused by patches removed from the left half."""
     gained = []
     for seed in range(2):
         rng = np.random.default_rng(seed)
@@ -221,7 +222,7 @@ def test_a_mask_without_exchanges_is_given_back() -> None:
 
 
 def test_what_exceeds_the_budget_is_punished() -> None:
-    """With a cost that only the start keeps to, nothing is worth moving to."""
+    """If only the start meets the budget, no move is worthwhile."""
     life = prior()[0]
     found, *_ = search(
         scorer(), 24, costs=lambda mask: 1.0 + 9.0 * float((mask != life).any()), budget=1.0, beta=1.0
@@ -234,7 +235,7 @@ def test_what_exceeds_the_budget_is_punished() -> None:
 
 
 class Measured:
-    """An incumbent of known differences: image by image, of each batch; it notes what was asked."""
+    """An incumbent with known differences: per image, for each batch; records the queries."""
 
     batches = (0, 1, 2, 3)
 
@@ -249,7 +250,7 @@ class Measured:
         self.life = int(life[0])
 
 
-LUCKY = [[1.0], [1.0], [-0.5], [-1.0]]  # better on the last two batches, worse on all
+LUCKY = [[1.0], [1.0], [-0.5], [-1.0]]  # better on the last two batches, worse overall
 STEADY = [[-0.1], [0.15], [-0.2], [-0.2, -0.2]]  # worse on one batch only
 
 
@@ -259,15 +260,15 @@ STEADY = [[-0.1], [0.15], [-0.2], [-0.2, -0.2]]  # worse on one batch only
         (LUCKY, STEADY, 1, [(0, 2), (0, 0), (1, 2), (1, 0), (1, 1), (1, 3)]),
         (STEADY, LUCKY, 0, [(0, 2), (0, 0), (0, 1), (0, 3)]),
         (LUCKY, LUCKY, -1, [(0, 2), (0, 0), (1, 2), (1, 0)]),
-        ([[0.0]] * 4, STEADY, 1, [(0, 2), (1, 2), (1, 0), (1, 1), (1, 3)]),  # as good is not better
+        ([[0.0]] * 4, STEADY, 1, [(0, 2), (1, 2), (1, 0), (1, 1), (1, 3)]),  # equal is not better
     ],
 )
 def test_a_candidate_is_given_up_where_it_is_no_longer_better(
     first: list[list[float]], second: list[list[float]], moved: int, asked: list[tuple[int, int]]
 ) -> None:
-    """What the incumbent moves to is better on all batches; what is not is run on no more of them than tell."""
+    """The incumbent only moves to what is better on all batches; others are run on no more batches than necessary."""
     incumbent = Measured({0: first, 1: second, 2: STEADY})
-    lives = np.arange(3)[:, None]  # the third one's turn never comes: two an update
+    lives = np.arange(3)[:, None]  # the third one is never tried: two per update
     rewards = [0.9, 0.8, 0.7]
     assert _confirm(cast(Incumbent, incumbent), lives, rewards, [2]) == (moved >= 0)
     assert (incumbent.life, incumbent.asked) == (moved, asked)

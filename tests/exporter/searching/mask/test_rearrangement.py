@@ -39,14 +39,14 @@ def scorer() -> Scorer:
 
 
 def prior(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lifetimes, effects and importance with nothing to do with the model: there is much to improve."""
+    """Lifetimes, effects and importance unrelated to the model, which leaves much to improve."""
     rng = np.random.default_rng(seed)
     effects = rng.normal(size=(12, DEPTH, PATCHES)).astype(np.float32)
     return rng.permutation(LIFE), effects, (effects.astype(np.float64) ** 2).mean(axis=0)
 
 
 def cost(effects: np.ndarray, life: np.ndarray) -> float:
-    """|sum of what leaves|^2, mean over images, from its words."""
+    """Mean over images of |sum of removed effects|^2, computed directly."""
     total = 0.0
     for image in effects.astype(np.float64):
         total += sum(image[life[i], i] for i in range(len(life)) if life[i] < len(image)) ** 2
@@ -54,7 +54,7 @@ def cost(effects: np.ndarray, life: np.ndarray) -> float:
 
 
 def slow_swap(effects: np.ndarray, life: np.ndarray, steps: int) -> tuple[np.ndarray, list[float]]:
-    """Try every pair, make the best exchange, again."""
+    """Try every pair, make the best exchange, repeat."""
     life, costs = life.copy(), [cost(effects, life)]
     for _ in range(steps):
         tried = []
@@ -84,7 +84,7 @@ def test_block_fisher_swap_makes_the_best_exchange_each_time(seed: int) -> None:
 
 
 def test_block_fisher_swap_cancels_effects_that_the_diagonal_cannot_see() -> None:
-    """Patches 0 and 1 hurt alike, 2 undoes either: their own squares are all the same."""
+    """Patches 0 and 1 have equal effects, 2 cancels either: all their own squares are equal."""
     effects = np.array([[[1.0, 1.0, -1.0]], [[2.0, 2.0, -2.0]]], dtype=np.float32)
     assert block_fisher_swap(effects, np.array([0, 0, 1])).tolist() == [1, 0, 0]  # as good as (1, 2), and first
 
@@ -117,7 +117,7 @@ def test_exchanges_keep_every_lifetime(lifetimes: list[int], seed: int) -> None:
 def test_draws_follow_importance_and_solitude() -> None:
     _, description, _ = model()
     importance = np.ones((DEPTH, PATCHES))
-    importance[:, 15], importance[:, 0] = 1e6, 1e-6  # 15 is dead and matters, 0 lives and does not
+    importance[:, 15], importance[:, 0] = 1e6, 1e-6  # 15 is removed but important, 0 is kept but not
     life = np.array([DEPTH] * 8 + [0] * 8)
     draw, rng = Exchanges(importance, description), np.random.default_rng(0)
     drawn = np.stack([draw(life, 1, rng) for _ in range(400)])
@@ -127,7 +127,7 @@ def test_draws_follow_importance_and_solitude() -> None:
     even = Exchanges(np.ones((DEPTH, PATCHES)), description)
     drawn = np.stack([even(life, 1, rng) for _ in range(400)])
     revived = (drawn[:, 8:] > 0).mean(axis=0)
-    assert revived[4:].sum() > 1.4 * revived[:4].sum()  # the last row is two rows from what is kept
+    assert revived[4:].sum() > 1.4 * revived[:4].sum()  # the last row is two rows away from what is kept
 
 
 def test_standard_log_is_finite() -> None:
@@ -136,7 +136,7 @@ def test_standard_log_is_finite() -> None:
 
 
 def test_incumbent_compares_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without remembered activations: late differences are computed from where they begin."""
+    """With and without stored activations: late differences are computed from where they begin."""
     life, *_ = prior()
     late = life.copy()
     i, j = np.flatnonzero(life == 3)[0], np.flatnonzero(life == DEPTH)[0]
@@ -150,7 +150,7 @@ def test_incumbent_compares_image_by_image(monkeypatch: pytest.MonkeyPatch) -> N
         shared = scorer()
         incumbent = Incumbent(shared, life, batches, 2.0)
         for mask in (late, life[::-1].copy(), late):
-            shared.memo.clear()  # it is computed each time
+            shared.memo.clear()  # recomputed each time
             change = incumbent.difference(mask, batches)
             if mask is late:
                 assert np.allclose(change, expected.numpy(), atol=1e-9)
@@ -252,7 +252,7 @@ def test_a_strategy_wins_over_a_prior_that_knows_nothing() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rearrange_is_never_worse_than_the_prior_on_held_out_images(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search images are one batch of four here: what fits them often does not fit others."""
+    """The search images are one batch of four, so the search overfits to them."""
     fresh = scorer()
     life, *_ = prior(seed)
     lean = Calibration(
@@ -270,7 +270,7 @@ def test_rearrange_is_never_worse_than_the_prior_on_held_out_images(seed: int, m
 
 
 def test_rearrange_keeps_a_prior_that_nothing_beats() -> None:
-    """The best of all masks that drop one patch, on the held-out images, is the prior."""
+    """The prior is the best of all masks that drop one patch, on the held-out images."""
     fresh = scorer()
     every = [np.roll(np.array([0] + [DEPTH] * (PATCHES - 1)), k) for k in range(PATCHES)]
     best = min(every, key=lambda mask: fresh.loss(plan_of(mask, fresh.description), fresh.calibration.held))

@@ -1,4 +1,4 @@
-"""Masks that spread what they drop, against a brute-force energy."""
+"""Starting masks with spread-out drops, against a brute-force energy."""
 
 from __future__ import annotations
 

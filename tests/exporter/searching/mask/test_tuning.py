@@ -1,4 +1,4 @@
-"""Token Mask Tuning against finite differences, naive loops and plain evaluation."""
+"""Token Mask Tuning against finite differences, naive loops and direct evaluation."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_linear_model_is_the_derivative_by_the_scales(kind: str) -> None:
         up, down = bias.exp().clone(), bias.exp().clone()
         up[token] *= 1 + step
         down[token] *= 1 - step
-        # attention() takes float32 biases by contract, but adds what it is given in the dtype of the queries
+        # attention() expects float32 biases, but adds them in the dtype of the queries
         slope = (least_squares.attended(block, x, up.log()) - least_squares.attended(block, x, down.log())) / (2 * step)
         torch.testing.assert_close(matrix[:, token], slope[:, rows], atol=1e-6, rtol=1e-4)
-    assert float(matrix.detach().abs().max()) > 1e-3  # not a comparison of zeros
+    assert float(matrix.detach().abs().max()) > 1e-3  # not comparing zeros
 
 
 @pytest.mark.parametrize("kind", ["class-token", "layerscale-no-embed-class", "eva"])
@@ -109,7 +109,7 @@ def test_normal_equations_are_those_of_the_whole_matrix(kind: str, monkeypatch: 
     whole, wanted = np.concatenate(matrix), np.concatenate(right)
     np.testing.assert_allclose(equations[:, :-1].numpy(), whole.T @ whole, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(equations[:, -1].numpy(), whole.T @ wanted, rtol=1e-6, atol=1e-8)
-    # Ridge as rows below the matrix, which lstsq knows nothing about.
+    # Ridge as extra rows of the matrix, for lstsq.
     ridge = 0.3
     below = np.sqrt(ridge * (whole**2).sum() / 6) * np.eye(6)
     expected = np.linalg.lstsq(np.concatenate([whole, below]), np.concatenate([wanted, np.zeros(6)]), rcond=None)[0]
@@ -157,7 +157,7 @@ def test_rows_without_weight_are_never_drawn() -> None:
 
 
 def known(queries: int | None, width: float = 0.3) -> tuple[Scorer, tuning._Fit, np.ndarray]:
-    """A fit of block 2 whose teacher is the student's own block with a known bias, which is the only difference.
+    """A fit of block 2 whose teacher is the student's own block with a known bias.
 
     A Scorer's dense model has no biases, so the streams are made by hand.
     """
@@ -181,14 +181,14 @@ def test_least_squares_finds_a_known_bias(queries: int | None) -> None:
         before, after = torch.stack([fit.errors(b, [start, bias]) for b in search]).sum(dim=0).tolist()
     found = bias.numpy()
     assert after < 0.05 * before
-    # One constant for all keys changes nothing, so only differences can be compared.
+    # A constant added to all keys has no effect, so compare differences only.
     found, truth = found - found.mean(), truth - truth.mean()
     assert np.corrcoef(found, truth)[0, 1] > 0.98
     np.testing.assert_allclose(found, truth, atol=0.15)
 
 
 def errors_after_attention(scorer: Scorer, plan: ReductionPlan, block: int) -> float:
-    """Mean squared difference to the dense model of the class token after a block's attention, by hooks on the MLP."""
+    """Mean squared difference of the class token after a block's attention to the dense model, by hooks on the MLP."""
     caught: list[Tensor] = []
     hook = scorer.vit.blocks[block].norm2.register_forward_pre_hook(lambda module, given: caught.append(given[0][:, 0]))
     total = 0.0
@@ -236,7 +236,7 @@ def test_a_single_patch_left(prefix: str) -> None:
     found = tuning.tune(scorer, plan, steps=3)
     assert found.kl_after <= found.kl_before
     assert [row["stage"] for row in found.rows] == list(tuning.METHODS)
-    if prefix == "average-pool":  # one token: its softmax is 1 whatever the bias
+    if prefix == "average-pool":  # one token: its softmax is 1 for any bias
         assert not tuning.least_squares(scorer, plan, scorer.calibration.search).key_bias
 
 
@@ -292,7 +292,7 @@ def test_adam_lowers_the_loss_it_is_given_and_leaves_the_weights_alone() -> None
 
 
 def test_adams_first_step_follows_the_gradient() -> None:
-    """One step of Adam is lr * sign(gradient): its signs against finite differences of the scorer's loss."""
+    """One step of Adam is lr * sign(gradient): compare signs with finite differences of the scorer's loss."""
     scorer = scorer_of(images=16)
     plan = plan_for(scorer)
     batches = scorer.calibration.search[:1]
@@ -359,7 +359,7 @@ def test_two_runs_are_equal_and_another_seed_is_not() -> None:
 
 
 class Pair(Workers):
-    """Two processes' work in one, done out of order: results are handed back by item, as `Workers.map` promises."""
+    """Does the work of two processes out of order: results are returned by item, as `Workers.map` promises."""
 
     def owns(self, item: int) -> bool:
         return True

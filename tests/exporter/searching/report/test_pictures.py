@@ -1,4 +1,4 @@
-"""Pictures are drawn whatever the numbers are; the page holds them, needs no network and escapes what it is given."""
+"""Plots can be drawn for any numbers; the page contains them, needs no network and escapes its input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLUE, ORANGE, GREY = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0xE9, 0xEC, 0xEF)
 
 
 def opened(png: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture of sane size."""
+    """Decode a PNG of plausible size: uint8 [H, W, 3]."""
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     image = Image.open(io.BytesIO(png)).convert("RGB")
     assert 900 <= image.width <= 940
@@ -88,7 +88,7 @@ def test_maps_of_odd_numbers(value: float) -> None:
 
 
 def test_importance_has_one_scale_for_all_blocks() -> None:
-    """The same numbers in each block look the same; a block of larger ones looks brighter."""
+    """Equal numbers look alike in each block; a block of larger ones looks brighter."""
     same = opened(pictures.importance_maps(np.array([[1.0, 100.0], [1.0, 100.0]]), (1, 2)))
     other = opened(pictures.importance_maps(np.array([[1.0, 1.0], [100.0, 100.0]]), (1, 2)))
     dark, bright = (tuple(int(v) for v in colormaps["cividis"](end, bytes=True)[:3]) for end in (0.0, 1.0))
@@ -166,7 +166,7 @@ def test_without_matplotlib(draw: Callable[[], object], monkeypatch: pytest.Monk
 def test_the_page_and_its_files(tmp_path: Path) -> None:
     result = sample()
     files = write_page(tmp_path, result)
-    assert sorted(tmp_path.iterdir()) == sorted(files)  # and no partly written ones
+    assert sorted(tmp_path.iterdir()) == sorted(files)  # no partly written files
     names = {path.stem for path in files if path.suffix == ".png"}
     assert names == {"kept", "tokens", "front", "progress", "importance", "key_scales"}
     for name in names:
@@ -234,7 +234,7 @@ def test_numbers_that_json_lacks(tmp_path: Path) -> None:
 def test_grids(tmp_path: Path) -> None:
     write_page(tmp_path, {"life": np.ones(12, dtype=int), "grid": (3, 4)})
     given = (tmp_path / "kept.png").read_bytes()
-    write_page(tmp_path, {"life": np.ones(12, dtype=int)})  # no square: one row
+    write_page(tmp_path, {"life": np.ones(12, dtype=int)})  # not a square: one row
     assert (tmp_path / "kept.png").read_bytes() != given
     with pytest.raises(ValueError, match="a grid of 3 x 5 does not hold 12 patches"):
         write_page(tmp_path, {"life": np.ones(12, dtype=int), "grid": (3, 5)})
@@ -300,7 +300,7 @@ def test_the_winner_and_the_best_baseline_are_marked(tmp_path: Path) -> None:
 
 
 def test_means_alone_claim_nothing_beyond_chance(tmp_path: Path) -> None:
-    """Rows of an older search: the last stage that was kept is the winner, and no interval is known."""
+    """Rows of an older search: the last accepted stage is the winner, without an interval."""
     write_page(tmp_path, {"stages": [OWN, {**OWN, "name": "ppo", "accepted": False}], "baselines": [CENTRE, GRID_ROW]})
     html = (tmp_path / "search.html").read_text()
     assert "No gain proven" in html
@@ -313,7 +313,7 @@ def test_means_alone_claim_nothing_beyond_chance(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokens", "front", "progress"])
 def test_charts_do_not_glare_in_dark_mode(name: str, tmp_path: Path) -> None:
-    """Of a chart alone on the page: paper is dark, ink is light, and both are there."""
+    """A chart alone on the page: dark background, light ink, both present."""
     key = {"tokens": "tokens", "front": "front", "progress": "trace"}[name]
     write_page(tmp_path, {key: sample()[key]})
     html = (tmp_path / "search.html").read_text()
@@ -326,6 +326,6 @@ def test_charts_do_not_glare_in_dark_mode(name: str, tmp_path: Path) -> None:
     assert float(np.median(shades[False])) > 240
     assert float(np.median(shades[True])) < 50
     assert float((shades[True] > 215).mean()) < 0.05
-    # What is drawn stands out: its darkest ink in the light one, its lightest in the dark one.
+    # Ink stands out: compare the darkest in light mode with the lightest in dark mode.
     assert float(np.quantile(shades[False], 0.002)) < 110
     assert float(np.quantile(shades[True], 0.998)) > 140

@@ -1,4 +1,4 @@
-"""The surrogate against the textbook's formulas, and a search that it guides."""
+"""The surrogate against textbook formulas, and a search guided by it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_predictions_are_the_textbooks(seed: int) -> None:
 
 
 def test_it_sees_through_noise() -> None:
-    """The least of noisy values is not where the bowl is deepest; the process comes nearer to it."""
+    """The lowest noisy value is not at the minimum of the bowl; the process gets closer."""
     nearer = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_settings_have_a_scale_of_their_own() -> None:
 
 
 class Bowl(Scorer):
-    """Losses that are known: how far a schedule lies from one, with a jump for each plan that is its own."""
+    """Known losses: the distance of a schedule from a given one, plus noise that is fixed per plan."""
 
     def losses(self, plan: ReductionPlan, batches, temperature=None) -> torch.Tensor:
         space = Space(plan.method, self.description, plan.budget["target_macs"])

@@ -37,7 +37,7 @@ def test_a_mixed_plan_keeps_the_joint_budget(method: str, drops: tuple[int, ...]
     assert found.kl == pytest.approx(judge.loss(found.plan, judge.calibration.held))
     assert not any(isinstance(step, StaticStep) for step in found.uniform_plan.steps)
     static = [step for step in found.plan.steps if isinstance(step, StaticStep)]
-    for step in static:  # the patches least worth are those that went
+    for step in static:  # the lowest-ranked patches were dropped
         dropped = DESCRIPTION.patches - len(step.keep)
         assert dropped in drops
         assert set(range(DESCRIPTION.patches)) - set(step.keep) == set(ORDER[-dropped:].tolist())

@@ -1,4 +1,4 @@
-"""Schedules: counts, budgets, the table and its optimum, and a search that decides the same twice."""
+"""Schedules: counts, budgets, the sensitivity table and its optimum, and a reproducible search."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_settings_reach_the_steps() -> None:
     assert [s.fields()["tau"] for s in steps_of("ppt", alive, DESCRIPTION, Extras(tau=(0, 0.1, 0.2, 1)))] == [0, 0.1, 1]
     steps = steps_of("diffrate", alive, DESCRIPTION, Extras(dropped=(0.0, 1.0, 0.5, 0.5)))
     assert [step.fields() for step in steps] == [
-        {"prune_to": prune_to, "merge_to": merge_to, "weights": "equal"}  # as the authors' code
+        {"prune_to": prune_to, "merge_to": merge_to, "weights": "equal"}  # as in the authors' code
         for prune_to, merge_to in ((17, 13), (9, 9), (7, 5))
     ]
     for step, (n, m) in zip(steps_of("bat", alive, DESCRIPTION), ((16, 12), (12, 8), (8, 4)), strict=True):
@@ -110,7 +110,7 @@ def test_a_cascade_merges_where_it_is_told_to() -> None:
         Space("tome+evit", DESCRIPTION, 0.7).plan_of(alive, Extras(merged=merged))
         for merged in ((1.0,) * DEPTH, (0.0,) * DEPTH)
     )
-    assert merging.proportional_attention  # as ToMe's own plans are
+    assert merging.proportional_attention  # as in ToMe's own plans
     assert not dropping.proportional_attention
     assert dropping.steps == Space("evit", DESCRIPTION, 0.7).plan_of(alive, Extras()).steps
 
@@ -222,8 +222,8 @@ def test_a_table_is_interpolated_and_never_falls() -> None:
     table = Sensitivity((0.5, 0.25), ((1.0, 3.0), (2.0, 1.0)))
     assert [table.at(0, share) for share in (1.0, 0.5, 0.25)] == [0.0, 1.0, 3.0]
     assert table.at(0, 0.5**1.5) == pytest.approx(2.0)
-    assert table.at(0, 0.125) == pytest.approx(5.0)  # beyond what was measured, by the last slope
-    assert table.at(1, 0.25) == 2.0  # a lower loss where more leaves is noise
+    assert table.at(0, 0.125) == pytest.approx(5.0)  # extrapolated with the last slope
+    assert table.at(1, 0.25) == 2.0  # a lower loss with fewer tokens is noise
     assert Sensitivity((0.5,), ((1.0,),)).at(0, 0.25) == pytest.approx(2.0)
 
 
@@ -233,7 +233,7 @@ def test_sensitivities_are_the_losses_of_single_steps(scorer: Scorer, images: to
     asked = scorer.blocks_asked
     table = sensitivity(scorer, space, Limits(), 3.0, images=8)
     assert table is not None
-    assert table.losses[DEPTH - 1] == (0.0,) * len(table.shares)  # not measured: the class token alone is read
+    assert table.losses[DEPTH - 1] == (0.0,) * len(table.shares)  # not measured: the head only reads the class token
     dense = ReducedViT(VIT, DESCRIPTION)
     with torch.inference_mode():
         for block in range(DEPTH - 1):
@@ -329,7 +329,7 @@ def test_a_start_wins_where_what_was_fitted_is_worse_on_held_out_images(
     local.begin([little])
     monkeypatch.setattr(bayesian_optimisation, "FINALISTS", 1)
     local.found.append(dataclasses.replace(local.found[0], plan=space.plan(space.most, local.extras), start=False))
-    local._order = [1, 0]  # what was fitted is thought better
+    local._order = [1, 0]  # the overfitted one is ranked first
     found = settle(scorer, local, even, [])
     assert found.plan == local.found[0].plan
     assert found.kl == scorer.loss(found.plan, scorer.calibration.held) < found.uniform_kl
