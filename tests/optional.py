@@ -1,4 +1,4 @@
-"""What `make` sets up for some tests beside the venv, and what becomes of them where it is missing."""
+"""Optional test requirements that `make` sets up outside the venv."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def missing(reason: str, variable: str) -> NoReturn:
-    """Skip for `reason`; fail where the environment sets `variable`, as continuous integration does."""
+    """Skip for `reason`; fail if the environment variable `variable` is set, as in continuous integration."""
     if os.environ.get(variable):
         pytest.fail(f"{reason} ({variable} is set)", pytrace=False)
     pytest.skip(reason)

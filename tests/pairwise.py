@@ -1,8 +1,8 @@
-"""Cross products of parameters, thinned: by default every pair of values is tested, and every combination on request.
+"""Thinned products of parameters: by default every pair of values is tested, on request every combination.
 
-What is left out is marked `exhaustive`, which pyproject.toml deselects (`make test-exhaustive` runs everything).
+The rest is marked `exhaustive`, which pyproject.toml deselects (`make test-exhaustive` runs everything).
 
-allpairspy does not serve here: under constraints its search stops before every pair that is allowed has been found.
+allpairspy is not used: under constraints, its search stops before every allowed pair has been found.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Row = Sequence[Any]
 def pairwise(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *_: True) -> list[ParameterSet]:
     """The product of `axes` for `pytest.mark.parametrize`, in its usual order.
 
-    Any two values of two axes that stand together in an allowed row do so in a row that is not `exhaustive`. Of two
-    axes that is the whole product; see `thinned` for those.
+    Any two values of two axes that occur together in an allowed row do so in a row that is not `exhaustive`. For two
+    axes that is the whole product; see `thinned`.
 
     Args:
-        axes: the values of each argument.
-        allowed: takes a row as its arguments; the others are left out altogether.
+        axes: Values of each argument.
+        allowed: Called with a row as arguments; rows for which it is false are left out.
     """
     values = [list(axis) for axis in axes]
     places = list(itertools.product(*(range(len(axis)) for axis in values)))
@@ -36,21 +36,21 @@ def pairwise(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *_: Tru
 
 
 def thinned(rows: Iterable[Row], goals: Callable[..., Iterable[Hashable]]) -> list[ParameterSet]:
-    """Rows for `pytest.mark.parametrize`, as few of them not `exhaustive` as reach every goal that any row reaches.
+    """Rows for `pytest.mark.parametrize`; the fewest that reach every goal of any row are not `exhaustive`.
 
     Args:
-        goals: takes a row as its arguments and says what it is a test of.
+        goals: Called with a row as arguments; returns what the row tests.
     """
     listed = list(rows)
     return _marked(listed, [set(goals(*row)) for row in listed])
 
 
 def covering(goals: Sequence[set[Any]]) -> list[int]:
-    """Numbers of the sets that together hold what all of them hold, in order: of those that add most the first."""
+    """Indices of sets that together cover the union of all, greedily chosen, in order."""
     left = set().union(*goals)
     chosen = []
     while left:
-        best = max(range(len(goals)), key=lambda number: len(goals[number] & left))  # max keeps the first
+        best = max(range(len(goals)), key=lambda number: len(goals[number] & left))  # max returns the first
         chosen.append(best)
         left -= goals[best]
     return sorted(chosen)

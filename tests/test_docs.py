@@ -1,4 +1,4 @@
-"""The documentation's site, as far as it needs no mkdocs: `make docs` builds it and treats warnings as errors."""
+"""Checks of the documentation site that do not need mkdocs; `make docs` builds it, with warnings as errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOOKS = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
 
 
 class Loader(yaml.SafeLoader):
-    """Reads mkdocs.yml, whatever tags it has."""
+    """Reads mkdocs.yml, ignoring unknown tags."""
 
 
 def pages(nav: Any) -> list[str]:

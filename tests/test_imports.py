@@ -1,4 +1,4 @@
-"""Importing a package touches no GPU and no optional dependency; rooms stand on floors, and no two need each other."""
+"""Imports touch no GPU and no optional dependency, follow the layers, and have no cycles."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_import_is_light(package: str) -> None:
 
 
 def test_engines_do_not_know_the_exporter() -> None:
-    """Arrows run one way; and every backend module can be imported where no engine is installed."""
+    """vp_engines does not import the exporter; every backend module can be imported without its engine."""
     code = (
         "import sys, importlib, pkgutil, vp_engines\n"
         f"for name in {HEAVY!r}:\n"
@@ -58,7 +58,7 @@ def test_engines_do_not_know_the_exporter() -> None:
 
 
 def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
-    """The contracts of pyproject.toml, held against the packages of a tree."""
+    """Check the contracts of pyproject.toml on the packages of a tree."""
     code = "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
     places = [str((tree / package).parent) for package in PACKAGES]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
@@ -87,7 +87,7 @@ def test_imports_keep_to_their_floors() -> None:
     ],
 )
 def test_an_arrow_upwards_is_found(file: str, line: str, broken: str, tmp_path: Path) -> None:
-    """Inside a function too, where it would do no harm at run time."""
+    """Even inside a function, where it would do no harm at run time."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

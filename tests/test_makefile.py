@@ -1,4 +1,4 @@
-"""`make test` on a machine where something that only some tests need cannot be set up."""
+"""`make test` if an optional requirement cannot be set up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIP = "echo 'WARNING: Retrying' >&2; echo 'ERROR: No matching distribution found
 
 
 def make(target: str, variable: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Build `target` in a folder of its own, with a Python that makes venvs but can download nothing."""
+    """Build `target` in a separate folder, with a Python that can create venvs but not download anything."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && {{ {PIP}; }}\nmkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n')
     python.chmod(0o755)
@@ -35,12 +35,12 @@ def make(target: str, variable: str, tmp_path: Path, **environment: str) -> subp
 def test_what_cannot_be_installed_is_one_line(
     target: str, variable: str, what: str, required: str, tmp_path: Path
 ) -> None:
-    """The tests go on; where it is required, as in continuous integration, they do not."""
+    """The tests continue, unless it is required, as in continuous integration."""
     done = make(target, variable, tmp_path)
     assert done.returncode == 0
     line = f"the tests of {what} are skipped, it cannot be installed: ERROR: No matching distribution found\n"
     assert done.stderr == line
-    assert not (tmp_path / "venv").exists()  # nothing by halves: the tests look whether it is there
+    assert not (tmp_path / "venv").exists()  # no partial result: the tests check for its existence
     demanded = make(target, variable, tmp_path, **{required: "1"})
     assert demanded.returncode == 2
     assert line in demanded.stderr

@@ -1,4 +1,4 @@
-"""Messages name arguments, as in `max_batch` or `dense=False`; only commands speak of options, as --max-batch."""
+"""Messages name arguments, such as `max_batch` or `dense=False`; only commands name options, such as --max-batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vp_exporter.cli import console, doctor, export, inspect, profile, search, s
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTION = re.compile(r"(?:^|[\s(\"'])--[a-z]")
-# Commands that are quoted whole, for whoever should run them.
+# Commands that are quoted in full, for users to run.
 QUOTED = re.compile(r"pip install --(upgrade|force-reinstall)|ray start --head|python -m vp_kernels\.aot (--out|--sm)")
-COMMANDS = {  # modules that are a command line, or write the one of another process
+COMMANDS = {  # modules that are a command line, or write that of another process
     "exporter/vp_exporter/doctor.py": "vp-doctor lists commands",
     "exporter/vp_exporter/profiling/memory.py": "the process that is measured",
     "engines/vp_engines/command_line.py": "its docstring shows what it makes of a message",
@@ -27,7 +27,7 @@ COMMANDS = {  # modules that are a command line, or write the one of another pro
     "kernels/vp_kernels/aot/compile.py": "what cuobjdump and ptxas are started with",
     "kernels/vp_kernels/plugins/embed.py": "python -m vp_kernels.plugins.embed",
 }
-# Arguments of Python alone: a command cannot come to these messages.
+# Arguments available from Python only: commands never raise these messages.
 PYTHON_ONLY = {"backbone", "preprocessing", "pretrained_cfg", "crop_mode"}
 
 
@@ -37,12 +37,12 @@ def modules() -> Iterator[Path]:
 
 
 def literals(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Texts, those inside of f-strings and docstrings among them."""
+    """String literals, including those in f-strings and docstrings."""
     return (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def options_in(source: str) -> list[str]:
-    """The texts of a module that speak in options."""
+    """Strings in a module that mention options."""
     texts = [QUOTED.sub("", node.value) for node in literals(ast.parse(source))]
     return [text for text in texts if OPTION.search(text)]
 
@@ -81,7 +81,7 @@ def command_options() -> set[str]:
 
 
 def test_each_argument_in_a_message_is_an_option_of_a_command() -> None:
-    """What an exception, a note or a warning says in backticks: a command turns it into an option that there is."""
+    """Names in backticks in an exception, note or warning correspond to an existing option."""
     known, seen = command_options(), 0
     for path in modules():
         for call in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""The covering of cross products: every pair that is allowed, few rows, the same ones each time."""
+"""Coverings of products: every allowed pair, few rows, deterministic."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_allowed_pair_is_covered(lengths: list[int], banned: set[tuple[int
 def test_it_is_fewer_and_the_same_each_time() -> None:
     found = pairwise("abcde", "fghi", "jkl", "mno")
     assert len(found) == 180
-    assert 20 <= len(usual(found)) <= 25  # 5 x 4 is the least that any covering can have
+    assert 20 <= len(usual(found)) <= 25  # 5 x 4 is the minimum of any covering
     assert found == pairwise("abcde", "fghi", "jkl", "mno")
 
 
@@ -65,7 +65,7 @@ def test_the_marker_is_deselected_by_default(pytestconfig: pytest.Config) -> Non
 
 
 def test_what_is_left_out_is_written_down() -> None:
-    """docs/testing.md names every file that thins its cases."""
+    """docs/testing.md lists every file that thins its cases."""
     root = Path(__file__).parent
     words = ("pairwise(", "thinned(", "covering(", "counts_and_types(", "widths_and_types(")
     helpers = {Path("pairwise.py"), Path("test_pairwise.py"), Path("kernels/counts.py")}

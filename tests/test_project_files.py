@@ -1,4 +1,4 @@
-"""What pyproject.toml, CHANGELOG.md, CITATION.cff and the other files for maintainers say of each other."""
+"""Consistency of pyproject.toml, CHANGELOG.md, CITATION.cff and other files for maintainers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_one_version_and_one_date() -> None:
 
 def test_addresses_are_true_or_say_that_they_are_none() -> None:
     hosts = {url.split("/")[2] for url in PROJECT["urls"].values()}
-    assert hosts == {"vp-export.example"}  # reserved by RFC 2606: nobody is sent to a stranger
+    assert hosts == {"vp-export.example"}  # reserved by RFC 2606, so it belongs to nobody
     assert "[project.urls]" in read("docs/releasing.md")
 
 

@@ -1,4 +1,4 @@
-"""What the three packages offer: a list that changes on purpose only, documented with examples that run."""
+"""The public names of the three packages: fixed lists, documented with examples that run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ERRORS = {
     "BuildError", "BundleCorruptError", "BundleError", "BundleIncompatibleError", "EngineUnavailableError",
     "InputError", "PackageMissingError", "VpError",
 }  # fmt: skip
-# Removing or renaming one is announced first (docs/api.md).
+# Removing or renaming one needs a deprecation first (docs/api.md).
 PUBLIC: dict[ModuleType, set[str]] = {
     vp_exporter: {
         "DataError", "Engine", "ExportResult", "ModelRequest", "PlanError", "ReducedViT", "ReductionPlan",
@@ -50,7 +50,7 @@ LAZY = [vp_exporter, vp_engines, vp_kernels]
 
 
 def public() -> dict[str, Any]:
-    """Every public class and function by its full name, once."""
+    """Every public class and function by its full name, without duplicates."""
     found = {
         f"{package.__name__}.{name}": getattr(package, name)
         for package in PUBLIC
@@ -72,14 +72,14 @@ def test_the_public_names(package: ModuleType) -> None:
 
 @pytest.mark.parametrize("package", LAZY, ids=lambda package: package.__name__)
 def test_no_module_has_the_name_of_a_function(package: ModuleType) -> None:
-    """Importing package.NAME puts the module on the package, in the place of the function."""
+    """Importing package.NAME would replace the function by the module."""
     modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert not {name for name in package.__all__ if not inspect.ismodule(getattr(package, name))} & modules
 
 
 @pytest.mark.parametrize("package", LAZY, ids=lambda package: package.__name__)
 def test_editors_and_type_checkers_see_the_lazy_names(package: ModuleType) -> None:
-    """They read what stands under `if TYPE_CHECKING`."""
+    """They read the imports under `if TYPE_CHECKING`."""
     assert package.__file__ is not None
     tree = ast.parse(Path(package.__file__).read_text())
     shown = {
@@ -98,13 +98,13 @@ def test_a_docstring_with_an_example(name: str) -> None:
     text = inspect.getdoc(public()[name]) or ""
     assert len(text) > 20
     if name.endswith("Error") and name not in ("vp_engines.VpError", "vp_kernels.KernelError"):
-        return  # raised, never made by a user
+        return  # raised, never created by a user
     assert "Examples:" in text
     assert ">>> " in text
 
 
 def parts(thing: Any) -> Iterator[str]:
-    """The sections of a docstring."""
+    """Section headings of a docstring."""
     return (found[1] for found in re.finditer(r"^(\w+):$", inspect.getdoc(thing) or "", re.M))
 
 
@@ -116,18 +116,18 @@ def test_a_function_says_what_it_takes_and_raises(name: str) -> None:
         return
     assert "Raises" in parts(function)
     for argument in signature.parameters:
-        if argument not in ("path", "bundle", "model", "graph"):  # what the first line is about
+        if argument not in ("path", "bundle", "model", "graph"):  # described by the first line
             assert re.search(rf"\b{argument}\b", text), f"{argument} of {name} is not documented"
 
 
 class Examples:
-    """Runs examples in one folder and with one set of names, as one session of a user."""
+    """Runs examples in one folder and one namespace, as in a session of a user."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.names, self.ran = root, {}, 0  # type: ignore[var-annotated]
 
     def run(self, name: str) -> str:
-        """What is wrong with the examples of a public thing; "" where they are as they say."""
+        """Differences from the expected output of an object's examples, or ""."""
         text = inspect.getdoc(public()[name]) or ""
         examples = doctest.DocTestParser().get_doctest(text, {}, name, None, 0)
         examples.globs = self.names
@@ -141,7 +141,7 @@ class Examples:
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
-    """After that of `export`, which writes the bundle tiny.vpe; beside it images to calibrate and to validate on."""
+    """After the example of `export`, which writes tiny.vpe, with images to calibrate and validate on beside it."""
     root: Path = tmp_path_factory.mktemp("examples")
     inputs: Inputs = write_inputs(root / "made")
     (root / "val").symlink_to(inputs.data)
@@ -163,7 +163,7 @@ def test_the_examples_run(examples: Examples) -> None:
 def test_the_first_lines_of_the_readme(
     examples: Examples, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As they stand there, but with a tiny model, and with the engines that the examples have built."""
+    """Unmodified except for a tiny model, and with the engines built by the examples."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = next(block for block in blocks if "vp_exporter as vp" in block)
     assert lines.count("\n") <= 7

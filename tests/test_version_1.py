@@ -1,7 +1,7 @@
-"""Plans and bundles of format version 1, written by vp-export 0.1.0 in November 2026, load as they did then.
+"""Plans and bundles of format version 1, written by vp-export 0.1.0 in November 2026, still load.
 
-tests/data/version_1 holds a bundle under ToMe's plan with its dense baseline, a searched plan, the bundle that it made,
-two images, and the logits that ONNX Runtime gave for them. The model is a ViT of 2 blocks and 16 channels.
+tests/data/version_1 has a bundle under ToMe's plan with its dense baseline, a searched plan and its bundle, two images,
+and the logits that ONNX Runtime returned for them. The model is a ViT of 2 blocks and 16 channels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FINGERPRINTS = {
     "searched.vpe/plan.json": "032be38f21f0976f968f18f5f6fef190a6efc565b829073b7922b27a6b493925",
     "searched.json": "032be38f21f0976f968f18f5f6fef190a6efc565b829073b7922b27a6b493925",
 }
-# File and variant -> the logits of that time.
+# File and variant -> the original logits.
 ENGINES = {("tome", "reduced"): "tome", ("tome", "dense"): "dense", ("searched", "reduced"): "searched"}
 
 
@@ -49,4 +49,4 @@ def test_a_bundle_gives_the_same_logits(name: str, variant: str) -> None:
     wanted = np.load(DATA / f"{ENGINES[name, variant]}.logits.npy")
     with vp_engines.load(bundle, variant=variant, threads=1) as engine:
         np.testing.assert_allclose(engine.run(images)["logits"], wanted, rtol=1e-4, atol=1e-4)
-    assert np.ptp(wanted, axis=0).max() > 0.01  # the images are told apart
+    assert np.ptp(wanted, axis=0).max() > 0.01  # logits depend on the image

@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is what the legs with the lowest and the newest versions install."""
+"""The versions installed for the lowest and newest test runs match pyproject.toml."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from packaging.version import Version
 from vp_engines.backends.ort_versions import OLDEST
 
 ROOT = Path(__file__).resolve().parent.parent
-# Not what a user of the package runs: the suite's own tools, which `make test-lowest` takes as they come.
+# Tools of the test suite rather than requirements of the package; `make test-lowest` takes any version.
 TOOLS = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "torchvision"}
 TOOLS |= {"packaging", "setuptools", "vp-export", "mkdocs-material", "mkdocstrings"}
 
 
 def declared() -> dict[str, Version]:
-    """Package -> its lower bound, of every extra."""
+    """Package -> its lower bound, over all extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     found: dict[str, Version] = {}
@@ -27,7 +27,7 @@ def declared() -> dict[str, Version]:
         if requirement.name in TOOLS:
             continue
         bounds = [each.version for each in requirement.specifier if each.operator == ">="]
-        if not bounds and requirement.name in found:  # a second extra of a package that has its bound already
+        if not bounds and requirement.name in found:  # bound given in another extra
             continue
         assert len(bounds) == 1, f"{line} has no lower bound"
         bound = Version(bounds[0])
@@ -47,7 +47,7 @@ def test_the_lowest_leg_installs_the_lower_bounds() -> None:
 
 
 def test_the_newest_leg_is_newer_than_the_suite() -> None:
-    """Its file says what "newest" was at least when it was last green."""
+    """Its file records the newest versions that have passed."""
     newest, pinned = constraints("constraints-newest.txt", ">="), constraints("constraints.txt", "==")
     assert newest["torch"] >= Version("2.14")
     assert newest["torch"] > pinned["torch"]

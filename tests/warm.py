@@ -1,4 +1,4 @@
-"""Python processes that are forked where torch and timm are imported already, which takes seconds."""
+"""Python processes forked from one that has already imported torch and timm, which takes seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.waiting import LONG
 
-# Nothing that is run as a program: Python warns of a module that is imported before it is run.
+# No module that is run as a program: Python warns if it has been imported before.
 IMPORTED = ("torch", "timm", "torchvision.transforms", "onnxscript", "torch.onnx._internal.exporter._core")
 
 
@@ -26,7 +26,7 @@ IMPORTED = ("torch", "timm", "torchvision.transforms", "onnxscript", "torch.onnx
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED, "vp_exporter.exporting", "vp_exporter.searching.pipeline"])
-    interpret = os.environ.pop("TRITON_INTERPRET", None)  # which Triton reads when it is imported
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it on import
     try:
         forkserver.ensure_running()
     finally:
@@ -36,7 +36,7 @@ def _context() -> ForkServerContext:
 
 
 class Started:
-    """A process that has begun to call a function; what it writes goes to files."""
+    """A process that runs a function; its output goes to files."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Started:
         return self._process.exitcode is not None
 
     def communicate(self, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
-        """Its exit code and what it wrote; one that takes longer than `timeout` seconds is killed."""
+        """Exit code and output; a process that takes longer than `timeout` seconds is killed."""
         self._process.join(timeout)
         try:
             if not self.ended():
@@ -84,13 +84,13 @@ def start(
 ) -> Started:
     """Start `python WORDS`: a script, a module after -m, or code after -c; `given` is its input.
 
-    Kernels compile in it, whatever TRITON_INTERPRET is in `env`.
+    Kernels are compiled in it, regardless of TRITON_INTERPRET in `env`.
     """
     return Started(_python, given, *map(str, words), env=env, cwd=cwd)
 
 
 def run(words: Sequence[str | Path], **arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Start it as `start` does, and wait for its end."""
+    """Start a process as `start` does, and wait for it to end."""
     return start(words, **arguments).communicate()
 
 

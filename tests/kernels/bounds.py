@@ -1,14 +1,14 @@
-"""How far rounding alone can move an operator's answer, element by element: what the tests hold every form of it to.
+"""Bounds on the rounding error of each operator, element by element: the accuracy criterion of the tests.
 
 Forward error analysis in the standard model (Higham, Accuracy and Stability of Numerical Algorithms, chapters 2 to 4):
 every operation is off by at most one unit roundoff of its type, and a sum of n terms, in any order, by gamma(n) times
-the sum of their magnitudes. The bounds follow from the lengths of the sums, the magnitudes that enter and the dtype of
-each step, never from an error that was once measured: which order a sum is taken in, which instructions a BLAS has
-and how lucky torch's own path was differ from machine to machine, these do not. Rounding is taken at its worst, so
-bounds are some ten times what is seen; a fault (scores in bf16, a missed key, a wrong weight) is far beyond them.
+the sum of their magnitudes. The bounds depend on the lengths of the sums, the magnitudes of the inputs and the dtype of
+each step, not on measured errors: the order of sums and the instructions of a BLAS differ between machines, these do
+not. They assume worst-case rounding, and are about ten times the observed errors; a fault (scores in bf16, a missed
+key, a wrong weight) is far beyond them.
 
-What is assumed of the arithmetic: sums and products in fp32 (tensor cores cut off instead of rounding: two units an
-addition), exp to `EXP`, division and square root to `APPROXIMATE`.
+Assumed arithmetic: sums and products in fp32 (tensor cores truncate instead of rounding: two units per addition), exp
+to `EXP`, division and square root to `APPROXIMATE`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor
 from vp_kernels.density_merge.reference import groups as density_groups
 
 UNIT = 2.0**-24  # of fp32
-# The coarsest in use, relative: torch's fused attention on a CPU has an exponential of 20 bits; a GPU's ex2 has 22.
+# The coarsest in use, relative: torch's fused attention on a CPU has an exponential of 20 bits, a GPU's ex2 of 22.
 EXP = 2.0**-20
 APPROXIMATE = 4 * UNIT  # a GPU's division, reciprocal and inverse square root
-KEYS = 32  # the smallest tile of keys: how often an online softmax may rescale
+KEYS = 32  # smallest tile of keys, which determines how often an online softmax may rescale
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Unit roundoff: half of the distance from 1 to the next number."""
+    """Unit roundoff: half the distance from 1 to the next number."""
     return torch.finfo(dtype).eps / 2
 
 
 def gamma(n: float) -> float:
-    """Relative error of n roundings in fp32, one after the other; each counts twice (tensor cores)."""
+    """Relative error of n successive roundings in fp32; each counts twice (tensor cores)."""
     return 2 * n * UNIT / (1 - 2 * n * UNIT)
 
 
 def stored(truth: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
-    """`error` and what the rounding to `dtype` adds to it, of numbers below its smallest normal one too."""
+    """`error` plus that of rounding to `dtype`, subnormal numbers included."""
     finfo = torch.finfo(dtype)
     return error + unit(dtype) * (truth.abs() + error) + finfo.tiny * (1.0 if dtype == torch.float32 else finfo.eps)
 
@@ -44,13 +44,13 @@ def stored(truth: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
 def attention(
     qkv: Tensor, key_bias: Tensor | None, importance: str, *, spelled_out: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Of vp::attention, [B, N, H * d] and [B, N] ([0] for "none"); arguments as the operator's.
+    """Bound for vp::attention, [B, N, H * d] and [B, N] ([0] for "none"); arguments as for the operator.
 
-    A logit is a sum of d products, scaled, biased, less the row's maximum: off by e. A probability is then off by the
-    factor exp(e + the e of its denominator), by the exponentials' own error, once more for every time that an online
-    softmax rescales, and by the sum of N. Half precision rounds it once more before it meets v: a sum of N products.
-    With `spelled_out` the type's own rounding meets the scaled queries and keys, their products and the sums with the
-    bias too, as the definition of ONNX's Attention allows.
+    A logit is a sum of d products, scaled, biased, minus the row's maximum: off by e. A probability is then off by the
+    factor exp(e + the e of its denominator), by the error of the exponentials, once more for each rescaling of an
+    online softmax, and by the sum of N. Half precision rounds it once more before the product with v, a sum of N
+    products. With `spelled_out`, rounding to the type also applies to the scaled queries and keys, their products and
+    the sums with the bias, as the definition of ONNX's Attention allows.
     """
     dtype, (tokens, heads, width) = qkv.dtype, (qkv.shape[1], *qkv.shape[3:])
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, d]
@@ -63,7 +63,7 @@ def attention(
     logit = gamma(width + 1) * magnitudes + 6 * UNIT * (magnitudes + bias.abs() + top)
     if spelled_out:
         logit = logit + unit(dtype) * (2 * magnitudes + product.abs() + (product + bias).abs())
-    logit = torch.where(bias == -torch.inf, 0.0, logit)  # a removed key is exactly 0
+    logit = torch.where(bias == -torch.inf, 0.0, logit)  # a masked key is exactly 0
     rescaled = tokens // KEYS + 1
     share = logit + logit.amax(dim=3, keepdim=True) + rescaled * (EXP + 2 * UNIT * top)
     off = p * torch.expm1(share + 2 * EXP + gamma(tokens + rescaled) + APPROXIMATE)  # of the probabilities
@@ -91,11 +91,11 @@ def gather_norm(
     *,
     one_pass: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Of vp::gather_norm, both [B, K + E, D]; index within x.
+    """Bound for vp::gather_norm, both [B, K + E, D]; index within x.
 
-    A row is exact, or a sum of two that is rounded in fp32; the statistics are sums of D, of the values before they
-    are rounded to x's dtype. With `one_pass` the variance is the mean square less the squared mean, as in ONNX
-    Runtime's LayerNormalization: both are as large as the rows and not as their spread.
+    A row is exact, or a sum of two rounded in fp32; the statistics are sums of D, of the values before rounding to x's
+    dtype. With `one_pass` the variance is the mean square minus the squared mean, as in ONNX Runtime's
+    LayerNormalization: both have the magnitude of the rows rather than of their spread.
     """
     batch, _, width = x.shape
     where = index.expand(batch, -1)[:, :, None].expand(-1, -1, width)
@@ -121,12 +121,12 @@ def gather_norm(
 
 
 def select_fuse(scores: Tensor, x: Tensor, k: int) -> Tensor:
-    """Of vp::select_fuse's fused row, [B, 1, D]: a sum of n - k products."""
+    """Bound for vp::select_fuse's fused row, [B, 1, D]: a sum of n - k products."""
     count = scores.shape[1]
     chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     rest = torch.ones_like(scores, dtype=torch.bool).scatter(1, chosen, False)
     weights = torch.where(rest, scores, 0.0).double()[:, None, :]
-    rows = torch.where(rest[:, :, None], x[:, x.shape[1] - count :].double(), 0.0)  # what stays may hold NaN
+    rows = torch.where(rest[:, :, None], x[:, x.shape[1] - count :].double(), 0.0)  # kept rows may hold NaN
     return stored(weights @ rows, gamma(count - k + 1) * (weights.abs() @ rows.abs()), x.dtype)
 
 
@@ -138,12 +138,12 @@ def merge_rows(
     source_weight: Tensor | None = None,
     keep_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of vp::merge_rows, [B, K, D] and [B, K]; weights of 0 and more.
+    """Bound for vp::merge_rows, [B, K, D] and [B, K]; non-negative weights.
 
-    A row that J sources join is a running mean of values up to M. Each of its J steps (a difference, a quotient, a
-    product, a sum) is off by a few units of M. The j-th divides by a mass t_j of j roundings, and the difference of up
-    to 2 M that it takes a part w_j / t_j of is off by as much: the parts add up to 1 + log(mass / least weight) at
-    most. A row that nothing joins is a copy.
+    A row with J sources is a running mean of values up to M. Each of its J steps (a difference, a quotient, a product,
+    a sum) is off by a few units of M. The j-th divides by a mass t_j with j roundings, and the difference of up to 2 M,
+    of which it takes a part w_j / t_j, is off by as much: the parts sum to at most 1 + log(mass / least weight). A row
+    without sources is a copy.
     """
     wide = x.double()
     own = wide.new_ones(keep.shape) if keep_weight is None else keep_weight.double()
@@ -169,16 +169,17 @@ def merge_rows(
 
 
 def density_members(x: Tensor, scores: Tensor, counts: tuple[int, int, int, int]) -> int:
-    """The most rows that a mean of vp::density_merge is of."""
+    """Largest number of rows in a mean of vp::density_merge."""
     images = zip(x.double(), scores.double(), strict=True)
     return max(len(group) for rows, c in images for group in density_groups(rows, c, *counts))
 
 
 def density_merge(x: Tensor, truth: Tensor, members: int) -> Tensor:
-    """Of vp::density_merge's rows, [B, tokens_out, D]: weighted means of `members` rows of x at most.
+    """Bound for vp::density_merge's rows, [B, tokens_out, D]: weighted means of at most `members` rows of x.
 
     Weights are positive: each share is off by the roundings of its quotient and of the mass, and the mean by as much
-    of the largest value in its column, and by the sum. Half precision takes a share as two numbers of its own.
+    relative to the largest value in its column, and by the sum. Half precision represents a share as two numbers of its
+    type.
     """
     largest = x.double().abs().amax(dim=1, keepdim=True)
     finfo = torch.finfo(x.dtype)

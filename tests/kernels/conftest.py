@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter (tests/conftest.py turns it on)."""
+"""Kernels run in Triton's interpreter (enabled by tests/conftest.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token counts a kernel is tested with in which dtype."""
+"""Token counts and dtypes for testing kernels."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def widths_and_types(widths: Iterable[int]) -> list[ParameterSet]:
 
 
 def edge(n: int) -> int:
-    """What counts of TOKENS have in common that lie around one edge of a tile, or around one grid of patches."""
+    """Key of a token count: equal for counts around one edge of a tile, or around one grid of patches."""
     return next((at for at in (2, 16, 64, 128, 197, 256) if abs(n - at) <= 1), n)

@@ -1,8 +1,8 @@
-"""What Inductor writes for a GPU that is not there: torch is told of an H200, tensors are fake, nothing is launched.
+"""Inductor's output for an absent GPU: torch is made to believe in an H200, tensors are fake, nothing is run.
 
-So a machine without a GPU can hold the operators to what a GPU machine will compile: that Inductor takes the kernels as
-they are, mutates only their outputs, and puts no copy in front of them. Run in a process of its own, with
-TRITON_INTERPRET unset: the patches below are not taken back.
+This lets a machine without a GPU check what a GPU machine will compile: that Inductor takes the kernels unchanged,
+mutates only their outputs, and inserts no copies before them. Run in a process of its own, with TRITON_INTERPRET unset:
+the patches below are not undone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ H200 = types.SimpleNamespace(
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The parts of a driver that Triton needs to compile."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -54,7 +54,7 @@ class _Driver:
 
 
 class _Written(BaseException):
-    """Inductor has written its code: stop before it is compiled and loaded."""
+    """Raised once Inductor has generated its code, before compiling and loading it."""
 
 
 def pretend() -> None:
@@ -84,16 +84,16 @@ def pretend() -> None:
     of_cuda.get_compute_capability = staticmethod(lambda device=None: 90)
     of_cuda.Worker.get_device_properties = staticmethod(lambda device=None: H200)
     of_cuda.Worker.current_device = staticmethod(lambda: 0)
-    # They trace torch's own attention patterns on the device.
+    # These trace torch's own attention patterns on the device.
     joint.lazy_init = post.lazy_init = lambda *_: None  # type: ignore[assignment]
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def inductor_code(module: nn.Module, images: torch.Tensor) -> str:
-    """The Python wrapper that Inductor writes for a module on the GPU, its Triton kernels included; any batch.
+    """Python wrapper that Inductor generates for a module on the GPU, with its Triton kernels, for any batch size.
 
     Args:
-        module, images: on the CPU, where the program is traced; operators stay whole in it, and it is moved then.
+        module, images: On the CPU, where the program is traced, with operators intact; then it is moved to the GPU.
     """
     import torch._inductor.config as config
     from torch._inductor.compile_fx import compile_fx
@@ -144,12 +144,12 @@ def inductor_code(module: nn.Module, images: torch.Tensor) -> str:
 
 
 def written(module: nn.Module, *shapes: tuple[int, ...]) -> list[str]:
-    """What each kernel that a module launches writes to, by torch's own analysis: "kept_ptr,normed_ptr", sorted.
+    """Outputs of each kernel that a module launches, by torch's own analysis: "kept_ptr,normed_ptr", sorted.
 
-    Without `pretend`, with which torch would look for the GPU where a module indexes a tensor.
+    Call without `pretend`, with which torch would look for the GPU when a module indexes a tensor.
 
     Args:
-        shapes: of its float32 inputs.
+        shapes: Of its float32 inputs.
     """
     import triton
     from torch._functorch.aot_autograd import aot_export_module
@@ -164,19 +164,19 @@ def written(module: nn.Module, *shapes: tuple[int, ...]) -> list[str]:
 
 
 def launches(code: str) -> list[str]:
-    """Names of what the wrapper calls, in order: kernels (ours and Inductor's) and library products."""
+    """Names of the calls in the wrapper, in order: kernels (ours and Inductor's) and library products."""
     body = code[code.index("def call(") :]
     found = re.findall(r"^ +(?:(\w+)\.run\(|extern_kernels\.(\w+)\(|(torch\.ops\.[\w.]+)\()", body, flags=re.MULTILINE)
     return [re.sub(r"_\d+$", "", next(filter(None, names))) for names in found]
 
 
 def compile_ours(code: str) -> list[str]:
-    """Compile the kernels that Inductor took over from us, just as it wrote them down, for the H200.
+    """Compile the kernels of ours in Inductor's code, as it wrote them, for the H200.
 
-    It copies a kernel's source with the helpers and constants that it finds, and fixes arguments that are 1.
+    Inductor copies a kernel's source with helpers and constants that it finds, and specialises arguments that are 1.
 
     Args:
-        code: of `inductor_code`.
+        code: From `inductor_code`.
 
     Returns:
         Their names in the code.

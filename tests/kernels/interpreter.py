@@ -1,4 +1,4 @@
-"""What the interpreter of Triton lacks."""
+"""Patches for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def complete_interpreter() -> None:
-    """Three gaps of Triton 3.6's interpreter, closed in this process (a GPU has none of them), and time saved.
+    """Fix three deficiencies of Triton 3.6's interpreter in this process, and save time.
 
-    Its scalars are arrays of one element, which NumPy 2.4 no longer takes as the bounds of a range; it keeps bf16 as
-    uint16, and multiplies those as whole numbers; and it cuts float32 off to bf16, where a GPU rounds to the nearest.
+    Its scalars are arrays of one element, which NumPy 2.4 does not accept as bounds of a range; it stores bf16 as
+    uint16, and multiplies those as integers; and it truncates float32 to bf16, where a GPU rounds to nearest.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -41,10 +41,10 @@ def complete_interpreter() -> None:
     patch_lang, done = interpreter._patch_lang, set[int]()
 
     def patched_once(fn: Any) -> Any:
-        """It changes triton.language anew at each call of one kernel function from another; the launch has done so."""
+        """Skip patching triton.language again for each nested kernel function; the launch has done so."""
         modules = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
         if modules and modules <= done:
-            return None  # nobody undoes what a call changes, only what a launch does
+            return None  # only a launch undoes its changes
         scope = patch_lang(fn)
         restore = scope.restore
 

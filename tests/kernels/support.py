@@ -1,4 +1,4 @@
-"""What the tests of all kernels share: sizes, dtypes, and the one criterion of accuracy (its bounds: `bounds.py`)."""
+"""Shared by the kernel tests: sizes, dtypes, and the common accuracy criterion (see `bounds.py` for its bounds)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def assert_within(name: str, found: Tensor, truth: Tensor, bound: Tensor, dtype: torch.dtype) -> None:
-    """No element is farther from the truth than rounding explains; what is not finite is so in the same places.
+    """Check that errors are within their rounding bounds, and that NaN and infinity are in the same places.
 
     Args:
-        found: an operator's answer.
-        truth: computed in fp64.
-        bound: of each element, from `bounds.py`.
-        dtype: what `found` should have.
+        found: Result of an operator.
+        truth: Computed in fp64.
+        bound: Of each element, from `bounds.py`.
+        dtype: Expected dtype of `found`.
     """
     assert found.shape == truth.shape == bound.shape, f"{name}: {list(found.shape)}, expected {list(truth.shape)}"
     assert found.dtype == dtype
@@ -30,7 +30,7 @@ def assert_within(name: str, found: Tensor, truth: Tensor, bound: Tensor, dtype:
     wild = ~truth.isfinite()
     assert torch.equal(found.double()[wild].isnan(), truth[wild].isnan()), f"{name}: NaN in other places"
     error = torch.where(wild, 0.0, (found.double() - truth).abs())
-    beyond = ~((error <= bound) | wild)  # so that NaN is beyond
+    beyond = ~((error <= bound) | wild)  # NaN counts as beyond
     if bool(beyond.any()):
         at = (error / bound.clamp_min(1e-300)).masked_fill(~beyond, -1.0).nan_to_num(torch.inf).argmax()
         raise AssertionError(
@@ -40,13 +40,13 @@ def assert_within(name: str, found: Tensor, truth: Tensor, bound: Tensor, dtype:
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Normal noise, the same at every call."""
+    """Normal noise, equal on every call."""
     generator = torch.Generator().manual_seed(seed + 1000003 * len(shape) + sum(shape))
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
 def without_interpreter(code: str, given: str = "") -> list[str]:
-    """The lines that a Python process prints whose kernels are compiled, not interpreted; `given` is its input."""
+    """Lines printed by a Python process in which kernels are compiled; `given` is its input."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = run(["-c", code], given=given, env=environment, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0, done.stderr[-3000:]

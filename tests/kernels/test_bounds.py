@@ -1,4 +1,4 @@
-"""The bounds of `bounds.py` tell rounding from faults: sound arithmetic of other kinds is inside, each fault beyond."""
+"""The bounds of `bounds.py` separate rounding from faults: other correct arithmetic is within, every fault beyond."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plain(
     rest: Callable[[Tensor], Tensor] = lambda p: p,
     reverse: bool = False,
 ) -> Tensors:
-    """Attention in fp32 with probabilities rounded to qkv's dtype, and a place for a fault at each step."""
+    """Attention in fp32 with probabilities rounded to qkv's dtype, and a hook to inject a fault at each step."""
     order = torch.arange(qkv.shape[1]).flip(0) if reverse else torch.arange(qkv.shape[1])
     q, k, v = qkv.float().permute(2, 0, 3, 1, 4).unbind(0)
     if reverse:  # the sums in another order
@@ -55,7 +55,7 @@ def plain(
 
 
 ATTENTION_FAULTS: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], list[bool]]] = {
-    # what a step does wrong, and whether `out` and `importance` are still within rounding
+    # fault of a step, and whether `out` and `importance` are still within rounding
     "scores in bf16": ({"scores": lambda s: s.bfloat16().float()}, [False, False]),
     "scores in fp16": ({"scores": lambda s: s.half().float()}, [False, False]),
     "a scale of 1.001": ({"scores": lambda s: s * 1.001}, [False, False]),
@@ -89,7 +89,7 @@ def test_faults_of_attention_are_beyond(fault: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_faults_of_attention_are_beyond_in_half_precision(dtype: torch.dtype) -> None:
-    """The importance is fp32 whatever the tokens are; a sum over keys that is rounded at each step shows in `out`."""
+    """The importance is fp32 for any tokens; a sum over keys that is rounded at each step affects `out`."""
     qkv, bias = seeded(2, TOKENS, 3, HEADS, WIDTH, dtype=dtype), seeded(2, TOKENS)
     truth, limits = attention_reference(qkv.double(), bias, "mean"), bounds.attention(qkv, bias, "mean")
     for fault in ("scores in bf16", "scores in fp16", "a scale of 1.001", "the last key is missed"):
@@ -160,7 +160,7 @@ def test_merge_rows(dtype: torch.dtype) -> None:
     assert verdicts(missed, truth, limits, dtypes) == [False, False]
     moved = merge_rows_reference(x, keep, source, into.roll(1, 1), weight, own)
     assert verdicts(moved, truth, limits, dtypes) == [False, False]
-    if dtype != torch.float32:  # a running mean that is rounded at each step
+    if dtype != torch.float32:  # a running mean rounded at each step
         mean, mass = x.gather(1, keep[:, :, None].expand(-1, -1, 48)).clone(), own.clone()
         for b in range(2):
             for row, j, w in zip(x[b, source[b]], into[b].tolist(), weight[b], strict=True):

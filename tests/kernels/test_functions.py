@@ -1,6 +1,6 @@
-"""The function bodies of the vp operators: equal to the operators themselves, on ONNX Runtime, in every form.
+"""Function bodies of the vp operators give the operators' results on ONNX Runtime, in every form.
 
-All cases of an operator are one graph, exported once as a model would be: with a dynamic batch, from a batch of two.
+All cases of an operator are one graph, exported once like a model: with a dynamic batch, from a batch of two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.pairwise import thinned
 from vp_kernels.onnx import add_functions, inline
 
 FORMS = ("functions", "inlined", "functions without optimisation")
-# What remains of a static size in ONNX Runtime's optimised graph, and what no body may hold.
+# Operators that must not appear in a body, or remain in ONNX Runtime's optimised graph.
 NEVER = {"If", "Loop", "Scan", "NonZero", "ScatterElements", "ScatterND", "Shape", "Range", "Expand", "Mod", "CastLike"}
 
 
@@ -46,12 +46,12 @@ class Graph(nn.Module):
 
 
 def shared(cases: Sequence[Case]) -> dict[int, Tensor]:
-    """The tensors of all cases, each once, by identity: the inputs of their graph."""
+    """The tensors of all cases, without duplicates, by identity: the inputs of their graph."""
     return {id(value): value for case in cases for value in case.tensors.values()}
 
 
 def export(cases: Sequence[Case]) -> onnx.ModelProto:
-    """The cases as one ONNX graph of `vp` nodes, without their functions yet."""
+    """The cases as one ONNX graph of `vp` nodes, without their functions."""
     given = tuple(value[:2].clone() for value in shared(cases).values())
     batch = tuple({0: torch.export.Dim("batch", min=1, max=64)} for _ in given)
     program = torch.onnx.export(
@@ -64,7 +64,7 @@ def export(cases: Sequence[Case]) -> onnx.ModelProto:
 def run(
     model: onnx.ModelProto, cases: Sequence[Case], *, optimised: bool = True, save: Path | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """ONNX Runtime's answers, case by case."""
+    """Results of ONNX Runtime, per case."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -79,14 +79,14 @@ def run(
 
 
 def by_case(flat: list[Tensor], cases: Sequence[Case]) -> list[tuple[Tensor, ...]]:
-    """An engine's outputs, told apart."""
+    """Group an engine's outputs by case."""
     found = [tuple(flat.pop(0) for _ in case.expected()) for case in cases]
     assert not flat
     return found
 
 
 def check(case: Case, found: Sequence[Tensor]) -> None:
-    """Whole numbers are the operator's; of the others two forms are apart by the rounding of both at most."""
+    """Integers must equal the operator's; others may differ by the rounding of both."""
     expected = case.expected()
     limits = iter(case.rounding() if any(one.is_floating_point() for one in expected) else ())
     for place, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
@@ -148,7 +148,7 @@ def test_what_is_static_is_computed_before_the_first_run(operator: str, tmp_path
     cases, model = exported(operator)
     run(model, cases, save=tmp_path / "optimised.onnx")
     left = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
-    # A [1, N] key bias as a mask for every query is one Expand of a constant; [B, N] is the one that stays.
+    # Expanding a [1, N] key bias to a mask for every query is folded; the Expand for [B, N] remains.
     assert left & NEVER == ({"Expand"} if operator == "attention" else set())
 
 
@@ -156,7 +156,7 @@ def test_what_is_static_is_computed_before_the_first_run(operator: str, tmp_path
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("operator", CASES)
 def test_any_batch(operator: str, batch: int) -> None:
-    """The batch is the one axis that may change: exported from 2, run with 3 above."""
+    """The batch is the only dynamic axis: exported with 2, run with 3 above."""
     cases, model = exported(operator)
     resized = {key: torch.cat([value, value.flip(0)])[:batch].contiguous() for key, value in shared(cases).items()}
     others = [

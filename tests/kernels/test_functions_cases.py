@@ -1,4 +1,4 @@
-"""Calls of every operator, of every type that it can become in ONNX; and that none is forgotten."""
+"""Calls of every operator, for each of its ONNX operator types, and a check that none is missing."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Case:
     """One call of an operator.
 
     Attributes:
-        op_type: the operator type that it must become.
-        node, operator: its two faces, one for ONNX and one for torch.
-        tensors: arguments by name, with a batch axis of BATCH.
-        settings: the other arguments.
-        fixed: tensors that are the same for every image: constants of the graph.
-        note: tells cases of a type apart.
+        op_type: Expected operator type.
+        node, operator: Its implementations in ONNX and in torch.
+        tensors: Arguments by name, with a batch axis of BATCH.
+        settings: Other arguments.
+        fixed: Tensors that are equal for every image: constants of the graph.
+        note: Distinguishes cases of a type.
     """
 
     op_type: str
@@ -59,11 +59,11 @@ class Case:
         return f"{self.op_type}-{self.note}" if self.note else self.op_type
 
     def expected(self) -> tuple[Tensor, ...]:
-        """What the operator itself answers, on the CPU."""
+        """Results of the operator itself, on the CPU."""
         return outputs(self.operator(**self.tensors, **self.fixed, **self.settings))
 
     def rounding(self) -> tuple[Tensor, ...]:
-        """How far rounding may put each floating-point output from the truth, in any form of the operator."""
+        """Rounding bound of each floating-point output, for any form of the operator."""
         given = {**self.tensors, **self.fixed, **self.settings}
         if self.operator is attention:
             return bounds.attention(given["qkv"], given.get("key_bias"), given["importance"], spelled_out=True)
@@ -85,7 +85,7 @@ class Case:
 
 
 def outputs(found: Any) -> tuple[Tensor, ...]:
-    """An operator's answer without what it leaves out."""
+    """Results of an operator, without omitted ones."""
     return tuple(each for each in ((found,) if isinstance(found, Tensor) else found) if each is not None)
 
 
@@ -174,7 +174,7 @@ def merge_rows_cases(dtype: torch.dtype = torch.float32, width: int = D) -> list
         tensors |= {"source_weight": weight} if with_weight else {}
         tensors |= {"keep_weight": own} if with_own else {}
         cases.append(Case(op_type, merge_rows_node, merge_rows, tensors))
-    # A source of weight 0 holds NaN, and a row of weight 0 is joined by nothing: both must leave no trace.
+    # A source of weight 0 holds NaN, and a row of weight 0 has no source: neither may affect the result.
     poisoned, zero, light = x.clone(), weight.clone(), own.clone()
     poisoned[0, source[0, 1]] = NAN
     zero[0, 1], light[1, 0] = 0.0, 0.0
@@ -189,7 +189,7 @@ def match_merge_cases(dtype: torch.dtype = torch.float32, width: int = D, head_d
     cases = []
     for tokens, prefix, r in ((17, 1, 3), (17, 1, 8), (18, 2, 8), (16, 0, 5), (4, 1, 1)):
         x, metric = seeded(BATCH, tokens, width, dtype=dtype), seeded(BATCH, tokens, 2, head_dim, dtype=dtype, seed=1)
-        metric[0, prefix] = 0.0  # a row without a direction
+        metric[0, prefix] = 0.0  # a zero vector
         metric = metric if prefix else metric[:, :, 0].contiguous()
         n = tokens - prefix
         scores = _positive(BATCH, n, seed=2) * torch.tensor([[1.0], [1e-3], [7.0]])
@@ -206,7 +206,7 @@ def match_merge_cases(dtype: torch.dtype = torch.float32, width: int = D, head_d
             settings |= {"tau": tau} if scored else {}
             note = f"{tokens}-{prefix}-{r}"
             cases.append(Case(op_type, match_merge_node, match_merge, tensors, settings, note=note))
-    # Every similarity and every score is a tie; the sizes tell who merged into whom.
+    # Every similarity and every score ties; sizes tell which tokens merged.
     size = 2.0 ** torch.arange(17).expand(BATCH, -1)
     x, same = seeded(BATCH, 17, width, dtype=dtype), torch.ones(BATCH, 17, 2, head_dim, dtype=dtype)
     tied = {"x": x, "metric": same, "size": size.contiguous()}
@@ -236,7 +236,7 @@ def density_merge_cases(dtype: torch.dtype = torch.float32, width: int = D) -> l
             add(tensors, out, clusters, pairs, weights, f"{out}-{clusters}-{pairs}")
     for out, clusters, pairs in ((8, 6, 0), (14, 5, 1), (13, 1, 5)):  # all clusters; the first and the last pair
         add({"x": x, "scores": scores, "size": size}, out, clusters, pairs, "attention", f"{out}-{clusters}-{pairs}")
-    # Every comparison is a tie; the sizes tell which tokens went where.
+    # Every comparison ties; sizes tell which tokens merged.
     apart = (2.0 ** torch.arange(tokens)).expand(BATCH, -1).contiguous()
     same = torch.ones(BATCH, tokens, 16, dtype=dtype)  # of 16: lengths and products are exact
     equal = {"x": same, "scores": torch.full((BATCH, tokens), 0.5), "size": apart}
@@ -265,9 +265,9 @@ def test_names_of_cases_are_unique() -> None:
 
 
 def test_no_case_is_a_near_tie() -> None:
-    """An engine that adds up in another order decides alike: nothing turns where what is compared is off by 1e-5.
+    """Engines that add in another order make the same decisions: none changes if the compared values are off by 1e-5.
 
-    Exact ties stay ties, and are none of these.
+    Exact ties stay ties, and do not count.
     """
     for case in match_merge_cases():
         if case.note != "ties":

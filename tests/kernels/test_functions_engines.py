@@ -1,4 +1,4 @@
-"""The function bodies elsewhere: in half precision, inlined on OpenVINO, as functions on TensorRT-RTX."""
+"""Function bodies in half precision, inlined on OpenVINO, and as functions on TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_half_precision() -> None:
 
 
 def _nothing_left(case: Case) -> bool:
-    """Whether a list of the case is empty: OpenVINO 2026.4 refuses some operations on nothing."""
+    """Whether a list of the case is empty: OpenVINO 2026.4 rejects some operations on empty tensors."""
     return case.note in ("nothing-kept", "no-source") or (case.op_type == "SelectFuse" and case.note.endswith("20"))
 
 
@@ -56,7 +56,7 @@ def test_inlined_twin_on_openvino(operator: str, tmp_path: Path) -> None:
     onnx.save(inline(model), str(tmp_path / "twin.onnx"))
     core = openvino.Core()
     read = core.read_model(tmp_path / "twin.onnx")
-    _make_stable(read)  # as the backend does: OpenVINO's reader forgets how ONNX breaks ties
+    _make_stable(read)  # as in the backend: OpenVINO's reader does not break ties as ONNX requires
     compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
     answers = compiled([value.numpy() for value in shared(cases).values()])
     flat = [torch.from_numpy(answers[port]) for port in compiled.outputs]
@@ -65,13 +65,13 @@ def test_inlined_twin_on_openvino(operator: str, tmp_path: Path) -> None:
 
 
 def _six(dtype: torch.dtype) -> list[Case]:
-    """A case of each operator, those with the most parts."""
+    """A case of each operator, those with the most inputs."""
     wanted = (
         "AttentionBiasClass",
         "GatherNormImageResidualExtra",
         "SelectFuse-7",
         "MergeRowsSourceWeightKeepWeight",
-        "MatchMergeSizeScores-17-1-8",  # all of A merges: what stays of it is an empty list
+        "MatchMergeSizeScores-17-1-8",  # all of A merges: the list of the rest is empty
         "DensityMergeClustersPairsSize-14-5-1",
     )
     named = {case.name: case for make in CASES.values() for case in make(dtype)}
@@ -82,7 +82,7 @@ def _six(dtype: torch.dtype) -> list[Case]:
 @needs_rtx
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_functions_build_in_tensorrt(dtype: torch.dtype, tmp_path: Path) -> None:
-    """As they are, one model of all six: TensorRT's parser puts the bodies in, and knows the attention for one."""
+    """One model of all six, unmodified: TensorRT's parser inlines the bodies, and recognises the attention in one."""
     model = export(_six(dtype))
     assert len(add_functions(model)) == 6
     answer = _build(model, tmp_path, attentions=1, decomposable=dtype == torch.float32)
@@ -93,13 +93,13 @@ def test_functions_build_in_tensorrt(dtype: torch.dtype, tmp_path: Path) -> None
 @pytest.mark.slow
 @needs_rtx
 def test_every_type_builds_in_tensorrt(tmp_path: Path) -> None:
-    """Each by its name: an operator type called like a standard one would be taken for that."""
+    """By name: an operator type named like a standard one would be taken for it."""
     _, model = _every_type()
-    assert _build(model, tmp_path, attentions=4)["error"] == ""  # the two with the mean of the map spell it out
+    assert _build(model, tmp_path, attentions=4)["error"] == ""  # the two with the mean spell out the map
 
 
 def _build(model: onnx.ModelProto, folder: Path, *, attentions: int = 0, decomposable: bool = False) -> dict[str, str]:
-    """Build an engine of TensorRT-RTX, for batches 1 to 8."""
+    """Build a TensorRT-RTX engine for batches 1 to 8."""
     onnx.save(model, str(folder / "model.onnx"))
     profile = {}
     for value in model.graph.input:

@@ -1,4 +1,4 @@
-"""What happens to a model: functions added, bodies put in, and nothing else touched."""
+"""Adding functions to a model and inlining them, without changing anything else."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_inlined_twin(model: onnx.ModelProto) -> None:
     assert {node.domain for node in twin.graph.node} == {""}
     assert [each.domain for each in twin.opset_import] == [""]
     assert not twin.functions
-    # Each node bears the name of the one it came from, and of no other.
+    # Each node has the name of the one that it came from.
     names = [node.name for node in twin.graph.node]
     assert len(set(names)) == len(names)
     assert {name.rpartition("/")[0] for name in names} == {"blocks.0/Select.0", "blocks.1", "blocks.1/Select.0"}
@@ -97,7 +97,7 @@ def test_nodes_without_names_of_their_own(model: onnx.ModelProto, names: tuple[s
 
 
 def test_weights_stay_as_they_are(model: onnx.ModelProto, tmp_path: Path) -> None:
-    """Also those in a file beside the model, which is not read."""
+    """Including external weights, which are not read."""
     twin = inline(model)
     np.testing.assert_array_equal(numpy_helper.to_array(twin.graph.initializer[0]), np.arange(1, 7, dtype=np.float32))
     onnx.save(model, str(tmp_path / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0)
@@ -108,7 +108,7 @@ def test_weights_stay_as_they_are(model: onnx.ModelProto, tmp_path: Path) -> Non
 
 
 def test_functions_of_others_go_too(model: onnx.ModelProto) -> None:
-    """The twin is in standard operators alone."""
+    """The inlined model only has standard operators."""
     relu = parser.parse_function('<domain: "theirs", opset_import: ["": 23]> Rectify (x) => (y) { y = Relu(x) }')
     model.functions.append(relu)
     model.opset_import.append(helper.make_opsetid("theirs", 1))
@@ -128,7 +128,7 @@ def test_unknown_type(model: onnx.ModelProto) -> None:
 
 
 def test_names() -> None:
-    """No type may be called like a standard operator: TensorRT's parser would take it for that, whatever the domain."""
+    """No type may be named like a standard operator: TensorRT's parser would take it for that, whatever the domain."""
     names = function_names()
     assert len(names) == len(set(names))
     assert {"AttentionPlain", "GatherNorm", "Select", "SelectFuse", "MergeRows", "MatchMerge"} <= set(names)
@@ -136,7 +136,7 @@ def test_names() -> None:
 
 
 def test_import_is_light() -> None:
-    """vp_kernels.onnx needs neither onnx nor torch until it works."""
+    """Importing vp_kernels.onnx needs neither onnx nor torch."""
     code = (
         "import sys, vp_kernels.onnx as o; o.function_names(); "
         "print(sorted({'onnx', 'torch', 'onnxscript'} & set(sys.modules)))"
@@ -147,7 +147,7 @@ def test_import_is_light() -> None:
 
 @pytest.mark.parametrize("op_type", attention.TYPES)
 def test_older_opsets_have_attention_written_out(op_type: str) -> None:
-    """The same answers in opset 18, which has no Attention, as in 23."""
+    """Opset 18, which lacks Attention, gives the same results as 23."""
     rng = np.random.default_rng(0)
     given = {"qkv": rng.normal(size=(2, 5, 3, 2, 8)).astype(np.float32)}
     if "Bias" in op_type:

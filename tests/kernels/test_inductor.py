@@ -1,6 +1,6 @@
-"""What Inductor makes of a reduced model on an H200, on a machine that has none (fake_cuda): kernels, and no copies.
+"""Inductor's code for a reduced model on a fake H200 (fake_cuda.py): launches our kernels, without copies.
 
-AOTInductor lowers by the same code. That its packages run is for a machine with a GPU to show: benchmarks/gpu.
+AOTInductor lowers through the same code. Its packages are run on a GPU by benchmarks/gpu.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_merging_runs_our_kernels(merging: dict[str, Any]) -> None:
     assert found["density_merge_kernel"] == 1
     assert found["gather_norm_kernel"] == 1  # the static step
     assert found["sum_partials"] == 3  # the class row over heads: ppt, bat, diffrate
-    # Four products a block, the patch embedding, the head; and the similarities of diffrate and pitome.
+    # Four products per block, the patch embedding, the head; and the similarities of diffrate and pitome.
     assert found["addmm"] + found["mm"] == 4 * DEPTH + 2
     assert found["bmm"] <= 3
 
@@ -107,7 +107,7 @@ def test_nothing_falls_back(model: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["merging", "pruning"])
 def test_nothing_is_copied_for_a_kernel(model: str, request: pytest.FixtureRequest) -> None:
-    """A tensor given to a kernel twice is computed twice: absent arguments must be tensors of their own."""
+    """A tensor passed to a kernel twice is computed twice, so absent arguments must be separate tensors."""
     code = request.getfixturevalue(model)["code"]
     kernels = re.findall(r"^def (triton_\w+)\(.*?(?=^''')", code, flags=re.MULTILINE | re.DOTALL)
     bodies = re.findall(r"^def triton_\w+\(.*?(?=^''')", code, flags=re.MULTILINE | re.DOTALL)

@@ -1,5 +1,7 @@
-"""A user's day on a tiny model, in little time: what `make test-lowest` and `make test-newest` run, each in an
-environment of its own. The suite runs it too."""
+"""A quick end-to-end test on a tiny model.
+
+`make test-lowest` and `make test-newest` run it in environments of their own; it is also part of the suite.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,8 @@ def test_a_plan_is_searched(inputs: Inputs, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def every() -> Model:
-    """A reducer of its own in every block."""
-    return make(EVERY_REDUCER, num_heads=2)  # of 32 channels, the fewest that the vp operators take
+    """A different reducer in every block."""
+    return make(EVERY_REDUCER, num_heads=2)  # of 32 channels, the minimum for the vp operators
 
 
 @pytest.mark.parametrize(("engine", "kernels"), [("ort", "portable"), ("ort", "vp"), ("openvino", "portable")])
@@ -95,7 +97,7 @@ def test_every_reducer(every: Model, engine: str, kernels: str, tmp_path: Path) 
     )
     with opened as runner:
         found = runner.run(images.numpy())["logits"]
-    # An image in which two choices are as good as equal may differ; its twin in test_export asks the oracle which.
+    # One image with a near-tie may differ; test_export asks the oracle which.
     assert np.sort(np.abs(found - wanted).max(axis=1))[-2] < 1e-4
 
 

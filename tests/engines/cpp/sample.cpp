@@ -70,7 +70,7 @@ std::string Sample::listing(const std::string& path, const std::string& content)
 }
 
 std::string set(const std::string& pointer, const std::string& value) {
-  // "add" replaces a member of an object, but pushes aside an item of a list.
+  // "add" replaces a member of an object, but inserts into a list.
   const bool item = pointer.back() >= '0' && pointer.back() <= '9';
   return std::string("[{\"op\": ") + (item ? "\"replace\"" : "\"add\"") + ", \"path\": " + text(pointer) +
          ", \"value\": " + value + "}]";

@@ -1,4 +1,4 @@
-// A small sound bundle in a folder of its own, which the tests then spoil. Its files are just bytes.
+// A small valid bundle in a folder of its own, for tests to modify. Its files are arbitrary bytes.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -25,10 +25,10 @@ class Sample {
   const fs::path& path() const { return path_; }
   const std::map<std::string, std::string>& files() const { return files_; }
 
-  /// The manifest after that JSON patch (RFC 6902), with its digest made right: what an attacker can write.
+  /// The manifest after a JSON patch (RFC 6902), with a correct digest, as an attacker can write.
   std::string patched(const std::string& patch) const;
   void forge(const std::string& patch) const { put("manifest.json", patched(patch)); }
-  /// A patch that lists one more file.
+  /// Patch that adds a file to the list.
   static std::string listing(const std::string& path, const std::string& content);
   /// Write a file inside the bundle and nothing else.
   void put(const std::string& name, const std::string& content) const;
@@ -36,18 +36,18 @@ class Sample {
  private:
   fs::path around_, path_;
   std::map<std::string, std::string> files_;
-  std::string document_;  // the sound manifest, without digest
+  std::string document_;  // the valid manifest, without digest
 };
 
 /// {"op": "replace"} or "add" of one member; `value` is JSON. The pointer is that of RFC 6901.
 std::string set(const std::string& pointer, const std::string& value);
 std::string drop(const std::string& pointer);
-/// A JSON string of that text.
+/// `text` as a JSON string.
 std::string text(const std::string& content);
 
 std::string slurp(const fs::path& path);
 
-/// What `function` throws; fails where it throws nothing, or a message of more than one line.
+/// Message of the error thrown by `function`; fails if there is none, or it has more than one line.
 template <typename Function>
 Error error_of(const Function& function) {
   try {
@@ -61,7 +61,7 @@ Error error_of(const Function& function) {
   return Error(VP_OK, "nothing");
 }
 
-/// Expect that `function` throws an Error of that status whose message holds `text`.
+/// Expect `function` to throw an Error with this status and a message that contains `text`.
 template <typename Function>
 void expect_error(vp_status status, const std::string& text, const Function& function) {
   const Error error = error_of(function);

@@ -1,4 +1,4 @@
-// The C border: what it answers, and that nothing is loaded from a bundle that is not sound or not for here.
+// The C API: results, and that nothing is loaded from a bundle that is invalid or not for this machine.
 #include <gtest/gtest.h>
 #include <vp_engine/vp_engine.h>
 
@@ -88,7 +88,7 @@ TEST(Api, NullPointersAndSenselessOptions) {
 }
 
 TEST(Api, WhatCannotRunHereIsRefusedBeforeItIsLoaded) {
-  // The artefact is noise: whoever loads it fails with another message.
+  // The artefact is noise, so loading it would fail with another message.
   const vp_engine_options plain = VP_ENGINE_OPTIONS_INIT;
   const auto refuse = [&](const std::string& engine, vp_status status, const std::string& text) {
     const Sample sample(engine);

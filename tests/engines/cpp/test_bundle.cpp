@@ -1,4 +1,4 @@
-// Damaged and hostile bundles: each is refused by name, quickly, whatever it holds. After
+// Damaged and malicious bundles: each is rejected quickly, naming the file. Mirrors
 // tests/engines/test_bundle_attacks.py.
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -37,7 +37,7 @@ std::string content(const vp::SealedFile& file) {
   return {static_cast<const char*>(view.data()), view.size()};
 }
 
-struct Hook {  // the moment between listing and reading
+struct Hook {  // called between listing and reading
   explicit Hook(std::function<void()> hook) { vp::testing::after_listing = std::move(hook); }
   ~Hook() { vp::testing::after_listing = nullptr; }
 };
@@ -148,7 +148,7 @@ TEST(Bundle, Links) {
     fs::create_symlink(sample.around() / "elsewhere", sample.path() / name);
     refused(sample, name);
   }
-  const Sample sample;  // hard links and a link to the whole bundle are the user's own
+  const Sample sample;  // hard links, and a link to the whole bundle, are allowed
   fs::create_hard_link(sample.path() / "plan.json", sample.around() / "twin");
   fs::create_symlink(sample.path(), sample.around() / "latest.vpe");
   EXPECT_EQ(read(sample.around() / "latest.vpe").contents.size(), 6U);

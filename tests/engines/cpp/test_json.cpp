@@ -1,4 +1,4 @@
-// JSON: what is refused while it is parsed, and the byte form, held to what Python's json.dumps writes.
+// JSON: rejected documents, and the encoding, compared with Python's json.dumps.
 #include <gtest/gtest.h>
 
 #include <stdexcept>

@@ -163,7 +163,7 @@ TEST(Manifest, Versions) {
   expect_error(VP_ERROR_BUNDLE_INCOMPATIBLE, "has format version 2.0; expected 1.x; upgrade",
                [&] { parse_manifest(version("2.0", unknown)); });
   expect_error(VP_ERROR_BUNDLE_INCOMPATIBLE, "export the model again", [&] { parse_manifest(version("0.9", "")); });
-  // A newer minor version may add members and variants, but not change those that there are.
+  // A newer minor version may add members and variants, but not change existing ones.
   EXPECT_EQ(parse_manifest(version("1.1", unknown)).variants.size(), 2U);
   expect_error(VP_ERROR_BUNDLE_CORRUPT, "engine.precision", [&] {
     parse_manifest(version("1.1", R"(, {"op": "replace", "path": "/engine/precision", "value": 5})"));

@@ -337,8 +337,8 @@ def ppt_policy(image: Image, threshold: float = PPT_THRESHOLD) -> str:
 def ppt_prune(image: Image, keep: int) -> Reduced:
     """PPT's token pruning: the `keep` most significant patch tokens, by descending score (section 3.2).
 
-        Sizes are unchanged. The authors drop r = min(r, (N - 1) // 2), in pruning too. Their distillation token counts as a
-    patch here.
+    Sizes are unchanged. The authors drop r = min(r, (N - 1) // 2), in pruning too. Their distillation token counts as
+    a patch here.
     """
     x, size, position = tokens(image)
     if keep >= len(image.positions):

@@ -1,4 +1,4 @@
-"""The checker of ahead-of-time builds: what was altered is found, by its digest or by what it says."""
+"""The checker of ahead-of-time builds detects modifications, by digest or by content."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(built: Path, tmp_path: Path) -> Path:
-    """The folder, to be damaged."""
+    """A copy to corrupt."""
     return Path(shutil.copytree(built, tmp_path / "copy"))
 
 
 @pytest.mark.slow
 def test_what_was_written_is_sound(copy: Path) -> None:
     assert len(check_index(copy)["entries"]) == 2
-    resign(copy, lambda index: None)  # the tests below change only what they say
+    resign(copy, lambda index: None)  # the tests below only change the content
     assert len(check_index(copy)["entries"]) == 2
 
 
 def resign(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the index, and give it the digests of the files as they are now: what only its meaning can betray."""
+    """Change the index and update the digests, so that only the content can reveal the change."""
     index = json.loads((folder / "index.json").read_text())
     for entry in index["entries"]:
         for kind in ("ptx", "cubin"):
@@ -115,7 +115,7 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("kind", LIES)
 def test_a_ptx_that_is_not_what_the_index_says_is_found(copy: Path, kind: str) -> None:
-    """Even where its digest is right."""
+    """Even if its digest is correct."""
     change, message = LIES[kind]
     change(copy)
     resign(copy, lambda index: None)

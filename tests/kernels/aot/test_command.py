@@ -1,6 +1,6 @@
-"""The ahead-of-time builder on a room of its own: what it writes, that it can be trusted, and what it refuses.
+"""The ahead-of-time builder on kernels made for the test: its output, its reproducibility, and its errors.
 
-Kernels of this process run in Triton's interpreter (conftest.py), so whatever compiles does so in another one.
+Kernels in this process run in Triton's interpreter (conftest.py), so compiling takes another process.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def variants():
     for name, config in configs.items():
         yield Variant("scratch", name, config, {"a_ptr": "*fp32"}, ("1",) * 3, {}, "fp32")
 """
-# Several commands in one process: starting one costs more than most of them.
+# Several commands in one process: starting it takes longer than most of them.
 SCRIPT = """
 import contextlib, io, json, os, sys
 from vp_kernels.aot.command import main
@@ -118,13 +118,13 @@ CHOSEN = [word for name in BUILT for word in ("--match", name)] + [f"--sm={sm}" 
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, with kernels that compile."""
+    """Environment of this process, with kernels that compile."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "SCRATCH"))}
     return {**kept, **more}
 
 
 def run(folder: Path, *commands: list[str], without: tuple[str, ...] = (), dies: bool = False, **env: str) -> list[Any]:
-    """(exit code, stdout, stderr) of each command, in one process that has the scratch room in `folder`."""
+    """(exit code, stdout, stderr) of each command, in one process that can import the kernels in `folder`."""
     folder.mkdir(exist_ok=True)
     for name, text in (("aot_helper.py", HELPER), ("aot_room.py", ROOM), ("script.py", SCRIPT)):
         (folder / name).write_text(text)
@@ -137,7 +137,7 @@ def run(folder: Path, *commands: list[str], without: tuple[str, ...] = (), dies:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of four variants for three capabilities."""
+    """A folder of four variants for three compute capabilities."""
     folder = tmp_path_factory.mktemp("aot")
     ((code, out, err),) = run(folder, ["--out", "built", "--jobs", "1", *CHOSEN])
     assert code == 0, err
@@ -153,7 +153,7 @@ def entries(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def declared(text: str) -> dict[str, Any]:
-    """What a PTX text says of its kernel, read line by line: shares nothing with `aot_ptx`."""
+    """What a PTX declares about its kernel, parsed line by line, independently of `vp_kernels.aot.ptx`."""
     found: dict[str, Any] = {"types": [], "dynamic": False}
     for line in text.splitlines():
         words = line.split("//")[0].replace(",", " ").replace("(", " ").split()
@@ -173,7 +173,7 @@ def declared(text: str) -> dict[str, Any]:
 
 
 def assembled(data: bytes, entry: str) -> dict[str, Any]:
-    """What a cubin's own .nv.info section says of its kernel: the driver's side of the parameter list."""
+    """What a cubin's .nv.info section says about its kernel: the driver's view of the parameter list."""
     start, size, count, names = struct.unpack_from("<Q", data, 40)[0], *struct.unpack_from("<HHH", data, 58)
     sections = [struct.unpack_from("<IIQQQQ", data, start + i * size) for i in range(count)]
     strings = sections[names][4]
@@ -193,7 +193,8 @@ def assembled(data: bytes, entry: str) -> dict[str, Any]:
             found["threads"] = struct.unpack("<III", payload)
         at += 4 + len(payload)
     flags = struct.unpack_from("<I", data, 48)[0]
-    found["sm"] = flags & 0xFF if data[8] == 7 else flags >> 8 & 0xFF  # where the ABI of CUDA 12.9's ptxas has it
+    # location depends on the ABI version of ptxas, here CUDA 12.9's
+    found["sm"] = flags & 0xFF if data[8] == 7 else flags >> 8 & 0xFF
     return found
 
 
@@ -301,7 +302,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     }  # fmt: skip
     answers = run(tmp_path / "room", *[argv for argv, _, _ in commands.values()])
     for (name, (_, wanted, message)), (code, out, err) in zip(commands.items(), answers, strict=True):
-        lines = [line for line in err.splitlines() if not line.startswith("[")]  # less the progress
+        lines = [line for line in err.splitlines() if not line.startswith("[")]  # without the progress lines
         assert (code, out, len(lines)) == (wanted, "", 1), (name, code, out, err)
         assert message in lines[0], (name, lines[0])
     assert sorted(path.name for path in (tmp_path / "room").iterdir() if "cache" not in path.name) == [
@@ -332,7 +333,7 @@ def test_list_default_set_and_force(built: Path, tmp_path: Path) -> None:
     assert "scratch: 5 chosen, 5 by default, 10 in all" in listed[2]
     assert len(everything[1].splitlines()) == 10
     assert failed[0] == 1
-    assert same[:2] == [0, "old: 12 kernels, all as the index says\n"]  # what was there is untouched by the failure
+    assert same[:2] == [0, "old: 12 kernels, all as the index says\n"]  # the failure leaves existing files untouched
     assert replaced[0] == 0, replaced[2]
     found = entries(room / "old")
     assert set(found) == {("add_loose", 80), ("spills", 80)}
@@ -352,7 +353,7 @@ def test_a_dying_compiler_is_named(tmp_path: Path) -> None:
 
 
 def test_without_triton(built: Path, tmp_path: Path) -> None:
-    """Nothing can be compiled, but a folder can be checked, also without torch."""
+    """Nothing can be compiled, but a folder can be checked, even without torch."""
     build, check = run(
         tmp_path / "room", ["--sm", "80", "--out", "x"], ["--check", str(built)], without=("triton", "torch")
     )
@@ -363,7 +364,7 @@ def test_without_triton(built: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION", "PTXAS_OPTIONS"])
 def test_an_environment_that_changes_the_code_is_refused(tmp_path: Path, name: str) -> None:
-    """Through the command itself, as a user starts it; "0" where that is not the default, "1" elsewhere."""
+    """Through the command, as a user starts it; set to "0" if that is not the default, else to "1"."""
     value = "0" if name == "TRITON_DEFAULT_FP_FUSION" else "1"
     done = subprocess.run(
         [sys.executable, "-m", "vp_kernels.aot", "--sm", "80", "--out", str(tmp_path / "x")],

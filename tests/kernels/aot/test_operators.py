@@ -1,4 +1,4 @@
-"""Every operator's kernels compile for three generations of GPUs, inside what those have: registers, shared memory."""
+"""Every operator's kernels compile for three GPU generations, within their limits of registers and shared memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.kernels.aot.test_command import assembled, declared, environment
 from tests.pairwise import covering
 from vp_kernels.aot import check_index
 
-# One compilation after another: a minute on two idle cores, several on busy ones.
+# Sequential compilation: a minute on two idle cores, several on busy ones.
 pytestmark = pytest.mark.slow
-# Shared memory that one block may take, as NVIDIA's programming guide has it for 8.0, 9.0 and 12.0.
+# Shared memory available to a block, from NVIDIA's programming guide for 8.0, 9.0 and 12.0.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-# Of a thread. What is alive across a long loop may rest in local memory; a tile that does not fit spills hundreds.
+# Per thread. Values that live across a long loop may be spilled; a tile that does not fit spills hundreds of bytes.
 SPILL_BYTES = 128
-# One variant in fp32 and one in 16 bits of each kernel: of those that ViT-S/16 can use, the middle one, since the first
-# is often trivial and the last takes longest to compile.
+# One fp32 and one 16-bit variant of each kernel: of those for ViT-S/16, the middle one, since the first is often
+# trivial and the last takes longest to compile.
 CHOOSE = """
 import json
 from vp_kernels.aot.compile import prepare_environment, rooms, variants_of
@@ -51,13 +51,13 @@ print(json.dumps(chosen))
 
 
 def command(*words: str, folder: Path) -> str:
-    """Run Python with kernels that compile; its stdout."""
+    """Run Python with kernels that compile; returns its stdout."""
     done = warm.run(words, cwd=folder, env=environment(TRITON_CACHE_DIR=str(folder / "cache")))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-# As a user would build them, for one generation after another.
+# As a user would build them, one generation after another.
 BUILD = """
 import json, sys
 from vp_kernels.aot.command import main
@@ -80,7 +80,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str
 
 @pytest.fixture(scope="module", params=["pairs", pytest.param("all", marks=pytest.mark.exhaustive)])
 def wanted(chosen: dict[str, list[tuple[str, str]]], request: pytest.FixtureRequest) -> list[tuple[str, str, int]]:
-    """(operator, variant, sm): all of them for all three, or every variant once and every operator for all three."""
+    """(operator, variant, sm): all for all three, or every variant once and every operator for all three."""
     names = [(operator, *each) for operator, names in chosen.items() for each in names]
     rows = [(*each, sm) for each in names for sm in SHARED_BYTES]
     some = covering([{(operator, name), (operator, sm)} for operator, _, name, sm in rows])
@@ -93,13 +93,13 @@ def built(wanted: list[tuple[str, str, int]], tmp_path_factory: pytest.TempPathF
     """The folder of each generation."""
     folder = tmp_path_factory.mktemp("operators")
     jobs = {sm: [f"{operator}/{name}" for operator, name, each in wanted if each == sm] for sm in SHARED_BYTES}
-    (folder / "build.py").write_text(BUILD)  # a file: it starts processes, which import it
+    (folder / "build.py").write_text(BUILD)  # a file, since the processes that it starts import it
     command("build.py", json.dumps(jobs), folder=folder)
     return [folder / str(sm) for sm in SHARED_BYTES]
 
 
 def entries(built: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Everything that was built, with its folder."""
+    """Every entry, with its folder."""
     return [(folder, entry) for folder in built for entry in check_index(folder)["entries"]]
 
 
@@ -136,7 +136,7 @@ def test_each_fits_its_gpu(built: list[Path]) -> None:
 
 
 def test_each_is_what_its_entry_says(built: list[Path]) -> None:
-    """By readers that share nothing with the builder's."""
+    """By parsers independent of the builder's."""
     for folder, entry in entries(built):
         ptx = declared((folder / entry["ptx"]["path"]).read_text())
         cubin = assembled((folder / entry["cubin"]["path"]).read_bytes(), entry["entry"])

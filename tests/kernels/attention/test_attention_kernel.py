@@ -1,4 +1,4 @@
-"""The Triton kernels of vp::attention, in the interpreter, against the reference in higher precision."""
+"""The Triton kernels of vp::attention, interpreted, against the reference in higher precision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vp_kernels.attention.kernel import (
 from vp_kernels.attention.reference import attention_reference
 from vp_kernels.launch import MAX_TOKENS
 
-# NumPy's, of what the interpreter does with NaN and infinity.
+# NumPy's warnings about NaN and infinity in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF = float("inf")
@@ -34,7 +34,7 @@ BIASES = ("none", "shared", "own", "removing")
 
 
 def bias_of(kind: str, batch: int, tokens: int) -> Tensor | None:
-    """A key bias: none, [1, N], [B, N], or [B, N] with removed keys (never all of an image)."""
+    """A key bias: none, [1, N], [B, N], or [B, N] with masked keys (never all of an image)."""
     if kind == "none":
         return None
     bias = seeded(1 if kind == "shared" else batch, tokens, seed=7)
@@ -50,13 +50,13 @@ def covering() -> list[tuple[int, int, int, int, torch.dtype, str, str]]:
     widths = itertools.cycle(HEAD_DIMS)
     for number, (tokens, dtype) in enumerate(itertools.product(TOKENS, DTYPES)):
         if dtype == torch.float32 and tokens in (198, 256):
-            continue  # slow here, and no edge: its tiles are of 32
+            continue  # slow here, without being an edge case: its tiles are of 32
         bias, importance = next(pairs)
         batch, heads = 3 if tokens <= 64 and number % 2 else 1, 2 if tokens <= 130 else 1
         cases.append((batch, tokens, heads, next(widths), dtype, bias, importance))
     for dtype, (bias, importance) in itertools.product(DTYPES, itertools.product(BIASES, IMPORTANCE)):
         cases.append((1, 70, 1, next(widths), dtype, bias, importance))
-    # Every part of the keys at its edges; more keys than one program holds, and the largest count.
+    # Edges of every part of the keys; more keys than one program holds, and the largest count.
     for tokens in (176, 225, 241):
         cases.append((1, tokens, 1, 64, torch.float16, "removing", "mean"))
     cases += [
@@ -77,7 +77,7 @@ def goals(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype, b
 
 
 def check(qkv: Tensor, bias: Tensor | None, importance: str) -> None:
-    """The kernel's answer, against the reference in fp64."""
+    """Compare the kernel with the reference in fp64."""
     out, received = launch_attention(qkv, bias, importance)
     truth, truth_received = attention_reference(qkv.double(), bias, importance)
     bound, bound_received = bounds.attention(qkv, bias, importance)
@@ -119,7 +119,7 @@ def test_twice_the_same_bits(call: tuple[int, torch.dtype], importance: str) -> 
 @pytest.mark.parametrize("importance", ["class", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_an_image_does_not_depend_on_its_batch(importance: str, dtype: torch.dtype) -> None:
-    """More images change how query tiles are shared out over programs, and must change nothing else."""
+    """More images change how query tiles are distributed over programs, but must not change the results."""
     qkv = seeded(3, 70, 3, 2, 32, dtype=dtype)
     out, received = launch_attention(qkv, None, importance)
     alone, received_alone = launch_attention(qkv[1:2].clone(), None, importance)
@@ -131,7 +131,7 @@ def test_an_image_does_not_depend_on_its_batch(importance: str, dtype: torch.dty
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize(("tokens", "dtype"), [(50, torch.float16), (270, torch.float16), (50, torch.float32)])
 def test_all_keys_removed(tokens: int, dtype: torch.dtype, importance: str) -> None:
-    """That image is NaN, and no other number is."""
+    """That image is NaN, and no other value is."""
     qkv = seeded(3, tokens, 3, 1, 32, dtype=dtype)
     bias = torch.zeros(3, tokens)
     bias[1] = -INF
@@ -170,14 +170,14 @@ def test_nan_and_infinity_stay_where_torch_has_them(where: str, value: float, ca
 
 
 def test_large_logits() -> None:
-    """Far beyond what exp holds: the maximum is taken off first."""
+    """Far beyond the range of exp: the maximum is subtracted first."""
     for tokens in (60, 270):
         qkv = seeded(1, tokens, 3, 1, 32, dtype=torch.float16, scale=30.0)
         check(qkv, None, "mean")
 
 
 def test_neighbours_of_the_tensors_are_left_alone() -> None:
-    """Rows beyond N in the last tile belong to the next image, or to nobody."""
+    """Rows beyond N in the last tile belong to the next image, or are out of bounds."""
     buffer = seeded(4, 21, 3, 2, 32, dtype=torch.float16)
     buffer[0], buffer[3] = float("nan"), float("nan")
     qkv = buffer[1:3]
@@ -188,7 +188,7 @@ def test_neighbours_of_the_tensors_are_left_alone() -> None:
 
 
 def test_which_kernel_runs() -> None:
-    """All keys at once up to 256 in half precision; parts of the keys that just cover them."""
+    """All keys at once up to 256 in half precision, with parts that just cover them."""
     for tokens, parts in {197: (128, 64, 16), 98: (64, 32, 16), 69: (64, 16, 0), 256: (256, 0, 0)}.items():
         chosen = config(tokens, 64, torch.bfloat16)
         assert chosen.kernel is attention_whole
@@ -199,7 +199,7 @@ def test_which_kernel_runs() -> None:
 
 
 def test_variants_cover_what_is_launched() -> None:
-    """For every dtype, head dim, bias, importance and N, exactly one build, with the config that the launcher takes."""
+    """Exactly one build for every dtype, head dim, bias, importance and N, with the launcher's config."""
     found = list(variants())
     assert len({each.name for each in found}) == len(found)
     dtypes = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -1,4 +1,4 @@
-"""vp::attention in torch: its checks, the form of a CPU, gradients, and what export, compile and tracing make of it."""
+"""vp::attention in torch: argument checks, CPU implementation, gradients, export, compilation and tracing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Layer(nn.Module):
 
 
 def removing(batch: int, tokens: int) -> Tensor:
-    """A bias that removes some keys of every image."""
+    """A bias that masks some keys of every image."""
     bias = seeded(batch, tokens, seed=3)
     bias[:, 1::4] = -torch.inf
     return bias
@@ -55,7 +55,7 @@ def test_on_a_cpu_it_is_the_reference(dtype: torch.dtype, batch_of_bias: int, im
 
 
 def test_reference_is_the_formula() -> None:
-    """One query, one key at a time."""
+    """One query and one key at a time."""
     qkv, bias = seeded(2, 5, 3, 2, 4, dtype=torch.float64), removing(2, 5)
     out, of_class = attention_reference(qkv, bias, "class")
     of_all = attention_reference(qkv, bias, "mean")[1]
@@ -131,7 +131,7 @@ def test_opcheck(importance: str) -> None:
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("batch_of_bias", [0, 1, 2])
 def test_gradients_are_those_of_the_formula(importance: str, batch_of_bias: int) -> None:
-    """Against finite differences, in fp64; and the operator's against the same, of the reference, through autograd."""
+    """Against finite differences, in fp64; and the operator's against those of the reference, through autograd."""
     qkv = seeded(2, 4, 3, 2, 32, dtype=torch.float64).requires_grad_()
     bias = removing(batch_of_bias, 4).double().requires_grad_() if batch_of_bias else None
     given = [qkv] if bias is None else [qkv, bias]
@@ -263,14 +263,15 @@ with FakeTensorMode(shape_env=env):
 def test_tracing_for_a_gpu_shows_the_kernels() -> None:
     lines = without_interpreter(TRACE)
     assert [eval(line) for line in lines[:5]] == [
-        [("attention_whole", ("12", "4", "1"))],  # small batch: a program for every query tile
-        [("attention_whole", ("768", "1", "1")), ("sum_partials", ("64", "4", "1"))],  # large: one walks over them
+        [("attention_whole", ("12", "4", "1"))],  # small batch: one program per query tile
+        # large batch: one program loops over them
+        [("attention_whole", ("768", "1", "1")), ("sum_partials", ("64", "4", "1"))],
         [("attention_whole", ("192", "2", "1")), ("sum_partials", ("16", "4", "1"))],
         [("attention_looped", ("120", "1", "1")), ("sum_partials", ("2", "5", "1"))],
         [("attention_looped", ("48", "1", "1"))],
     ]
     assert lines[5] == "2"
-    assert lines[6] == "True True False"  # a batch of any size stays of any size
+    assert lines[6] == "True True False"  # the batch size stays dynamic
 
 
 INDUCTOR = """
@@ -286,7 +287,7 @@ for tokens in (197, 300):
 
 @pytest.mark.slow
 def test_inductor_takes_the_kernels_as_they_are() -> None:
-    """Two launches for a batch of any size, and no copy of what they read or write."""
+    """Two launches at any batch size, without copies of inputs or outputs."""
     assert without_interpreter(INDUCTOR) == ["attention_whole sum_partials", "attention_looped sum_partials"]
 
 
@@ -318,7 +319,7 @@ for each in variants():
 
 @pytest.mark.slow
 def test_kernels_compile_for_hopper() -> None:
-    """Also for sizes of 1; half-precision products on wgmma, loads of 16 bytes, shared memory that every GPU has."""
+    """Also for sizes of 1; 16-bit products on wgmma, loads of 16 bytes, shared memory within all GPUs' limits."""
     lines = dict(line.split(" ", 1) for line in without_interpreter(COMPILE))
     assert lines == {
         "attention_bf16_d64_n1_16_class": "True True True",
@@ -330,7 +331,7 @@ def test_kernels_compile_for_hopper() -> None:
 
 
 def test_a_traced_batch_gets_the_programs_of_its_size() -> None:
-    """The grid of generated code is a formula in the batch, without a guard, and has the values of eager calls."""
+    """The generated grid is an expression in the batch size, without a guard, and equals that of eager calls."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     shapes = ShapeEnv()

@@ -1,4 +1,4 @@
-"""What the tests of vp::density_merge share: plans, inputs, and whether an image's decisions stand clear of noise."""
+"""Shared by the tests of vp::density_merge: plans, inputs, and whether an image's decisions are robust to noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vp_kernels.density_merge import reference
 
 @dataclass(frozen=True)
 class Plan:
-    """The operator's numbers, for N tokens."""
+    """Arguments of the operator for N tokens."""
 
     tokens: int
     prefix: int
@@ -35,7 +35,7 @@ class Plan:
 
 
 def usual(tokens: int, prefix: int, keep: float = 0.6, weights: str = "attention") -> Plan:
-    """A schedule's split of `keep` of the patch tokens: 15 % clusters, 8 % of the attentive in pairs."""
+    """Split of `keep` of the patch tokens as in a schedule: 15 % clusters, 8 % of the attentive in pairs."""
     m = max(1, round(keep * (tokens - prefix)))
     clusters = max(1, round(0.15 * m)) if m < tokens - prefix else 0
     pairs = min(round(0.09 * (m - clusters)), tokens - prefix - m)
@@ -43,7 +43,7 @@ def usual(tokens: int, prefix: int, keep: float = 0.6, weights: str = "attention
 
 
 def inputs(plan: Plan, batch: int, width: int, dtype: torch.dtype, sizes: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x with a shared mean, scores as of a softmax, sizes 1 .. 3."""
+    """x with a common mean, scores like a softmax, sizes 1 .. 3."""
     x = seeded(batch, plan.tokens, width) + 2.0 * seeded(width, seed=1)
     scores = seeded(batch, plan.tokens, seed=2).softmax(dim=1)
     size = seeded(batch, plan.tokens, seed=3).abs().floor() + 1.0 if sizes else None
@@ -51,7 +51,7 @@ def inputs(plan: Plan, batch: int, width: int, dtype: torch.dtype, sizes: bool) 
 
 
 def decided(x: Tensor, scores: Tensor, plan: Plan) -> list[int]:
-    """Images that decide alike where every value is off by about 1e-5: whose result no rounding can turn."""
+    """Images whose decisions do not change if every value is off by about 1e-5."""
     found = []
     for image in range(x.shape[0]):
         rows, c = x[image].double(), scores[image].double()

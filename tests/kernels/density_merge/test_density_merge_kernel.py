@@ -1,4 +1,4 @@
-"""The kernel of vp::density_merge in Triton's interpreter, held to the reference and to the exporter's reducer."""
+"""The kernel of vp::density_merge, interpreted, against the reference and the exporter's reducer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vp_kernels.launch import launch, triton_type
 NAN, INF = float("nan"), float("inf")
 COUNT = {"images": 0, "skipped": 0}
 
-# Around every edge of a tile; prefix, weights and widths in turn.
+# Around every edge of a tile; varying prefix, weights and widths.
 EVERY_N = [
     (usual(n, min(i % 3, n - 1), 0.35 + 0.1 * (i % 5), ("attention", "size")[i // 2 % 2]), 2 if n <= 17 else 1)
     for i, n in enumerate(TOKENS)
@@ -57,7 +57,7 @@ def run(plan: Plan, x: Tensor, scores: Tensor, size: Tensor | None) -> tuple[Ten
 def portable(plan: Plan, x: Tensor, scores: Tensor, size: Tensor | None) -> Stream:
     """The exporter's own reducer on the same tokens."""
     step = BatStep(0, plan.tokens_out, plan.clusters, plan.pairs, plan.weights)
-    step.apply(Tokens(plan.prefix, plan.tokens - plan.prefix, None))  # refuses what is no plan
+    step.apply(Tokens(plan.prefix, plan.tokens - plan.prefix, None))  # rejects invalid plans
     stream = Stream(x, plan.prefix, torch.ones_like(scores) if size is None else size)
     return reduce_tokens(stream, step.choose(stream, AttentionStatistics(class_attention=scores)), carry_size=True)
 
@@ -111,7 +111,7 @@ def test_two_tiles_of_tokens_and_channels(dtype: torch.dtype) -> None:
 
 
 def test_few_images_were_skipped() -> None:
-    """After the tests above: had most images been skipped, they would show nothing."""
+    """Runs after the tests above: if most images had been skipped, they would prove nothing."""
     if COUNT["images"] < 30:
         pytest.skip("counts what the other tests of this file did")
     assert COUNT["skipped"] <= 0.1 * COUNT["images"], COUNT
@@ -120,8 +120,10 @@ def test_few_images_were_skipped() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
 def test_outlier_channels(dtype: torch.dtype) -> None:
-    """Channels 50 times larger than what tokens differ by do not swamp distances: compared as a plain sum of squares
-    t_i t_i + t_j t_j - 2 t_i t_j in fp32 several centres of these images come out wrong."""
+    """Channels 50 times larger than the differences between tokens do not swamp distances.
+
+    With a plain sum of squares t_i t_i + t_j t_j - 2 t_i t_j in fp32, several centres of these images would be wrong.
+    """
     plan = Plan(70, 1, 12, 11, 0)
     x, scores, _ = inputs(plan, 2, 40, torch.float32, False)
     x[:, :, :3] = 5000.0 * (1.0 if dtype == torch.float32 else 0.01) + 0.1 * x[:, :, :3]
@@ -139,13 +141,13 @@ def test_outlier_channels(dtype: torch.dtype) -> None:
 
 
 def _centred(rows: Tensor, noise: float) -> Tensor:
-    """Rows less their mean, off by a share of what is left."""
+    """Rows minus their mean, with an error relative to the result."""
     t = rows - rows.mean(dim=0)
     return t * (1.0 + noise * seeded(*t.shape, dtype=torch.float64, seed=9)) + rows.mean(dim=0)
 
 
 # Few distinct tokens of +-4 in 16 channels, 16 of them to cluster: lengths, cosines, means and distances are exact in
-# any dtype and order of summation, and ties are ties.
+# any dtype and order of summation, and ties are exact.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "dtype", "weights"), pairwise([1, 2, 5], DTYPES, ["attention", "size"]), ids=type_or_value
@@ -154,8 +156,8 @@ def test_ties_go_to_the_lowest_index(kinds: int, dtype: torch.dtype, weights: st
     plan = Plan(49, 1, 31, 6, 8, weights)  # 32 attentive, 16 inattentive
     choice = (seeded(2, 49, seed=4).abs() * 100).long() % kinds
     x = 4.0 * seeded(2, kinds, 16, seed=5).sign()[torch.arange(2)[:, None], choice].to(dtype)
-    x[:, 0] = 99.0  # a prefix token takes no part
-    scores = (seeded(2, 49, seed=6).abs() * 2).floor()  # 0, 1, 2, ...: many ties at the cut
+    x[:, 0] = 99.0  # a prefix token is left alone
+    scores = (seeded(2, 49, seed=6).abs() * 2).floor()  # 0, 1, 2, ...: many ties at the threshold
     found, size = run(plan, x, scores, None)
     expected, expected_size = reference.density_merge(x.double(), scores, None, *plan.arguments)
     assert torch.equal(size.double(), expected_size)
@@ -178,7 +180,7 @@ def plans(draw: st.DrawFn) -> Plan:
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(plan=plans(), seed=st.integers(0, 99), levels=st.integers(1, 6))
 def test_what_enters_leaves(plan: Plan, seed: int, levels: int) -> None:
-    """Sizes add up, so does size times token, and every mean lies among the tokens that it is of."""
+    """Sizes are preserved, so is the sum of size times token, and every mean lies within the range of its tokens."""
     x = (seeded(1, plan.tokens, 8, seed=seed).clamp(-1, 1) * levels).round()
     scores = seeded(1, plan.tokens, seed=seed + 1).abs()
     size = seeded(1, plan.tokens, seed=seed + 2).abs().floor() + 1.0
@@ -200,7 +202,7 @@ def test_what_enters_leaves(plan: Plan, seed: int, levels: int) -> None:
     ids=type_or_value,
 )
 def test_nothing_is_read_or_written_outside_whatever_the_content(bad: float, dtype: torch.dtype) -> None:
-    """Tensors between guards; the inattentive, the attentive, the scores and all at once are no numbers."""
+    """Guarded tensors; NaN or infinity in inattentive tokens, attentive ones, scores, and everywhere."""
     plan = Plan(40, 1, 24, 5, 4)
     width = 16
     x, scores, _ = inputs(plan, 4, width, dtype, False)
@@ -213,16 +215,16 @@ def test_nothing_is_read_or_written_outside_whatever_the_content(bad: float, dty
     each = [(24 * width, dtype), (24, torch.float32), (values, torch.float32)]
     guarded = [torch.full((4 * n + 64,), 77.0, dtype=kind) for n, kind in each]
     merged, size, scratch = (whole[32:-32] for whole in guarded)
-    scratch.fill_(NAN)  # what memory held before is nobody's business
+    scratch.fill_(NAN)  # the initial content of memory must not matter
     chosen = config(triton_type(dtype), has_size=False, by_size=True)
     launch(chosen, (4, 1, 1), x, scores, scores, merged, size, scratch, 40, width, 24, 5, 4, 1, values)
     for whole in guarded:
         assert bool((whole[:32] == 77).all() and (whole[-32:] == 77).all())
     size, merged = size.reshape(4, 24), merged.reshape(4, 24, width)
-    assert size.sum(dim=1).tolist() == [40.0] * 4  # every token went somewhere, and once
+    assert size.sum(dim=1).tolist() == [40.0] * 4  # every token is used exactly once
     assert bool((size >= 1).all())
     assert torch.equal(merged[:3, 0], x[:3, 0])
-    # Scores that are no numbers still split the tokens, NaN above everything: as the reference splits them.
+    # Scores that are not finite still split the tokens, with NaN highest, as in the reference.
     expected, expected_size = reference.density_merge(x[2:3].double(), scores[2:3], None, *plan.counts, "size")
     assert torch.equal(size[2:3].double(), expected_size)
     torch.testing.assert_close(merged[2:3].double(), expected, rtol=2e-2, atol=2e-2)
@@ -251,7 +253,7 @@ def mix_kernel(share_ptr, rows_ptr, out_ptr):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=triton_type)
 def test_shares_keep_more_than_16_bits(dtype: torch.dtype) -> None:
-    """Before the result is rounded: a share of 16 bits alone would be off by 1e-3 (bf16) or 2e-4 (fp16)."""
+    """Before rounding the result: 16-bit shares alone would be off by 1e-3 (bf16) or 2e-4 (fp16)."""
     share, rows = seeded(16, 16).softmax(dim=1), seeded(16, 16, seed=1).to(dtype)
     out = torch.empty(16, 16)
     mix_kernel[(1,)](share, rows, out)

@@ -1,4 +1,4 @@
-"""vp::density_merge in torch: its CPU path, its checks, and what export and compile make of it."""
+"""vp::density_merge in torch: CPU implementation, argument checks, export and compilation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_torch_form_is_the_reference(plan: Plan, dtype: torch.dtype) -> None
 
 
 def test_by_hand() -> None:
-    """8 patch tokens of 2 channels: 4 attentive of which one pair merges, 4 inattentive in two clusters."""
+    """8 patch tokens of 2 channels: 4 attentive with one merged pair, 4 inattentive in two clusters."""
     x = torch.tensor(
         [[[9, 9], [1, 0], [0, 1], [0, 2], [2, 0.1], [5, 5], [5, 6], [-5, 5], [-5, 6]]], dtype=torch.float32
     )
@@ -81,7 +81,7 @@ def test_export_keeps_one_node_and_a_dynamic_batch() -> None:
 
 
 def test_compile() -> None:
-    compiled = torch.compile(Reduced(), fullgraph=True, backend="aot_eager")  # Inductor would wait for a C++ compiler
+    compiled = torch.compile(Reduced(), fullgraph=True, backend="aot_eager")  # Inductor would need a C++ compiler
     for found, expected in zip(compiled(*some(3)), Reduced()(*some(3)), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -121,7 +121,7 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
         density_merge(**{**arguments, **change})
 
 
-# What AOTInductor would do with the operator in `Reduced`.
+# As AOTInductor would process the operator in `Reduced`.
 TRACE = """
 from tests.kernels.density_merge.test_density_merge_op import Reduced
 from tests.kernels.fake_cuda import written

@@ -23,10 +23,10 @@ def some_index(tokens: int, kept: int, *batch: int) -> Tensor:
     return torch.randint(0, tokens, (*batch, kept), generator=generator)
 
 
-def case(  # K is 1 to 23: enough programs for whole and broken groups of rows
+def case(  # K is 1 to 23: enough programs for complete and partial groups of rows
     batch: int, tokens: int, width: int, dtype: torch.dtype, *, per_image: bool, residual: bool, extras: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]:
-    """Arguments: rows of another scale and mean each, as the tokens of a ViT have."""
+    """Arguments with a different scale and mean in each row, as in the tokens of a ViT."""
     x = seeded(batch, tokens, width, seed=1) * (1 + seeded(batch, tokens, 1).abs()) + 3 * seeded(
         batch, tokens, 1, seed=2
     )
@@ -104,7 +104,7 @@ def test_variance_does_not_cancel() -> None:
     weight, bias = torch.ones(768), torch.zeros(768)
     _, normed = launch_gather_norm(x, torch.tensor([2, 0]), weight, bias, EPS)
     _, truth = gather_norm_reference(x.double(), torch.tensor([2, 0]), weight, bias, EPS)
-    # The mean of squares less the squared mean would be off by 1; a mean summed in the worst order is off by 0.01.
+    # Mean square minus squared mean would be off by 1; a mean summed in the worst order by 0.01.
     assert (normed.double() - truth).abs().max() < 0.1
 
 
@@ -161,7 +161,8 @@ def test_parts_cover_every_width() -> None:
             constants = config(width, dtype).constants
             parts = [constants["PART_0"], constants["PART_1"], constants["PART_2"]]
             assert sum(parts) >= width
-            assert sum(parts) - parts[-1 if parts[2] else 1 if parts[1] else 0] < width  # no part lies beyond D
+            # no part lies entirely beyond D
+            assert sum(parts) - parts[-1 if parts[2] else 1 if parts[1] else 0] < width
     for width in (384, 768, 1024, 1280):
         assert sum(v for k, v in config(width, "bf16").constants.items() if k.startswith("PART")) <= width * 4 / 3
 

@@ -1,4 +1,4 @@
-"""vp::gather_norm in torch: its checks, gradients, and what export and compile make of it."""
+"""vp::gather_norm in torch: argument checks, gradients, export and compilation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def arguments(dtype: torch.dtype = torch.float32, grad: bool = False) -> dict[st
 
 
 def by_hand(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The same in standard operators, which torch differentiates itself."""
+    """In standard operators, differentiated by torch."""
     index = given["index"].expand(3, -1)
     rows = torch.stack([(given["x"] + given["residual"])[b][index[b]] for b in range(3)])
     rows = torch.cat([rows, given["extra"]], dim=1)
@@ -106,10 +106,10 @@ def test_compile() -> None:
     given = tuple(arguments()[name] for name in ("x", "index", "weight", "bias", "extra"))
     compiled = torch.compile(
         Reduced(), fullgraph=True, backend="aot_eager"
-    )  # Inductor would spend 10 s in a C++ compiler
+    )  # Inductor would take 10 s in a C++ compiler
     for found, expected in zip(compiled(*given), Reduced()(*given), strict=True):
         torch.testing.assert_close(found, expected)
-    outside = (given[0], given[1] + 4, *given[2:])  # 9 is none of 7 rows; compiled code cannot raise
+    outside = (given[0], given[1] + 4, *given[2:])  # 9 is not one of 7 rows; compiled code cannot raise
     kept, normed = compiled(*outside)
     bad = torch.cat([outside[1] > 6, torch.zeros(3, 2, dtype=torch.bool)], dim=1)
     assert torch.equal(kept.isnan().all(2), bad)

@@ -1,4 +1,4 @@
-"""Inputs of vp::match_merge, and which of their images leave no doubt: what all tests of it share."""
+"""Shared by the tests of vp::match_merge: inputs, and which images are free of near-ties."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from tests.kernels.support import seeded
 
-# Below this, what similarity or variance is the larger may depend on the order of a sum.
+# If two similarities or variances are closer, their order may depend on the order of a sum.
 MARGIN = 1e-5
 
 
 def margins(metric: Tensor, r: int, prefix: int, scores: Tensor | None, tau: float) -> Tensor:
-    """By how much the nearest decision of each image goes the way it goes, in fp64: [B]; ties have none (0)."""
+    """Margin of the closest decision of each image, in fp64: [B]; 0 for ties."""
     rows = metric.double().sum(2) if metric.ndim == 4 else metric.double()
     patches = torch.nn.functional.normalize(rows, dim=2)[:, prefix:]
     odd = prefix % 2
@@ -20,7 +20,7 @@ def margins(metric: Tensor, r: int, prefix: int, scores: Tensor | None, tau: flo
     best, runner_up = _top_two(similarity)
     ranked = best.sort(dim=1, descending=True)
     chosen = ranked.indices[:, :r]
-    found = (best - runner_up).gather(1, chosen).amin(1)  # of those that merge, the partner matters
+    found = (best - runner_up).gather(1, chosen).amin(1)  # for those that merge, the partner matters
     if best.shape[1] > r:
         found = torch.minimum(found, ranked.values[:, r - 1] - ranked.values[:, r])
     if scores is None:
@@ -42,13 +42,13 @@ def _top_two(similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keys(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """[B, N, H, d], a view of qkv: the keys; or [B, N, d], every second column block of it, for heads = 0."""
+    """Keys, [B, N, H, d], a view of qkv; or for heads = 0 [B, N, d], every second block of its columns."""
     qkv = seeded(batch, tokens, 3, max(heads, 1), width, dtype=dtype, seed=seed)
     return qkv[:, :, 1] if heads else qkv[:, :, 1, 0]
 
 
 def peaked(batch: int, patches: int, seed: int = 0) -> tuple[Tensor, float]:
-    """Scores [B, n], ever more peaked from image to image, and a tau in the midst of their variances."""
+    """Scores [B, n], increasingly peaked from image to image, and a tau in the middle of their variances."""
     scores = torch.softmax(seeded(batch, patches, seed=seed) * torch.linspace(0.5, 3, batch)[:, None], dim=1)
     variance = (scores / scores.sum(1, keepdim=True)).var(dim=1) if patches > 1 else torch.zeros(batch)
     ordered = variance.sort().values
@@ -56,14 +56,14 @@ def peaked(batch: int, patches: int, seed: int = 0) -> tuple[Tensor, float]:
 
 
 def sizes(batch: int, tokens: int, seed: int = 0) -> Tensor:
-    """float32 [B, N]: whole numbers from 1 to 4."""
+    """float32 [B, N]: integers from 1 to 4."""
     return torch.randint(1, 5, (batch, tokens), generator=torch.Generator().manual_seed(seed)).float()
 
 
 def few_directions(batch: int, tokens: int, width: int, seed: int = 0) -> Tensor:
-    """Metric rows of few directions, whose similarities are exact in any arithmetic: many ties, and no near-ties."""
+    """Metric rows of few directions, whose similarities are exact in any arithmetic: many ties, no near-ties."""
     generator = torch.Generator().manual_seed(seed + tokens)
     quarter = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [2, 0, 0, 0], [0, 0, 0, 0]])
     table = torch.cat([quarter, torch.zeros(5, width - 4)], dim=1) if width > 4 else quarter[:, :width]
-    scale = 2.0 ** torch.randint(-3, 4, (batch, tokens, 1), generator=generator)  # a length is a power of two
+    scale = 2.0 ** torch.randint(-3, 4, (batch, tokens, 1), generator=generator)  # lengths are powers of two
     return table[torch.randint(5, (batch, tokens), generator=generator)] * scale

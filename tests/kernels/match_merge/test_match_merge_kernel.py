@@ -1,4 +1,4 @@
-"""vp::match_merge's kernels in the interpreter, against the reference and against the exporter's own reducers."""
+"""vp::match_merge's kernels, interpreted, against the reference and the exporter's own reducers."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def check(
     scores: Tensor | None = None,
     tau: float = 0.0,
 ) -> None:
-    """The kernels against the reference, where no decision of an image is a near-tie."""
+    """Compare the kernels with the reference, for images without near-ties."""
     clear = margins(metric, r, prefix, scores, tau) >= MARGIN
     TOTALS["images"] += len(clear)
     TOTALS["in doubt"] += int((~clear).sum())
     found = launch_match_merge(x, metric, size, r, prefix, scores, tau)
-    # The decisions are fp32's, of the values as they are; what follows from them is held to fp64.
+    # Decisions are made in fp32 on the given values; results are compared with fp64.
     chosen = match_reference(metric, size, r, prefix, scores, tau)
     truth = merge_rows_reference(x.double(), *chosen)
     assert found[0].shape == (x.shape[0], x.shape[1] - r, x.shape[2])
@@ -56,7 +56,7 @@ def check(
 def exporters(
     x: Tensor, metric: Tensor, size: Tensor | None, r: int, prefix: int, scores: Tensor | None, tau: float
 ) -> Stream:
-    """What the portable reducers do, as an engine without our operators runs them."""
+    """The portable reducers, as run by an engine without our operators."""
     summed = metric.float().sum(2) if metric.ndim == 4 else metric.float()
     stream = Stream(x, prefix, size)
     step: TomeStep | PptStep = TomeStep(0, r)
@@ -105,7 +105,7 @@ def test_widths_of_the_metric(width: int) -> None:
     ("tokens", "heads", "flags"), [(300, 4, (True, True)), (259, 1, (False, False)), (140, 7, (False, True))]
 )
 def test_more_tokens_than_one_tile_holds(tokens: int, heads: int, flags: tuple[bool, bool]) -> None:
-    width = 16 if tokens > 200 else 80  # 140 rows of 80 are more than one tile, too
+    width = 16 if tokens > 200 else 80  # 140 rows of 80 exceed one tile, too
     assert not config(tokens - 1, heads, width, has_size=False, has_scores=False).constants["ONE_TILE"]
     scores, tau = peaked(2, tokens - 1) if flags[1] else (None, 0.0)
     metric = keys(2, tokens, heads, width, torch.float16)
@@ -118,7 +118,7 @@ def test_more_tokens_than_one_tile_holds(tokens: int, heads: int, flags: tuple[b
     [(3, torch.float16), (18, torch.bfloat16), (33, torch.float32), (197, torch.bfloat16), (270, torch.float32)],
 )
 def test_exact_ties_are_decided_by_index(tokens: int, dtype: torch.dtype) -> None:
-    """A few directions, and scores of a few values: the same map, bit for bit, as the reference and the exporter."""
+    """Few directions and few score values: bitwise the same index lists as the reference and the exporter."""
     batch, prefix = (3, 1) if tokens < 100 else (2, 0)
     metric = few_directions(batch, tokens, 4 if tokens == 3 else 24).to(dtype)
     patches = tokens - prefix
@@ -131,7 +131,7 @@ def test_exact_ties_are_decided_by_index(tokens: int, dtype: torch.dtype) -> Non
             assert torch.equal(found[0], expected[0])
             weight = torch.ones(batch, r) if found[3] is None else found[3]
             assert torch.equal(weight, expected[3])
-            merges = weight[:, 0] != 0  # the sources of an image that is pruned say nothing
+            merges = weight[:, 0] != 0  # the sources of a pruned image are irrelevant
             assert torch.equal(found[1][merges], expected[1][merges])
             assert torch.equal(found[2][merges], expected[2][merges])
             x = torch.arange(tokens).float()[None, :, None].expand(batch, -1, 8).contiguous()
@@ -154,7 +154,7 @@ def test_constant_tokens() -> None:
 
 
 def test_zeros_of_both_signs_tie() -> None:
-    """-0 and 0 are one score: the lower index wins, in whichever order they come."""
+    """-0 and 0 are equal scores: the lower index wins, in either order."""
     scores = torch.tensor([[-0.0, 0.0, 1.0, -0.0, 0.0, 0.0]])
     metric = seeded(1, 7, 4)
     assert launch_match(metric, None, 3, 1, scores, 0.0)[0].tolist() == [[0, 3, 1, 2]]
@@ -162,13 +162,13 @@ def test_zeros_of_both_signs_tie() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Inf - Inf
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for Inf - Inf
 @pytest.mark.parametrize(("tokens", "value"), [(30, torch.nan), (30, torch.inf), (30, -torch.inf), (270, torch.nan)])
 def test_wild_values_are_decided_too(tokens: int, value: float) -> None:
-    """NaN is above everything and ties by index; whatever comes, each row of x is used at most once."""
+    """NaN ranks highest and ties by index; for any values, each row of x is used at most once."""
     metric, (scores, tau) = keys(3, tokens, 2, 8), peaked(3, tokens - 1)
-    metric[0, 9, 1, 3] = value  # a row of B: every A finds it
-    metric[1, 8, 0, 2] = metric[1, 12, 0, 2] = value  # rows of A: best of all
+    metric[0, 9, 1, 3] = value  # a row of B: best partner of every A
+    metric[1, 8, 0, 2] = metric[1, 12, 0, 2] = value  # rows of A: highest of all
     metric[2] = value
     scores[2, 4] = value
     r = tokens // 4
@@ -178,7 +178,7 @@ def test_wild_values_are_decided_too(tokens: int, value: float) -> None:
     rest = len(range(2, tokens, 2)) - r
     assert bool(((found[2] >= 1 + rest) & (found[2] < tokens - r)).all())
     first = (range(2, 2 * r + 2, 2), [8, 12], range(2, 2 * r + 2, 2))
-    into = (4, None, 0)  # 9 is the fifth of B; B's first, where all are NaN
+    into = (4, None, 0)  # 9 is the fifth of B; B's first, if all are NaN
     for b, (wanted, place) in enumerate(zip(first, into, strict=True)):
         assert found[1][b, : len(wanted)].tolist() == list(wanted)
         if place is not None:
@@ -234,7 +234,7 @@ def test_same_bits_every_time_and_in_every_batch() -> None:
 
 
 def test_strides_are_followed() -> None:
-    """Heads, tokens and images apart by any distance; what lies between is not read for it."""
+    """Heads, tokens and images at any strides; data between them does not matter."""
     x, plain = seeded(2, 30, 8), seeded(2, 30, 2, 8)
     wide = torch.full((2, 35, 3, 19), torch.nan)
     wide[:, 3:33, ::2, 5:13] = plain
@@ -266,7 +266,7 @@ def test_properties(
     weight = launch_match(metric, size, r, prefix, scores, tau)[3]
     size = torch.ones(2, tokens) if size is None else size
     merges = torch.ones(2, dtype=torch.bool) if weight is None else weight[:, 0] != 0
-    # Where an image merges, sizes add up and the weighted mean of all tokens stays; where it does not, tokens are lost.
+    # If an image merges, sizes are preserved and so is the weighted mean of all tokens; otherwise tokens are lost.
     assert torch.equal(new.sum(1)[merges], size.sum(1)[merges])
     assert bool((new.sum(1) <= size.sum(1)).all())
     total, kept = (size[:, :, None] * x).sum(1), (new[:, :, None] * out).sum(1)
@@ -301,7 +301,7 @@ def test_variants_are_the_launchers_choice() -> None:
 
 
 def test_few_images_were_in_doubt() -> None:
-    """The last test here: what the others left out as near-ties is little."""
+    """Must run last: only few images were skipped as near-ties by the other tests."""
     if TOTALS["images"] < 100:
         pytest.skip("runs with the others")
     assert TOTALS["in doubt"] <= 0.05 * TOTALS["images"], TOTALS

@@ -1,4 +1,4 @@
-"""vp::match_merge in torch: its checks, its gradients, and what export, compile and Inductor make of it."""
+"""vp::match_merge in torch: argument checks, gradients, export, compilation and Inductor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vp_kernels.match_merge.reference import match_merge_reference, match_refere
 
 
 def test_by_hand() -> None:
-    """Prefix 0, A = 1, 3, B = 2, 4: 3 resembles 4 most, and the tokens of size 2 and 1 meet in 4."""
+    """Prefix 0, A = 1, 3, B = 2, 4: 3 is most similar to 4, and the tokens of size 2 and 1 merge in 4."""
     x = torch.tensor([[[9.0], [4.0], [1.0], [7.0], [2.0]]])
     metric = torch.tensor([[[9.0, 9.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [3.0, 3.0]]])
     metric[0, 4] = torch.tensor([0.0, 5.0])  # with B at odd positions: 1 and 3; A at even ones: 2 and 4
@@ -90,7 +90,7 @@ def test_opcheck() -> None:
 
 
 class Layer(torch.nn.Module):
-    """The operator between others, as a reduced block has it."""
+    """The operator between others, as in a reduced block."""
 
     def __init__(self, sized: bool = True, scored: bool = True) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Layer(torch.nn.Module):
 
 
 class Packed(Layer):
-    """The same, all of it made of one tensor [B, N, 3, H, d]."""
+    """The same, computed from one tensor [B, N, 3, H, d]."""
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         query = qkv[:, :, 0].flatten(2)
@@ -130,14 +130,12 @@ def test_export_keeps_one_node_and_a_dynamic_batch() -> None:
 
 
 def test_compile() -> None:
-    compiled = torch.compile(
-        Layer(), fullgraph=True, backend="aot_eager"
-    )  # Inductor would spend 10 s in a C++ compiler
+    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")  # Inductor would take 10 s in a C++ compiler
     for found, expected in zip(compiled(*inputs()), Layer()(*inputs()), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-# What the child runs: Inductor's code for a GPU, of both operators; and which tensors it believes that they write.
+# Run in the child: Inductor's code for a GPU, of both operators, and which tensors it believes to be written.
 INDUCTOR = """
 import torch
 from tests.kernels import fake_cuda
@@ -162,13 +160,13 @@ for flags, tokens in (((False, False), 197), ((True, True), 400)):
 
 @pytest.mark.slow
 def test_inductor_takes_the_kernels_as_they_are() -> None:
-    """Two launches between its own, no copy before them, and nothing is believed to be written that is not."""
+    """Two launches between Inductor's own, no copies before them, and the correct tensors are considered written."""
     lines = without_interpreter(INDUCTOR)
     found = [line.split()[1:] for line in lines if line.startswith(("launches", "written"))]
     maps = {"keep", "source", "into", "best", "partner", "merged", "mass"}
     for calls in found[::2]:
         assert [call for call in calls if not call.startswith("triton_")] == ["match_kernel", "merge_rows_kernel"]
-    assert len(found[0]) == 4  # theirs, the product in front, and the sum behind
+    assert len(found[0]) == 4  # ours, the product in front, and the sum behind
     assert set(found[1]) == maps
     assert set(found[3]) == maps | {"weight", "keep_weight", "unit"}
 

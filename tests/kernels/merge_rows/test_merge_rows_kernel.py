@@ -1,4 +1,4 @@
-"""vp::merge_rows' kernel in the interpreter, against the reference."""
+"""vp::merge_rows' kernel, interpreted, against the reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def case(
     weights: str = "none",
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    """A random map of every row: `kept` stay, the others join one of them."""
+    """A random map of all rows: `kept` stay, the others join one of them."""
     generator = torch.Generator().manual_seed(seed + tokens * 1000 + kept)
     order = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(batch)])
     keep, source = order[:, :kept].contiguous(), order[:, kept:].contiguous()
@@ -38,7 +38,7 @@ def case(
     if source_weight is not None:
         source_weight[torch.rand(source.shape, generator=generator) < 0.2] = 0.0
     keep_weight = torch.rand(keep.shape, generator=generator) + 0.5 if weights in ("keep", "both") else None
-    x = seeded(batch, tokens, width, dtype=dtype, seed=seed) + 1  # a mean that is not zero, as tokens have
+    x = seeded(batch, tokens, width, dtype=dtype, seed=seed) + 1  # a non-zero mean, as in tokens
     return x, keep, source, into, source_weight, keep_weight
 
 
@@ -54,7 +54,7 @@ def check(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "dtype"), counts_and_types(n for n in TOKENS if n > 1), ids=str)
 def test_like_the_reference(tokens: int, dtype: torch.dtype) -> None:
-    # The interpreter takes its time: where one row takes all of many sources, that is rounds, and one test is enough.
+    # The interpreter is slow. One test for a row that takes many sources (one round each) is enough.
     amounts = {1, (tokens + 1) // 2, tokens - 1} if tokens < 20 else {tokens * 2 // 3}
     for i, kept in enumerate(sorted(amounts)):
         number = i + tokens + DTYPES.index(dtype)
@@ -129,7 +129,7 @@ def test_a_source_of_weight_zero_takes_no_part_whatever_it_holds() -> None:
         x, keep, source, into, weight, own))[0])  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Inf - Inf
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for Inf - Inf
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_wild_values_stay_in_their_rows(value: float) -> None:
     x, keep, source, into, _, _ = case(2, 40, 20, 33)
@@ -147,7 +147,7 @@ def test_wild_values_stay_in_their_rows(value: float) -> None:
 
 
 def test_indices_out_of_range_touch_nothing_else() -> None:
-    """As in a compiled engine, which does not look: NaN for a row outside x; a source for a row outside is lost."""
+    """As in a compiled engine, without checks: NaN for a row outside x; a source for a row outside is dropped."""
     x, keep, source, into, weight, own = case(2, 40, 20, 16, weights="both")
     assert weight is not None
     weight[weight == 0] = 0.5
@@ -205,6 +205,6 @@ def test_variants_are_the_launchers_choice() -> None:
         flags = {name.lower(): each.config.constants[name] for name in ("HAS_SOURCE_WEIGHT", "HAS_KEEP_WEIGHT")}
         assert config(low, width, **flags) == config(high, width, **flags) == each.config
         assert [*each.signature, *each.config.constants] == list(each.config.kernel.arg_names)
-        assert width % 16 == 0  # D is said to be
+        assert width % 16 == 0  # D is declared to be
         seen.add(each.name)
     assert len(seen) == sum(1 for _ in variants()) == 144

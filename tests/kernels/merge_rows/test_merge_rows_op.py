@@ -1,4 +1,4 @@
-"""vp::merge_rows in torch: its checks, its gradients, and what export and compile make of it."""
+"""vp::merge_rows in torch: argument checks, gradients, export and compilation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_torch_form_is_the_reference(weights: str, dtype: torch.dtype) -> None:
 def test_gradients_are_those_of_the_torch_form() -> None:
     for weights in WEIGHTS:
         x, keep, source, into, weight, own = case(2, 12, 7, 3, torch.float64, weights)
-        keep[0, 1] = keep[0, 0]  # a row may stay twice
+        keep[0, 1] = keep[0, 0]  # a row may be kept twice
         weight = torch.ones(2, 5) if weight is None else weight
         own = torch.ones(2, 7) if own is None else own
         assert bool((weight == 0).any()) == (weights in ("source", "both"))
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_the_torch_form() -> None:
         above = seeded(2, 7, 3).double(), seeded(2, 7).double()
         expected = torch.autograd.grad((merged, mass), (x, weight, own), above)
         found = merge_rows_gradients(x, keep, source, into, weight, own, *above)
-        part = weight.detach() != 0  # a source that takes no part has no share to change
+        part = weight.detach() != 0  # ignored sources have no share to change
         torch.testing.assert_close(found[0], expected[0])
         torch.testing.assert_close(found[1][part], expected[1][part])
         torch.testing.assert_close(found[2], expected[2])
@@ -67,7 +67,7 @@ def test_autograd() -> None:
         found.append(torch.autograd.grad((merged.sin() * 2).sum() + mass.square().sum(), leaves))
     torch.testing.assert_close(found[0], found[1])
     only = torch.autograd.grad(merge_rows(leaves[0], keep, source, into)[0].sum(), leaves[0])[0]
-    torch.testing.assert_close(only.sum(), torch.tensor(2.0 * 7 * 3))  # each output row is made of parts that sum to 1
+    torch.testing.assert_close(only.sum(), torch.tensor(2.0 * 7 * 3))  # each output row consists of parts that sum to 1
 
 
 def test_opcheck() -> None:
@@ -96,9 +96,7 @@ def test_export_keeps_one_node_and_a_dynamic_batch() -> None:
 
 def test_compile() -> None:
     arguments = case(3, 9, 5, 4, weights="source")[:5]
-    compiled = torch.compile(
-        Merge(), fullgraph=True, backend="aot_eager"
-    )  # Inductor would spend 10 s in a C++ compiler
+    compiled = torch.compile(Merge(), fullgraph=True, backend="aot_eager")  # Inductor would take 10 s in a C++ compiler
     for found, expected in zip(compiled(*arguments), Merge()(*arguments), strict=True):
         torch.testing.assert_close(found, expected)
 

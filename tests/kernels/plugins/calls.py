@@ -1,6 +1,6 @@
-"""Calls of every operator type at sizes that `make plugins` has kernels for, as nodes and by Python's launchers.
+"""Calls of every operator type at sizes built by `make plugins`, as nodes and through Python's launchers.
 
-Needs no pytest: benchmarks/gpu runs them on a GPU.
+Does not need pytest: benchmarks/gpu runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SIZES: dict[str, dict[str, int]] = {
 
 @dataclass
 class NodeCall:
-    """What an ONNX node of a call is.
+    """The ONNX node of a call.
 
     Attributes:
-        inputs: contiguous, as an engine passes them.
-        outputs: dtype and shape of each.
+        inputs: Contiguous, as an engine passes them.
+        outputs: Dtype and shape of each.
     """
 
     op_type: str
@@ -41,7 +41,7 @@ class NodeCall:
 
 
 def calls() -> list[Case]:
-    """All of them."""
+    """All calls."""
     return [case for room, cases in CASES.items() for case in cases(**SIZES[room])]
 
 
@@ -71,7 +71,7 @@ def node_of(case: Case) -> NodeCall:
 
 
 def launched(case: Case) -> list[Tensor]:
-    """What Python's launcher of the same kernels answers."""
+    """Results of Python's launcher of the same kernels."""
     name = case.operator.__name__
     room = "select" if name == "select_fuse" else name
     given = {**case.tensors, **case.fixed, **case.settings}

@@ -1,4 +1,4 @@
-"""A driver without a GPU: what plugins launch runs in Triton's interpreter, on the memory that they were given."""
+"""A fake CUDA driver: kernels launched by plugins run in Triton's interpreter, on the given memory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ INVALID_VALUE = 1
 
 @dataclass
 class Launch:
-    """One launch that the driver saw: the kernel's entry in the index."""
+    """One launch seen by the driver: the kernel's entry in the index."""
 
     entry: dict[str, Any]
 
 
 class Driver:
-    """The fake libcuda.so.1, loaded where plugins look for theirs.
+    """The fake libcuda.so.1, loaded where plugins look for the real one.
 
     Args:
-        library: it; loaded once a process.
-        kernels: the folder that the plugins were built with.
+        library: Its path; loaded once per process.
+        kernels: Folder that the plugins were built with.
     """
 
     def __init__(self, library: Path, kernels: Path) -> None:
@@ -48,11 +48,11 @@ class Driver:
         self.launches: list[Launch] = []
         self.memory: Callable[[], tuple[Tensor, ...]] = tuple
         self.trouble: list[str] = []
-        self._callback = _ON_LAUNCH(self._launch)  # kept alive with the driver
+        self._callback = _ON_LAUNCH(self._launch)  # must stay alive
         self.c.fakeOnLaunch(self._callback)
 
     def reset(self) -> None:
-        """As on a fresh H200, with nothing launched; kernels stay loaded."""
+        """Reset to the state of an H200 without launches; kernels stay loaded."""
         self.launches.clear()
         self.trouble.clear()
         self.c.fakeDevice(90)
@@ -96,7 +96,7 @@ class Driver:
         config.kernel[grid](*arguments, **config.constants)
 
     def _tensor(self, address: int, dtype: torch.dtype) -> Tensor:
-        """What lies at an address, to the end of the tensor that it is in; null is a tensor without elements."""
+        """The memory at an address up to the end of its tensor; null is a tensor without elements."""
         if address == 0 and any(memory.numel() == 0 for memory in self.memory()):
             return torch.empty(1, dtype=dtype)
         for memory in self.memory():
@@ -115,7 +115,7 @@ class Driver:
 
 
 def _by_image(kernels: Path) -> dict[int, dict[str, dict[str, Any]]]:
-    """Entries of an index by size and sha256 of their cubins; sizes descending, for a shorter one is not a part."""
+    """Entries of an index by size and sha256 of their cubins; longest first, so that a prefix does not match."""
     found: dict[int, dict[str, dict[str, Any]]] = {}
     for entry in json.loads((kernels / "index.json").read_text())["entries"]:
         found.setdefault(entry["cubin"]["size"], {})[entry["cubin"]["sha256"]] = entry

@@ -1,4 +1,4 @@
-// A libcuda.so.1 for machines without a GPU: it checks what a launcher asks of the driver and hands every launch on.
+// A libcuda.so.1 for machines without a GPU: checks calls of the driver and forwards every launch.
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -26,14 +26,14 @@ constexpr int kInvalidValue = 1, kInvalidImage = 200, kNotFound = 500;
 
 extern "C" {
 
-// For the tests.
+// Functions for the tests.
 void fakeOnLaunch(OnLaunch given) { onLaunch = given; }
 void fakeDevice(int sm) { capability = sm; }
 void fakeShared(int bytes) { shared = bytes; }
 void fakeFailure(int code) { failing = code; }
 int fakeLoads() { return loads; }
 
-// The driver.
+// Driver functions.
 int cuInit(unsigned) { return 0; }
 int cuGetErrorName(int error, char const** name) {
   *name = error == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : error == kInvalidImage ? "CUDA_ERROR_INVALID_IMAGE" : nullptr;

@@ -1,4 +1,4 @@
-"""Tests in a process of their own: the driver without a GPU must not become that of the tests beside them."""
+"""Run tests in a process of their own, so that the fake driver does not affect other tests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def need_plugins() -> None:
 
 
 def isolated(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test function of a module in the other process, where `driver` and `plugins` are."""
+    """Run a test function of a module in the other process, which has `driver` and `plugins`."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -39,13 +39,13 @@ def isolated(test: Callable[..., None]) -> Callable[..., None]:
 
 @functools.cache
 def driver() -> Driver:
-    """Of this process."""
+    """The fake driver of this process."""
     return Driver(FOLDER / "fake" / "libcuda.so.1", KERNELS)
 
 
 @functools.cache
 def plugins() -> Plugins:
-    """The library, opened after the driver."""
+    """The plugin library, opened after the driver."""
     driver()
     return Plugins(FOLDER / "libvp_plugin_harness.so", LIBRARY)
 

@@ -1,4 +1,4 @@
-"""The TensorRT plugins without TensorRT and without a GPU: what an engine asks of them, and what they launch."""
+"""The TensorRT plugins without TensorRT or a GPU: the functions that an engine calls, and the launches."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def goals(number: int) -> set[Hashable]:
 )
 @isolated
 def test_same_answers_as_the_python_launcher(number: int) -> None:
-    """Bit for bit: the same kernels, with the same arguments, on the same memory; and as near to the operator's own."""
+    """Bitwise: the same kernels, arguments and memory; and within the accuracy bounds of the operator itself."""
     case = CALLS[number]
-    if case.operator is density_merge:  # the slowest; its images have nothing of their own
+    if case.operator is density_merge:  # the slowest; its images have no per-image features
         case = replace(case, tensors={name: tensor[:2].contiguous() for name, tensor in case.tensors.items()})
     node = node_of(case)
     with plugins().create(node.op_type, node.attributes) as made, made.serialised() as loaded, loaded.clone() as clone:
-        # Whatever a node loses on the way its copy's copy lacks too; the node itself, with one call of each operator.
+        # Anything a node loses is missing in its clone's clone too; test the node itself once per operator.
         nodes = (made, clone) if number in FIRST else (clone,)
         answers = [ran(each, node.inputs) for each in nodes]
     wanted = launched(case)
@@ -77,7 +77,7 @@ def test_same_answers_as_the_python_launcher(number: int) -> None:
 @pytest.mark.parametrize("importance", ["none", "class", "mean"])
 @isolated
 def test_half_precision(importance: str) -> None:
-    """The kernel that holds all keys at once; one program an image and head, and two query tiles shared by two."""
+    """The kernel that holds all keys at once; one program per image and head, and two query tiles shared by two."""
     torch.manual_seed(0)
     qkv = torch.randn(2, 30, 3, 2, 64).half()
     word = {"none": "Plain"}.get(importance, importance.capitalize())
@@ -88,11 +88,11 @@ def test_half_precision(importance: str) -> None:
     assert {launch.entry["kernel"] for launch in driver().launches} >= {"attention_whole"}
 
 
-# The small device first: a kernel that is loaded stays so.
+# The small device first, since a loaded kernel stays loaded.
 @pytest.mark.parametrize("shared", [48 << 10, 227 << 10])
 @isolated
 def test_shared_memory_above_48_kb(shared: int) -> None:
-    """The limit is raised for the kernel, once, where the device has that much (the driver checks both)."""
+    """The limit is raised for the kernel, once, if the device supports that much (the driver checks both)."""
     qkv = torch.randn(1, 197, 3, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     driver().c.fakeShared(shared)
     with plugins().create("AttentionPlain", {"tokens": 197, "heads": 1, "head_dim": 64}) as made:
@@ -110,7 +110,7 @@ def test_shared_memory_above_48_kb(shared: int) -> None:
 
 @isolated
 def test_any_batch() -> None:
-    """Batch is the one dynamic axis: the same node at several sizes, one after the other."""
+    """The batch is the only dynamic axis: the same node at several sizes in sequence."""
     with plugins().create("SelectByScore", {"k": 3}) as made:
         for batch in (1, 4, 2):
             scores = torch.rand(batch, 20)
@@ -120,7 +120,7 @@ def test_any_batch() -> None:
 
 @isolated
 def test_formats() -> None:
-    """Linear tensors only; the tokens of any float type, all of the same; scores in fp32, indices in int64."""
+    """Linear tensors only; tokens of any float type, all the same; scores in fp32, indices in int64."""
     types = [torch.float16, torch.int64, torch.float16, torch.float16, torch.float16, torch.float16]
     with plugins().create("GatherNorm", {"eps": 1e-6}) as made:
         for token in (torch.float32, torch.float16, torch.bfloat16):
@@ -137,7 +137,7 @@ def test_formats() -> None:
         assert not made.supports(0, 4, types, layout=2)  # HWC8
     with plugins().create("MatchMergeSize", {"tokens": 9, "r": 2, "prefix": 1}) as made:
         mixed = [torch.float32, torch.float16, torch.float32, torch.float32, torch.float32]
-        assert all(made.supports(at, 3, mixed) for at in range(5))  # the metric has a type of its own
+        assert all(made.supports(at, 3, mixed) for at in range(5))  # the metric has its own type
         assert not made.supports(2, 3, [*mixed[:2], torch.float16, *mixed[3:]])
 
 
@@ -164,7 +164,7 @@ def test_bad_fields(op_type: str, fields: dict[str, float], kinds: dict[str, int
 
 @isolated
 def test_fields_of_other_types() -> None:
-    """Parsers hand on whole numbers as they like; a list is no number."""
+    """Parsers may pass integers in any type; a list is not a number."""
     for kind in (INT32, FLOAT32):
         with plugins().create("Select", {"k": 3}, kinds={"k": kind}):
             pass
@@ -174,7 +174,7 @@ def test_fields_of_other_types() -> None:
 
 @isolated
 def test_shapes_that_no_kernel_takes() -> None:
-    """Said when an engine is configured, with what to compile."""
+    """Reported when an engine is configured, with what to compile."""
     with plugins().create("GatherNorm", {"eps": 1e-6}) as made:
         inputs = [torch.rand(1, 5, 100), torch.tensor([0, 1]), torch.rand(100), torch.rand(100)]
         with pytest.raises(
@@ -237,7 +237,7 @@ with plugins.create("Select", {"k": 3}) as node:
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a driver")
 def test_nothing_is_loaded_until_used() -> None:
-    """A machine without a driver lists the plugins and makes nodes; a run says what is missing."""
+    """Without a driver, plugins can be listed and nodes created; a run reports what is missing."""
     need_plugins()
     done = subprocess.run(
         [sys.executable, "-c", NO_DRIVER, str(FOLDER)],

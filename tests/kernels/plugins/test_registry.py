@@ -1,4 +1,4 @@
-"""The plugins in TensorRT's own registry and parser: those of TensorRT-RTX, which parses for plugins but runs none."""
+"""The plugins in the registry and parser of TensorRT-RTX, which can parse plugins but not run them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_registry_takes_the_library(model: Path) -> None:
     lines = in_child(str(LIBRARY), model)
     assert f"creators {sorted(function_names())}" in lines
     assert "fields ['eps']" in lines
-    # RTX's parser finds the creator by the node's attributes and makes the plugin, then ends the process.
+    # RTX's parser finds the creator by the node's attributes and creates the plugin, then ends the process.
     said = " ".join(lines)
     assert "plugin_version: 1, plugin_namespace: vp" in said
     assert "Successfully created plugin: " in said

@@ -21,7 +21,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def by_rank(scores: Tensor, k: int, by_score: bool) -> Tensor:
-    """The contract word for word: rank_i = #(j : s_j > s_i or s_j = s_i and j < i), NaN above all. No sort."""
+    """The specification, literally: rank_i = #(j : s_j > s_i or s_j = s_i and j < i), NaN highest. No sort."""
     s, nan = scores.double(), scores.isnan()
     above = (s[:, :, None] > s[:, None, :]) & ~nan[:, :, None] | nan[:, :, None] & ~nan[:, None, :]  # [B, j, i]
     tie = (s[:, :, None] == s[:, None, :]) | nan[:, :, None] & nan[:, None, :]
@@ -81,21 +81,21 @@ def test_awkward_values() -> None:
     row = [-0.0, 0.0, NAN, INF, -INF, tiny, -tiny, small, -small, large, -large, -NAN, 0.0, -0.0, INF, -INF, 1.0, -1.0]
     scores = torch.tensor([row, row[::-1], row[5:] + row[:5]])
     assert scores[0, 5] != 0
-    scores[0, 2] = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)  # NaNs of other bits are ties
+    scores[0, 2] = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)  # NaNs of different bits tie
     scores[1, 6] = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
     for k in (1, 3, 5, 6, 10, 13, 16, 18):
         check(scores, k)
 
 
 def test_neighbouring_bits() -> None:
-    """Scores that differ in their last bit only: the search must go to the end."""
+    """Scores that differ in their last bit only, so the search must run to the end."""
     bits = torch.tensor([[1065353216 + (7 * i) % 5 for i in range(30)], [-1082130432 + (3 * i) % 7 for i in range(30)]])
     scores = bits.to(torch.int32).view(torch.float32)
     for k in (1, 6, 13, 24, 29):
         check(scores, k)
 
 
-# Few values, so that ties are everywhere; and any float at all.
+# Few values, for many ties; and any float.
 some = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, NAN, INF, -INF])
 lists = st.one_of(st.lists(some, min_size=1, max_size=40), st.lists(st.floats(width=32), min_size=1, max_size=40))
 
@@ -158,7 +158,7 @@ def test_fuse_of_everything_is_zero() -> None:
 
 
 def test_fuse_reads_only_rows_that_were_not_selected() -> None:
-    """NaN in the prefix, in selected rows and in rows of other images stays out; in a fused row it comes through."""
+    """NaN in the prefix, in selected rows and in other images has no effect; in a fused row it propagates."""
     scores, x = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.4, 0.1, 0.3, 0.2]]), seeded(2, 6, 8)
     clean = select_fuse_reference(scores, x, 2)[1]
     x[:, :2] = NAN
@@ -181,7 +181,7 @@ def test_two_runs_give_the_same_bits() -> None:
     scores, x = seeded(3, 50).softmax(1), seeded(3, 51, 70)
     for first, second in zip(launch_select_fuse(scores, x, 20), launch_select_fuse(scores, x, 20), strict=True):
         assert torch.equal(first, second)
-    alone = launch_select_fuse(scores[1:2], x[1:2], 20)[1]  # nor does the batch change them
+    alone = launch_select_fuse(scores[1:2], x[1:2], 20)[1]  # nor does the batch affect them
     assert torch.equal(alone, launch_select_fuse(scores, x, 20)[1][1:2])
 
 

@@ -1,4 +1,4 @@
-"""vp::select and vp::select_fuse in torch: their checks, and what export and compile make of them."""
+"""vp::select and vp::select_fuse in torch: argument checks, export and compilation."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_export_keeps_one_node_each_and_a_dynamic_batch() -> None:
 def test_compile() -> None:
     compiled = torch.compile(
         Reduced(), fullgraph=True, backend="aot_eager"
-    )  # Inductor would spend 10 s in a C++ compiler
+    )  # Inductor would take 10 s in a C++ compiler
     for found, expected in zip(compiled(*inputs()), Reduced()(*inputs()), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -89,7 +89,7 @@ def test_bad_arguments(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-# What AOTInductor would do with the operators of `Reduced`.
+# As AOTInductor would process the operators of `Reduced`.
 TRACE = """
 from tests.kernels.fake_cuda import written
 from tests.kernels.select.test_select_op import Reduced

@@ -1,5 +1,5 @@
-// The header from C++, beside std::filesystem, of which libtorch.so brings a copy of its own that must not get in the
-// way.
+// Uses the header from C++, together with std::filesystem: libtorch.so contains its own copy of it, which must not
+// interfere.
 #include <vp_engine/vp_engine.h>
 
 #include <cstdio>
