@@ -1,5 +1,7 @@
-"""Messages in the words of a command line. The library names arguments, as in `max_batch` or `dense=False`; a command
-says --max-batch and --no-dense. Only commands import this."""
+"""Translate messages for a command line: `max_batch` or `dense=False` become --max-batch and --no-dense.
+
+The library names arguments in its messages. Only commands import this module.
+"""
 
 from __future__ import annotations
 

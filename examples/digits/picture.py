@@ -1,4 +1,4 @@
-"""Draw the README's picture: a digit whole and with the patches that survive, what it costs, what it scores.
+"""Draw the README's picture: a digit, complete and with the kept patches only, with cost and accuracy.
 
     python examples/digits/picture.py --out docs/images/digits.svg
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE))  # the example is a folder of scripts, not an inst
 import data  # noqa: E402
 
 RESULTS = HERE.parents[1] / "docs" / "results" / "digits.md"
-DIGIT = 3  # of the first test image with this label
+DIGIT = 3  # label; the first test image with it is drawn
 SIDE, PATCHES = 168, 14  # pixels of a drawn digit; patches along its side
 STYLE = """
   text { font: 15px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
@@ -39,7 +39,7 @@ STYLE = """
 
 
 def figures(page: str) -> dict[str, float]:
-    """What the picture says, read from the results page."""
+    """Figures in the picture, read from the results page."""
     cells = {
         name: [float(value) for value in re.findall(r"[\d.]+", row)]
         for name, row in re.findall(r"^\| ([^|]+?) \|((?:[^|]*\|){2})", page, re.MULTILINE)
@@ -52,7 +52,7 @@ def figures(page: str) -> dict[str, float]:
 
 
 def digit_image() -> str:
-    """A test digit as a data URI, one pixel a pixel."""
+    """A test digit as a data URI, at original resolution."""
     images, labels = data.load_part("test")
     stream = io.BytesIO()
     Image.fromarray(images[labels == DIGIT][0]).save(stream, "png", optimize=True)
@@ -60,7 +60,7 @@ def digit_image() -> str:
 
 
 def panel(x: int, image: str, title: str, dropped: np.ndarray) -> str:
-    """A digit with the grid of patches; `dropped` [14, 14] are covered."""
+    """A digit with the patch grid; `dropped` patches [14, 14] are covered."""
     step = SIDE / PATCHES
     cover = "".join(f"M{c * step:g} {r * step:g}h{step:g}v{step:g}h-{step:g}z" for r, c in np.argwhere(dropped))
     lines = "".join(f"M0 {i * step:g}H{SIDE}M{i * step:g} 0V{SIDE}" for i in range(PATCHES + 1))
@@ -83,7 +83,7 @@ def draw(mask: np.ndarray, page: str) -> str:
 
     Args:
         mask: [blocks, patches], 1 keeps.
-        page: docs/results/digits.md.
+        page: Content of docs/results/digits.md.
     """
     said, image = figures(page), digit_image()
     kept = mask[0].reshape(PATCHES, PATCHES).astype(bool)

@@ -1,6 +1,7 @@
-"""What works on this machine: engines, commands, packages, CPU and GPUs. It needs the standard library only.
+"""Diagnose this machine: engines, commands, packages, CPU and GPUs. Needs the standard library only.
 
-Every package is imported in a process of its own: one that is broken, or that takes the interpreter down, is a line.
+Every package is imported in a process of its own, so that a broken one, even if it crashes, is just a line of the
+report.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vp_engines.extras import EXTRAS, install_hint, installed
 from vp_exporter.utils.required_packages import EXPORT, MODEL, ONNX_LOWERING, PICTURES, SEARCH
 
 TIMEOUT = 120  # seconds for one package
-# Printed by a child once the package is imported: what a bug report needs beside the version.
+# Printed by a child after importing the package: details for a bug report, besides the version.
 _DETAILS = {
     "torch": "'CUDA %s, %s' % (module.version.cuda, 'a GPU' if module.cuda.is_available() else 'no GPU')",
     "onnxruntime": "', '.join(each.removesuffix('ExecutionProvider') for each in module.get_available_providers())",
@@ -37,7 +38,7 @@ import importlib, json, sys
 module = importlib.import_module(sys.argv[1])
 print("\\n" + json.dumps({"details": str(DETAILS), "version": str(getattr(module, "__version__", ""))}))
 """
-# What engines and compilers have code for, and the names that /proc/cpuinfo gives it.
+# CPU features that engines and compilers use, as spelled in /proc/cpuinfo.
 FEATURES = {
     "avx2": {"avx2"},
     "avx512": {"avx512f"},
@@ -53,13 +54,13 @@ VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY")
 
 @dataclass(frozen=True)
 class Package:
-    """A package that some command or engine uses.
+    """A package used by some command or engine.
 
     Attributes:
-        module: as it is imported.
-        version: of the distributions that bring it; "" where it is not installed.
-        problem: why it cannot be used, one line; "" where it imports.
-        details: what it says of this machine.
+        module: Import name.
+        version: Version of the distributions that provide it; "" if not installed.
+        problem: Why it cannot be used, one line; "" if it can be imported.
+        details: What it reports about this machine.
     """
 
     module: str
@@ -78,7 +79,7 @@ class Works:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All of it. `engines` has (build, run) by name; `commands` goes by what is typed."""
+    """The complete diagnosis. `engines` has (build, run) by name; keys of `commands` are command names."""
 
     version: str
     system: dict[str, str]
@@ -88,13 +89,13 @@ class Diagnosis:
     packages: list[Package]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Convert to plain JSON values."""
         engines = {name: {"build": asdict(build), "run": asdict(run)} for name, (build, run) in self.engines.items()}
         return {**asdict(self), "engines": engines}
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine. It takes as long as importing every package, and raises nothing for a broken one."""
+    """Diagnose this machine. Takes as long as importing every package; never raises for a broken one."""
     import vp_engines
 
     modules = dict.fromkeys(module for extra, its in EXTRAS.items() for module in its if extra != "demo")
@@ -112,7 +113,7 @@ def diagnose() -> Diagnosis:
 
 
 def look_at(module: str) -> Package:
-    """One package, imported in a process of its own."""
+    """Check one package by importing it in a process of its own."""
     version = _version(module)
     if not installed(module):
         return Package(module, "", "not installed")
@@ -137,7 +138,7 @@ def look_at(module: str) -> Package:
 
 
 def anonymous(text: str) -> str:
-    """Without the paths that say who the user is."""
+    """Remove paths that identify the user."""
     for path, name in sorted({(sys.prefix, "ENV"), (str(Path.home()), "~")}, key=lambda pair: -len(pair[0])):
         if len(path) > 1:
             text = text.replace(path, name)
@@ -145,24 +146,24 @@ def anonymous(text: str) -> str:
 
 
 def _distributions(module: str) -> dict[str, str]:
-    """Version by name of the distributions that bring a module."""
+    """Version by name of the distributions that provide a module."""
     found = {}
     try:
         for name in metadata.packages_distributions().get(module.split(".")[0], ()):
             found[name] = metadata.version(name)
-    except Exception:  # what a half-removed package leaves behind raises anything
+    except Exception:  # partly removed packages may raise anything
         pass
     return found
 
 
 def _version(module: str) -> str:
-    """Two distributions that bring the same module (onnxruntime and onnxruntime-gpu) are worth knowing."""
+    """Version of a module; lists all distributions that provide it (e.g. onnxruntime and onnxruntime-gpu)."""
     found = _distributions(module)
     return next(iter(found.values())) if len(found) == 1 else ", ".join(map(" ".join, sorted(found.items())))
 
 
 def _too_old(module: str) -> str:
-    """Whether an installed version is outside of what vp-export declares; "" also where that cannot be told."""
+    """Why an installed version is outside the range that vp-export declares; "" if it is not, or if unknown."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -179,7 +180,7 @@ def _too_old(module: str) -> str:
 
 
 def _missing(what: str, modules: Iterable[str], extras: Sequence[str], packages: Mapping[str, Package]) -> Works:
-    """Whether all of these can be imported."""
+    """Whether all of these modules can be imported."""
     bad = [packages[module] for module in modules if packages[module].problem]
     if not bad:
         return Works(True)
@@ -191,7 +192,7 @@ def _missing(what: str, modules: Iterable[str], extras: Sequence[str], packages:
 
 
 def _engine(backend: Backend, packages: Mapping[str, Package]) -> tuple[Works, Works]:
-    """(build, run)."""
+    """Whether an engine can (build, run)."""
     found = []
     for purpose in ("build", "run"):
         ready = backend.available(purpose)
@@ -230,18 +231,18 @@ def _commands(engines: Mapping[str, tuple[Works, Works]], packages: Mapping[str,
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: by its affinity, and by the quota of its container."""
+    """Number of cores available to this process, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no cgroups of version 2, or "max"
+    except (OSError, ValueError):  # no cgroups v2, or "max"
         pass
     return cores
 
 
 def system() -> dict[str, str]:
-    """Python, processor, memory and compiler, in words. No host, user or path."""
+    """Python, processor, memory and compiler, in readable form. No host name, user or path."""
     facts = {"Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}"}
     libc = " ".join(platform.libc_ver()).strip()
     if libc:
@@ -280,7 +281,7 @@ def _field(text: str, key: str) -> str:
 
 
 def _compiler() -> str:
-    """The C++ compiler that AOTInductor would call."""
+    """The C++ compiler that AOTInductor would use."""
     name = os.environ.get("CXX") or next((each for each in ("g++", "clang++") if shutil.which(each)), "")
     if not name or shutil.which(name) is None:
         return "none (g++ is needed to build aoti engines)"
@@ -292,7 +293,7 @@ def _compiler() -> str:
 
 
 def gpus() -> list[str]:
-    """A line a GPU, by NVIDIA's management library, which needs neither torch nor a context."""
+    """One line per GPU, from NVML, without torch or a CUDA context."""
     try:
         nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
         if nvml.nvmlInit_v2():

@@ -72,7 +72,7 @@ def launch(config: Config, grid: tuple[Any, ...], *arguments: Any) -> None:
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Placeholder for an optional tensor: one element that the kernel never reads.
 
-    A tensor of its own rather than another argument: Inductor would compute a tensor passed twice two times.
+    A tensor of its own rather than another argument: Inductor computes an argument once for each time it is passed.
     """
     return like.new_empty(1, dtype=dtype)
 

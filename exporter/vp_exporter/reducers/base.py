@@ -49,7 +49,7 @@ class Step(ABC):
     Class attributes:
         reducer: Name in the plan.
         place: "input" acts on the block's input; "inner" acts between attention and MLP.
-        later: Fields added after format 1.0 -> value for plans without them, which preserves their meaning.
+        later: Fields added since the first release -> value for plans without them, which preserves their meaning.
     """
 
     block: int

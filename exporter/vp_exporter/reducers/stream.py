@@ -78,7 +78,7 @@ class Merge:
         source_weight: [B, R]; None for the token sizes.
         keep_weight: [B, K], weights of the output rows themselves. None for their sizes; source_weight is then also the
             size that a source contributes.
-        source_size: [B, R], size that each source contributes to a plain, unweighted mean; excludes the weights.
+        source_size: [B, R], size that each source contributes if the mean is unweighted; the weights are then None.
     """
 
     source: Tensor
