@@ -21,7 +21,7 @@ from vp_exporter.searching.mask.fisher import dead_from, gate_gradients, importa
 from vp_exporter.searching.mask.rearrangement import rearrange
 from vp_exporter.searching.mask.starting_masks import starting_masks
 from vp_exporter.searching.mask.tuning import tune
-from vp_exporter.searching.report.verdict import SearchVerdict, judge_search
+from vp_exporter.searching.report.comparison import SearchVerdict, judge_search
 from vp_exporter.searching.schedule.bayesian_optimisation import FITTED
 from vp_exporter.searching.schedule.mixed import search_mixed
 from vp_exporter.searching.schedule.search import search_schedule

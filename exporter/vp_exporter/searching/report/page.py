@@ -14,7 +14,7 @@ import numpy as np
 
 from vp_exporter.searching.checkpoint import write_atomically
 from vp_exporter.searching.report import pictures
-from vp_exporter.searching.report.verdict import from_rows
+from vp_exporter.searching.report.comparison import from_rows
 from vp_exporter.validation.charts import plain
 
 if TYPE_CHECKING:

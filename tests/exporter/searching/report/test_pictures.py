@@ -19,8 +19,8 @@ from tests.exporter.browser import needs_browser, screenshot
 from vp_engines.errors import PackageMissingError
 from vp_exporter.errors import SearchError
 from vp_exporter.searching.report import pictures
+from vp_exporter.searching.report.comparison import judge_search
 from vp_exporter.searching.report.page import write_page
-from vp_exporter.searching.report.verdict import judge_search
 from vp_exporter.utils import plotting
 
 BLUE, ORANGE, GREY = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (0xE9, 0xEC, 0xEF)
