@@ -42,35 +42,35 @@ def validate(
     workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> ReportData:
-    """Compare a bundle with its dense baseline: accuracy on images, latency on this machine.
+    """Compare a bundle with its dense baseline: accuracy on your images, latency on this machine.
 
     Args:
-        bundle: a folder NAME.vpe.
-        data: a folder of images, with a folder for each class or without labels; None leaves accuracy unmeasured.
-        max_drop: budget: top-1 that may be lost against dense, in percentage points.
-        min_speedup: budget: speed-up over dense at every batch size timed, such as 1.3.
-        min_agreement: budget: images classified as by dense, in percent.
-        batch_sizes: to time.
-        seconds: of timed work for each batch size.
-        limit: take this many images, evenly spaced over the folder.
-        strict: fail on the first image that cannot be decoded.
-        classes: class names in the order of the logits, or a file of them, in place of the bundle's own.
+        bundle: Folder NAME.vpe.
+        data: Folder of images, with one subfolder per class, or flat and unlabelled; None leaves accuracy unmeasured.
+        max_drop: Budget: largest drop in top-1 against dense, in percentage points.
+        min_speedup: Budget: smallest speed-up over dense at every timed batch size, e.g. 1.3.
+        min_agreement: Budget: smallest share of images classified as by dense, in percent.
+        batch_sizes: Batch sizes to time.
+        seconds: Seconds of timed work per batch size.
+        limit: Use this many images, evenly spaced over the folder.
+        strict: Fail on the first image that cannot be decoded.
+        classes: Class names in the order of the logits, or a file of them; by default the bundle's own.
         threads: CPU threads of both engines.
         device: "cpu" or "cuda"; by default what the bundle was built for.
-        against: another bundle as the baseline, in place of the dense engine.
-        samples: show sample images in the report.
-        report: a folder to write report.json and report.html to.
-        update: put the new report into the bundle.
-        workers: several processes that share the images (vp_exporter.utils.distributed); every one gets the report.
-        progress: is told where the work is; by default the logger "vp_exporter".
+        against: Another bundle as the baseline instead of the dense engine.
+        samples: Show sample images in the report.
+        report: Folder to write report.json and report.html to.
+        update: Replace the report in the bundle.
+        workers: Processes that share the images (vp_exporter.utils.distributed); each gets the report.
+        progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
-        The report; its `.verdict` prints as its sentence.
+        The report; its `.verdict` prints as one sentence.
 
     Raises:
-        BundleError: no sound bundle, or two that cannot be compared.
-        DataError: images that cannot be used.
-        EngineUnavailableError: the engine cannot run here.
+        BundleError: if the bundle is not valid, or the two bundles cannot be compared.
+        DataError: if the images cannot be used.
+        EngineUnavailableError: if the engine cannot run on this machine.
 
     Examples:
         >>> import vp_exporter as vp
@@ -150,25 +150,25 @@ def profile(
     """Time a bundle with its engine's own profiler, part by part of the model, beside the dense engine.
 
     Args:
-        bundle: a folder NAME.vpe.
-        batch_sizes: to run.
-        against: another bundle in place of the bundle's dense engine.
-        alone: only the bundle's own engine.
-        seconds: of work for each batch size.
+        bundle: Folder NAME.vpe.
+        batch_sizes: Batch sizes to run.
+        against: Another bundle as the baseline instead of the dense engine.
+        alone: Profile only the bundle's own engine.
+        seconds: Seconds of work per batch size.
         threads: CPU threads of the engines.
         device: "cpu" or "cuda"; by default what the bundle was built for.
-        memory: measure memory, in a process of its own for each engine.
-        out: a folder to write profile.json, trace.json (Chrome's format) and profile.png to.
-        progress: is told where the work is; by default the logger "vp_exporter".
+        memory: Measure memory, in a separate process per engine.
+        out: Folder to write profile.json, trace.json (Chrome's format) and profile.png to.
+        progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
-        `.profiles`, for each batch size the baseline's and the bundle's; `.speedups` by batch size; `.memory`;
+        `.profiles`: the baseline's and the bundle's for each batch size; `.speedups` by batch size; `.memory`;
         `.notes`.
 
     Raises:
-        BundleError: no sound bundle, no baseline in it, or two that cannot be run side by side.
-        InputError: batch sizes that the engine was not built for.
-        EngineUnavailableError: the engine cannot run here, or has no profiler.
+        BundleError: if a bundle is not valid or has no baseline, or the two cannot run side by side.
+        InputError: if the engine was not built for a batch size.
+        EngineUnavailableError: if the engine cannot run on this machine, or has no profiler.
 
     Examples:
         >>> import vp_exporter as vp

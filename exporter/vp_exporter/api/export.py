@@ -59,49 +59,49 @@ def export(
     timing_cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export a model under a plan to an inference engine, and compare it with the dense model on that engine.
+    """Export a model under a plan to an inference engine and compare it with the dense model on that engine.
 
     Args:
-        model: a timm ViT (`torch.nn.Module`) with its weights, or a `ModelRequest`. A module of a derived class, or
-            with hooks, is taken where it computes what timm's class computes. It is left as it is.
-        plan: a `ReductionPlan`; the path of a plan (.json) or a mask (.npy, .npz, .safetensors); or a mask
+        model: A timm ViT (`torch.nn.Module`) with its weights, or a `ModelRequest`. A subclass, or a module with
+            hooks, is accepted if it computes what timm's class computes. The module is not modified.
+        plan: A `ReductionPlan`; the path of a plan (.json) or a mask (.npy, .npz, .safetensors); or a mask
             [depth, patches]: 1 keeps, 0 drops, other positive values scale.
-        out: the bundle to write, a folder NAME.vpe.
+        out: Bundle to write, a folder NAME.vpe.
         engine: "ort", "openvino", "aoti", "trt-rtx" or "trt".
         precision: "fp32", "fp16" or "bf16"; by default the engine's own.
         device: "cpu" or "cuda"; by default the engine's own.
-        data: a folder of images to compare on, with a folder for each class or without labels.
-        max_drop: budget: top-1 that may be lost against dense, in percentage points.
-        min_speedup: budget: speed-up over dense at every batch size timed, such as 1.3.
-        min_agreement: budget: images classified as by dense, in percent.
-        batch_sizes: to time.
-        seconds: of timed work for each batch size.
-        limit: compare on this many images, evenly spaced over the folder.
-        strict: fail on the first image that cannot be decoded.
-        threads: CPU threads of the engines when they are measured.
-        samples: show sample images in the report.
-        classes: class names in the order of the logits, or a file of them; by default the model's own.
-        preprocessing: in place of timm's configuration of the model: any of its names `mean`, `std`, `crop_pct`,
+        data: Folder of images to compare on, with one subfolder per class, or flat and unlabelled.
+        max_drop: Budget: largest drop in top-1 against dense, in percentage points.
+        min_speedup: Budget: smallest speed-up over dense at every timed batch size, e.g. 1.3.
+        min_agreement: Budget: smallest share of images classified as by dense, in percent.
+        batch_sizes: Batch sizes to time.
+        seconds: Seconds of timed work per batch size.
+        limit: Compare on this many images, evenly spaced over the folder.
+        strict: Fail on the first image that cannot be decoded.
+        threads: CPU threads of the engines while measuring.
+        samples: Show sample images in the report.
+        classes: Class names in the order of the logits, or a file of them; by default the model's own.
+        preprocessing: Overrides timm's data configuration of the model: any of `mean`, `std`, `crop_pct`,
             `interpolation`, `crop_mode`.
-        backbone: where the ViT lies in `model`, as attributes: "model.encoder". Only the ViT is exported.
-        validate: compare with dense, and only then write.
-        dense: put the dense engine into the bundle, so that anyone can check the claim again.
-        force: replace the bundle at `out`.
-        kernels: "portable" (torch's operations), "vp" (our operators) or "auto" (the faster one, measured).
-        opset: ONNX opset of ort, 18 to 23 (the default).
-        compute_capability: target of trt-rtx, such as "8.9"; by default this machine's GPU.
-        min_batch, opt_batch, max_batch: batch sizes that TensorRT builds for.
-        plugins: library of our TensorRT plugins.
-        timing_cache: of TensorRT, read and updated.
-        progress: is told where the work is; by default the logger "vp_exporter".
+        backbone: Attribute path to the ViT inside `model`, e.g. "model.encoder". Only the ViT is exported.
+        validate: Compare with dense before writing.
+        dense: Include the dense engine in the bundle, so that anyone can repeat the comparison.
+        force: Replace an existing bundle at `out`.
+        kernels: "portable" (torch's operations), "vp" (our operators) or "auto" (the faster of the two, measured).
+        opset: ONNX opset for ort, 18 to 23 (the default).
+        compute_capability: Target of trt-rtx, e.g. "8.9"; by default this machine's GPU.
+        min_batch, opt_batch, max_batch: Batch sizes that TensorRT builds for.
+        plugins: Library of our TensorRT plugins.
+        timing_cache: TensorRT timing cache, read and updated.
+        progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
-        `.path`, `.manifest` and `.report` (None with `validate=False`), whose `.verdict` prints as its sentence. A
-        budget that is missed does not raise: the bundle is written and says so.
+        The bundle's `.path`, its `.manifest`, and the `.report` (None with `validate=False`), whose `.verdict` prints
+        as one sentence. A missed budget does not raise: the bundle is written and says so.
 
     Raises:
-        VpError: with nothing written: arguments that do not go together, a model, a plan or images that cannot be used.
-        EngineUnavailableError: the engine cannot build here.
+        VpError: if arguments conflict, or the model, the plan or the images cannot be used. Nothing is written.
+        EngineUnavailableError: if the engine cannot build on this machine.
 
     Examples:
         >>> import timm, vp_exporter as vp

@@ -50,7 +50,7 @@ def describe(model: ModelLike | str, backbone: str | None = None) -> ModelSpec:
     """The model in numbers; nothing is loaded, copied or run.
 
     Args:
-        model: or a timm name.
+        model: Or a timm name.
 
     Raises:
         UnsupportedModelError: we do not take it apart.
@@ -64,7 +64,7 @@ def describe(model: ModelLike | str, backbone: str | None = None) -> ModelSpec:
     if isinstance(model, str):
         return describe_by_name(model, {})
     if isinstance(model, ModelRequest):
-        return describe_by_name(model.name, model.args, model.num_classes, model.img_size)
+        return describe_by_name(model.name, model.args, model.num_classes, model.size)
     return describe_module(find_vit(model, backbone))
 
 

@@ -36,34 +36,34 @@ def build_plan(
     backbone: str | None = None,
     **method_args: Any,
 ) -> ReductionPlan:
-    """Make a plan by a method's name. Nothing is run: token counts and multiply-accumulates decide.
+    """Make a plan with a named method. Runs no model: only token counts and MACs are computed.
 
-    Exactly one argument says how much goes: `target_macs`, `r`, `keep_rate`, `preset`, or lists of the method's own,
-    such as `tokens_out`.
+    Exactly one argument says how much to remove: `target_macs`, `r`, `keep_rate`, `preset`, or a list that the method
+    takes, e.g. `tokens_out`.
 
     Args:
         method: "tome", "ppt", "evit", "topk", "bat", "diffrate", "pitome", "gtp"; or a static mask: "random", "grid",
             "center".
-        model: a timm ViT (`torch.nn.Module`), a `ModelRequest`, or a timm name.
-        target_macs: share of the dense model's multiply-accumulates, above 0 and below 1.
-        r: tokens that leave at a block: one number for all acting blocks, or one for each.
-        keep_rate: share of the patch tokens that a stage keeps, above 0 and below 1.
-        preset: a published setting of the method, such as "evit-0.7".
-        schedule: shape of `r` over the blocks: "constant" (default), "decreasing" (2r to 0) or "increasing".
-        blocks: where the method acts, 0-based and ascending; by default where its paper has it.
-        tau: of ppt: the variance of the scores from which an image is pruned and not pooled.
-        seed: of method "random".
-        proportional_attention: add log(token size) to the attention logits; by default as the method's paper does.
-        backbone: where the ViT lies in `model`, as attributes: "model.encoder".
-        **method_args: the method's own, such as `fuse=False` (evit) or `clusters=20` (bat).
+        model: A timm ViT (`torch.nn.Module`), a `ModelRequest`, or a timm name.
+        target_macs: Share of the dense model's MACs, between 0 and 1.
+        r: Tokens to remove per block: one number for all acting blocks, or one for each.
+        keep_rate: Share of the patch tokens that each stage keeps, between 0 and 1.
+        preset: Published setting of the method, e.g. "evit-0.7".
+        schedule: Shape of `r` over the blocks: "constant" (default), "decreasing" (2r to 0) or "increasing".
+        blocks: Blocks where the method acts, 0-based and ascending; by default as in its paper.
+        tau: For ppt: variance of the scores from which an image is pruned rather than pooled.
+        seed: Seed of method "random".
+        proportional_attention: Add log(token size) to the attention logits; by default as in the method's paper.
+        backbone: Attribute path to the ViT inside `model`, e.g. "model.encoder".
+        **method_args: Arguments of the method itself, e.g. `fuse=False` (evit) or `clusters=20` (bat).
 
     Returns:
-        The plan: fixed token counts for each block. `plan.save("plan.json")` writes it.
+        A plan with fixed token counts per block; write it with `plan.save("plan.json")`.
 
     Raises:
-        VpError: an unknown method, or arguments that do not go together.
-        PlanError: an amount that does not fit the model, naming the block and the limit.
-        UnsupportedModelError: a model that is not taken apart.
+        VpError: if the method is unknown or arguments conflict.
+        PlanError: if the amount does not fit the model; names the block and the limit.
+        UnsupportedModelError: if the model is not supported.
 
     Examples:
         >>> import timm, vp_exporter as vp
@@ -98,21 +98,21 @@ def reduce(
     backbone: str | None = None,
     kernels: Literal["portable", "vp"] = "portable",
 ) -> ReducedViT:
-    """A model under a plan as a PyTorch module, over the model's own parameters: to study or fine-tune it.
+    """A model under a plan as a PyTorch module that shares the model's parameters, to study or fine-tune it.
 
     Args:
-        model: a timm ViT (`torch.nn.Module`), which is put into eval mode; or a `ModelRequest`.
-        plan: a `ReductionPlan`; the path of a plan (.json) or a mask (.npy, .npz, .safetensors); a mask
+        model: A timm ViT (`torch.nn.Module`), put into eval mode; or a `ModelRequest`.
+        plan: A `ReductionPlan`; the path of a plan (.json) or a mask (.npy, .npz, .safetensors); a mask
             [depth, patches]; or None for the dense model in the same form.
-        backbone: where the ViT lies in `model`, as attributes: "model.encoder".
-        kernels: "portable" runs torch's own operations, "vp" the operators of vp_kernels.
+        backbone: Attribute path to the ViT inside `model`, e.g. "model.encoder".
+        kernels: "portable" uses torch's operations, "vp" the operators of vp_kernels.
 
     Returns:
-        A module: images float32 [batch, 3, height, width], preprocessed -> logits float32 [batch, classes].
+        A module from preprocessed images, float32 [batch, 3, height, width], to logits, float32 [batch, classes].
 
     Raises:
-        PlanError: a plan that cannot be read, or is for another model.
-        UnsupportedModelError: a model that is not taken apart, or does not compute what timm's class computes.
+        PlanError: if the plan cannot be read or is for another model.
+        UnsupportedModelError: if the model is not supported, or does not compute what timm's class computes.
 
     Examples:
         >>> import timm, torch, vp_exporter as vp
@@ -135,10 +135,10 @@ def reduce(
 
 
 def resolve(plan: PlanLike, spec: ModelSpec) -> ReductionPlan:
-    """The plan for a model, of whatever stands for it.
+    """Read or make the plan for a model.
 
     Raises:
-        PlanError: it cannot be read, is inconsistent or for another model.
+        PlanError: if it cannot be read, is inconsistent or is for another model.
     """
     from vp_exporter.methods import MethodRequest
     from vp_exporter.methods import build_plan as make

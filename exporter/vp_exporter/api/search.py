@@ -57,49 +57,50 @@ def search(
     workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> ReductionPlan:
-    """Search a plan on calibration images; labels are not needed.
+    """Search for a plan on calibration images, which need no labels.
 
     Args:
-        model: a timm ViT (`torch.nn.Module`) with its weights, or a `ModelRequest`. It is left as it is.
-        images: a folder of images, with a folder for each class or without labels.
+        model: A timm ViT (`torch.nn.Module`) with its weights, or a `ModelRequest`. It is not modified.
+        images: Folder of images, flat or with one subfolder per class.
         method: "vpruner" (a static mask); "tome", "ppt", "bat", "evit", "topk" or "diffrate" (a schedule for it);
             "tome+NAME", a cascade of the two; "static+NAME", a static drop before it.
-        target_macs: share of the dense model's multiply-accumulates, above 0 and below 1; or
-        target_latency: share of the dense latency on `engine` (vpruner).
-        out: where to write the plan. A search that was interrupted goes on from what lies beside it.
-        limit: calibration images, evenly spaced over the folder; by default 512 for vpruner, 1536 for schedules.
-        held_out: share of them that only accepts and rejects.
-        search_batch: images of one calibration batch.
-        evaluations: candidate plans that each strategy may run; by default 24 for vpruner, 120 for schedules.
-        minutes: the same by the clock; the plan then depends on it.
-        rearrange: "greedy" and "ppo", one of them, or none.
-        tune: "shared", "least-squares" and "adam" in their order, or none.
-        tune_steps: of adam.
-        targets: the Fisher information is of the model's own answers, of its logits or of labels.
-        temperature: softens the loss that candidates are compared by.
-        min_tokens: patches that every block keeps at least (vpruner).
-        multiple: patch counts are multiples of it (vpruner).
-        seed: of everything drawn.
-        engine, precision, batch, threads: of `target_latency`; by default ort, its own, 8, all.
-        latency_table: file of measured latencies: read if it is there, else written.
-        page: a folder to write pictures and search.html to.
+        target_macs: Share of the dense model's MACs, between 0 and 1; or
+        target_latency: Share of the dense latency on `engine` (vpruner).
+        out: File to write the plan to; an interrupted search resumes from a checkpoint next to it.
+        limit: Calibration images, evenly spaced over the folder; by default 512 for vpruner, 1536 for schedules.
+        held_out: Share of the images that only accepts or rejects candidates.
+        search_batch: Images per calibration batch.
+        evaluations: Candidate plans per strategy; by default 24 for vpruner, 120 for schedules.
+        minutes: Time limit per strategy; the plan then depends on the machine.
+        rearrange: "greedy", "ppo", both or none.
+        tune: Any of "shared", "least-squares" and "adam", in this order.
+        tune_steps: Steps of adam.
+        targets: Fisher information of the model's own answers, of its logits, or of labels.
+        temperature: Softens the loss that candidates are compared by.
+        min_tokens: Patches that every block keeps at least (vpruner).
+        multiple: Patch counts are multiples of this (vpruner).
+        seed: Seed of everything random.
+        engine, precision, batch, threads: What `target_latency` is measured on; by default ort, its own precision, 8,
+            all threads.
+        latency_table: File of measured latencies: read if it exists, else written.
+        page: Folder to write pictures and search.html to.
         device: "cpu" or "cuda": where the search runs.
-        augment: "cutmix" cuts every second image into another one, "none" leaves them.
-        strict: fail on the first image that cannot be decoded.
-        classes: class names in the order of the logits, or a file of them; by default the model's own.
-        preprocessing: in place of timm's configuration of the model: any of its names `mean`, `std`, `crop_pct`,
+        augment: "cutmix" mixes every second image with another one; "none" leaves them.
+        strict: Fail on the first image that cannot be decoded.
+        classes: Class names in the order of the logits, or a file of them; by default the model's own.
+        preprocessing: Overrides timm's data configuration of the model: any of `mean`, `std`, `crop_pct`,
             `interpolation`, `crop_mode`.
-        backbone: where the ViT lies in `model`, as attributes: "model.encoder".
-        workers: several processes that share the work (vp_exporter.utils.distributed); every one gets the plan.
-        progress: is told where the work is; by default the logger "vp_exporter".
+        backbone: Attribute path to the ViT inside `model`, e.g. "model.encoder".
+        workers: Processes that share the work (vp_exporter.utils.distributed); each gets the plan.
+        progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
-        The plan. Its `provenance["search"]` has every stage and baseline with its held-out KL, and how they compare.
+        The plan. `plan.provenance["search"]` lists every stage and baseline with its held-out KL, and the verdict.
 
     Raises:
-        SearchError: no budget or two, one out of reach, or too few images.
-        DataError: images that cannot be used.
-        EngineUnavailableError: the engine of `target_latency` cannot run here.
+        SearchError: if there is no budget or more than one, it cannot be reached, or there are too few images.
+        DataError: if the images cannot be used.
+        EngineUnavailableError: if the engine of `target_latency` cannot run on this machine.
 
     Examples:
         >>> import timm, vp_exporter as vp
@@ -124,13 +125,16 @@ def search_all(
     outs: Sequence[Path | None],
     **options: Any,
 ) -> list[SearchResult]:
-    """A search for each of several budgets over the same images, with all that was found on the way.
+    """Search for several budgets on the same images; returns everything that was measured.
 
     Args:
-        target_macs, outs: a budget each, and where its plan is written.
-        options: as of `search`, and with its defaults.
+        target_macs, outs: Budget of each search, and file for its plan.
+        options: Arguments of `search`, with the same defaults.
     """
-    chosen: dict[str, Any] = {**(search.__kwdefaults__ or {}), **options}
+    defaults = search.__kwdefaults__ or {}
+    if strange := sorted(set(options) - set(defaults)):
+        raise TypeError(f"search_all has no argument {strange[0]!r}")
+    chosen: dict[str, Any] = {**defaults, **options}
     engine, page, device, method = (chosen[key] for key in ("engine", "page", "device", "method"))
     table = None if chosen["latency_table"] is None else Path(chosen["latency_table"])
     measured = chosen["target_latency"] is not None and not (table is not None and table.exists())
@@ -193,11 +197,11 @@ def search_all(
 
 
 def _ready(engine: str | None, *, drawn: bool) -> None:
-    """What the search runs with and the engine that it is to measure, before any work.
+    """Check packages, and the engine to measure, before any work.
 
     Raises:
-        PackageMissingError: with one pip line for all that is missing.
-        EngineUnavailableError: the engine cannot be measured here.
+        PackageMissingError: with one pip line for everything that is missing.
+        EngineUnavailableError: if the engine cannot be measured on this machine.
     """
     from vp_engines.backends import get_backend
     from vp_engines.extras import require_packages

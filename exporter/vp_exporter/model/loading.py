@@ -60,8 +60,8 @@ def load_model(request: ModelRequest) -> LoadedModel:
         raise WeightsError(f"`args` names {hidden[0]}", expected="weights by `weights` or `pretrained=True` only")
     if request.use_ema is not None and request.weights is None and name.folder is None:
         raise WeightsError("`use_ema=True` or `use_ema=False` is given without `weights`", expected="`weights=FILE`")
-    args = _arguments(request.args, request.img_size)
-    file = request.weights
+    args = _arguments(request.args, request.size)
+    file = request.file
     if request.pretrained and name.folder is not None:
         file = folder_weights(name.folder)
     if file is not None:
@@ -72,7 +72,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         torch.manual_seed(0)  # reproducible, so that timings of two exports are comparable
         vit, notes, source = _create(name, _with_classes(args, request.num_classes)), [], "random"
     description = describe(vit, _label(name, vit))
-    _check_size(description, request.img_size)
+    _check_size(description, request.size)
     return LoadedModel(
         vit,
         description,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vp_engines.errors import VpError
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class ModelRequest:
         weights: A .safetensors or .pth file; `pretrained` from timm's hub (local-dir: from the folder); or
             `random_init`, for latency measurements.
         num_classes: None takes it from the weights, or timm's default; 0 omits the head.
-        img_size: Height and width in pixels; None takes timm's default.
+        img_size: Height and width in pixels, or one number for both; None takes timm's default.
         use_ema: Averaged weights of a checkpoint that has both; None takes them if present.
 
     Examples:
@@ -32,9 +35,27 @@ class ModelRequest:
 
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
-    weights: Path | None = None
+    weights: str | os.PathLike[str] | None = None
     pretrained: bool = False
     random_init: bool = False
     num_classes: int | None = None
-    img_size: tuple[int, int] | None = None
+    img_size: int | tuple[int, int] | None = None
     use_ema: bool | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """The file of `weights`."""
+        return None if self.weights is None else Path(self.weights)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of `img_size`.
+
+        Raises:
+            VpError: if it is neither one nor two whole numbers above 0.
+        """
+        given = self.img_size
+        sides = given if given is None or isinstance(given, tuple) else (given, given)
+        if sides is not None and (len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides)):
+            raise VpError(f"`img_size` is {given!r}", expected="pixels: 384, or (height, width)")
+        return sides

@@ -15,7 +15,7 @@ import numpy as np
 
 import vp_engines
 from vp_engines.backends import get_backend
-from vp_engines.errors import BundleError, EngineUnavailableError
+from vp_engines.errors import BundleError, EngineUnavailableError, VpError
 from vp_engines.manifest import Manifest, Preprocessing
 from vp_engines.preprocess import preprocess
 from vp_exporter.data.image_folder import ImageFolder
@@ -54,6 +54,9 @@ class CheckRequest:
         device, threads: of both engines.
         samples: show sample images in the report; off where the images must not be copied.
         statistics_stated: whether the mean and std are known to be the user's own words, not a default.
+
+    Raises:
+        VpError: if a number is out of range.
     """
 
     data: Path | None = None
@@ -69,6 +72,16 @@ class CheckRequest:
     threads: int | None = None
     samples: bool = True
     statistics_stated: bool = False
+
+    def __post_init__(self) -> None:
+        if odd := [size for size in self.batches if type(size) is not int or size < 1]:
+            raise VpError(f"`batch_sizes={odd[0]!r}`", expected="whole numbers from 1")
+        if not self.seconds > 0:
+            raise VpError(f"`seconds` is {self.seconds!r}", expected="above 0")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise VpError(f"`threads` is {self.threads!r}", expected="a whole number from 1, or None")
+        if self.device not in (None, "cpu", "cuda"):
+            raise VpError(f"`device` is {self.device!r}", expected="cpu or cuda")
 
 
 def open_data(
