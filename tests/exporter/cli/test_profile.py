@@ -178,7 +178,7 @@ def test_no_baseline_and_damage(without_dense: Path, bundle: Path) -> None:
     [
         (LARGE, r"b\.vpe takes images of 3x64x64; expected 3x32x32, as a"),
         ({"engine": {"device": "cuda"}}, r"b\.vpe runs on cuda; expected cpu, as a"),
-        ({"batch": {"min": 4, "opt": 4, "max": 8}}, r"--batch 1 with .*b\.vpe; expected 4 to 8"),
+        ({"batch": {"min": 4, "opt": 4, "max": 8}}, r"`batch_sizes=1` with .*b\.vpe; expected 4 to 8"),
     ],
 )
 def test_bundles_that_cannot_run_side_by_side(
