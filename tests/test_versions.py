@@ -14,7 +14,7 @@ from vp_engines.backends.ort_versions import OLDEST
 ROOT = Path(__file__).resolve().parent.parent
 # Tools of the test suite rather than requirements of the package; `make test-lowest` takes any version.
 TOOLS = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "torchvision"}
-TOOLS |= {"packaging", "setuptools", "vp-export", "mkdocs-material", "mkdocstrings"}
+TOOLS |= {"packaging", "setuptools", "vp-export", "mkdocs-material", "mkdocstrings", "nbclient", "ipykernel"}
 
 
 def declared() -> dict[str, Version]:
