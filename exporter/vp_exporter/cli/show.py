@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from vp_engines.backends import ENGINES, get_backend
 from vp_engines.manifest import Manifest, Preprocessing, TensorInfo
-from vp_exporter.cli.console import stderr, stdout
+from vp_exporter.cli.console import in_options, stderr, stdout
 from vp_exporter.cli.tables import bare, facts, heading, table
 from vp_exporter.profiling.groups import GROUPS
 from vp_exporter.profiling.measure import Profile, Profiled
@@ -123,9 +123,9 @@ def report(data: ReportData, *, brief: bool = False) -> None:
     if data.preprocessing is not None:
         preprocessing(data.preprocessing)
     for text in data.baseline.notes:
-        stdout.print(f"[cyan]note:[/] {escape(text)}", soft_wrap=True)
+        stdout.print(f"[cyan]note:[/] {escape(in_options(text))}", soft_wrap=True)
     for text in data.warnings:
-        stdout.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+        stdout.print(f"[yellow]note:[/] {escape(in_options(text))}", soft_wrap=True)
 
 
 def preprocessing(found: Preprocessing) -> None:
@@ -204,7 +204,7 @@ def profiles(found: Profiled, top: int) -> None:
         text = f"batch {batch}: {last} is {speedup.value:.3f}x as fast as {first}"
         stdout.print(f"{escape(text)} ({speedup.low:.3f} to {speedup.high:.3f})", soft_wrap=True)
     for note in found.notes:
-        stderr.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+        stderr.print(f"[yellow]note:[/] {escape(in_options(note))}", soft_wrap=True)
 
 
 def _profile_rows(profiles: list[Profile]) -> list[tuple[str, list[float]]]:

@@ -240,7 +240,7 @@ def _statistics_doubt(manifest: Manifest, accuracy: Accuracy, request: CheckRequ
         return ""
     return (
         f"{baseline.name}'s top-1 is {top1:.2f}%, poor for a trained model, and mean and std are timm's defaults for "
-        f"{manifest.model.name}; if the weights ({source}) were trained with others, export with their `mean` and `std`"
+        f"{manifest.model.name}; if the weights ({source}) were trained with others, export with `mean` and `std`"
     )
 
 

@@ -247,7 +247,7 @@ def test_no_dense_leaves_the_baseline_out(inputs: Inputs, tmp_path: Path) -> Non
     assert list(verify_bundle(out).manifest.variants) == ["reduced"]
     assert not (out / "dense").exists()
     assert "neither speed-up nor accuracy is measured" in result.stdout
-    with pytest.raises(vp_engines.BundleIncompatibleError, match="export again without --no-dense"):
+    with pytest.raises(vp_engines.BundleIncompatibleError, match="export again without `dense=False`"):
         vp_engines.load(out, variant="dense")
 
 
@@ -459,6 +459,7 @@ def test_own_weights_with_statistics_that_are_not_theirs(stated: bool, inputs: I
     result = call(export.app, *argv(export_options(inputs, out, data=data, **options)))
     assert result.exit_code == 0
     report = json.loads((out / "report.json").read_text())
-    for said in (result.stderr, "\n".join(report["warnings"]), html.unescape((out / "report.html").read_text())):
+    reports = ("\n".join(report["warnings"]), html.unescape((out / "report.html").read_text()))
+    for said, names in ((result.stderr, "--mean and --std"), *((text, "`mean` and `std`") for text in reports)):
         assert "the dense model's top-1 is 0.00%, about chance" in said
-        assert ("(weights.safetensors) were trained with others, export with --mean and --std" in said) != stated
+        assert (f"(weights.safetensors) were trained with others, export with {names}" in said) != stated
