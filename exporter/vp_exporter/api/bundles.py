@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vp_engines.errors import BundleError, EngineUnavailableError, VpError
 from vp_exporter.api.export import read_budget
-from vp_exporter.api.models import progress_of
+from vp_exporter.api.models import optional_path, path_of, progress_of, sizes_of
 
 if TYPE_CHECKING:
     from vp_exporter.profiling.measure import Profiled, Subject
@@ -28,7 +28,7 @@ def validate(
     max_drop: float | None = None,
     min_speedup: float | None = None,
     min_agreement: float | None = None,
-    batch_sizes: Sequence[int] = (1, 8),
+    batch_sizes: int | Sequence[int] = (1, 8),
     seconds: float = 4.0,
     limit: int | None = None,
     strict: bool = False,
@@ -85,19 +85,19 @@ def validate(
     from vp_exporter.validation.check import CheckRequest, check_bundle, find_baseline
     from vp_exporter.validation.report import Report, report_files, validation_fields
 
-    workers, bundle = workers or single(), Path(bundle)
-    folder = None if report is None else Path(report)
+    workers, bundle = workers or single(), path_of(bundle, "bundle")
+    folder = optional_path(report, "report")
 
     def prepare() -> CheckRequest:
         request = CheckRequest(
-            data=None if data is None else Path(data),
+            data=optional_path(data, "data"),
             budget=read_budget(max_drop, min_speedup, min_agreement, data),
-            batches=tuple(dict.fromkeys(batch_sizes)),
+            batches=sizes_of(batch_sizes),
             limit=limit,
             strict=strict,
             classes=class_names(classes),
             seconds=seconds,
-            against=None if against is None else Path(against),
+            against=optional_path(against, "against"),
             device=device,
             threads=threads,
             samples=samples,
@@ -137,7 +137,7 @@ def validate(
 def profile(
     bundle: PathLike,
     *,
-    batch_sizes: Sequence[int] = (1, 8),
+    batch_sizes: int | Sequence[int] = (1, 8),
     against: PathLike | None = None,
     alone: bool = False,
     seconds: float = 4.0,
@@ -180,7 +180,7 @@ def profile(
     from vp_exporter.profiling.measure import profile as measure
     from vp_exporter.utils.required_packages import PICTURES
 
-    folder = None if out is None else Path(out)
+    folder = optional_path(out, "out")
     if folder is not None:
         require_packages("`vp.profile(out=...)`", "profile", PICTURES)
         check_folder(folder, "out")
@@ -189,8 +189,8 @@ def profile(
     if device not in (None, "cpu", "cuda"):
         raise VpError(f"`device` is {device!r}", expected="cpu or cuda")
     found = measure(
-        _subjects(Path(bundle), None if against is None else Path(against), alone),
-        batches=tuple(dict.fromkeys(batch_sizes)),
+        _subjects(path_of(bundle, "bundle"), optional_path(against, "against"), alone),
+        batches=sizes_of(batch_sizes),
         seconds=seconds,
         threads=threads,
         device=device,

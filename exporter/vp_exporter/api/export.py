@@ -37,7 +37,7 @@ def export(
     max_drop: float | None = None,
     min_speedup: float | None = None,
     min_agreement: float | None = None,
-    batch_sizes: Sequence[int] = (1, 8),
+    batch_sizes: int | Sequence[int] = (1, 8),
     seconds: float = 4.0,
     limit: int | None = None,
     strict: bool = False,
@@ -121,7 +121,7 @@ def export(
             f"`min_batch` {min_batch}, `opt_batch` {opt_batch}, `max_batch` {max_batch}", expected="ascending sizes"
         )
     with _plugins(plugins):
-        out = Path(out)
+        out = models.path_of(out, "out")
         backend = _ready(out, engine, opset, force=force)
         from vp_engines.backends.base import BuildOptions
         from vp_exporter.data.labels import class_names
@@ -150,12 +150,12 @@ def export(
                 max_batch,
                 device or backend.devices[0],
                 compute_capability,
-                None if timing_cache is None else Path(timing_cache),
+                models.optional_path(timing_cache, "timing_cache"),
             ),
             check=CheckRequest(
-                data=None if data is None else Path(data),
+                data=models.optional_path(data, "data"),
                 budget=budget,
-                batches=tuple(dict.fromkeys(batch_sizes)),
+                batches=models.sizes_of(batch_sizes),
                 limit=limit,
                 strict=strict,
                 seconds=seconds,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from vp_engines.errors import VpError
 from vp_exporter.utils.progress import LoggingProgress, Progress
 
 if TYPE_CHECKING:
@@ -71,3 +75,32 @@ def describe(model: ModelLike | str, backbone: str | None = None) -> ModelSpec:
 def progress_of(progress: Progress | None) -> Progress:
     """What the user gave, or the logger."""
     return LoggingProgress() if progress is None else progress
+
+
+def path_of(value: str | os.PathLike[str], argument: str) -> Path:
+    """A path that the user gave.
+
+    Raises:
+        VpError: if it is something else.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise VpError(f"`{argument}` is a {type(value).__name__}", expected="a path")
+    return Path(value)
+
+
+def optional_path(value: str | os.PathLike[str] | None, argument: str) -> Path | None:
+    """The same, or None."""
+    return None if value is None else path_of(value, argument)
+
+
+def sizes_of(batch_sizes: int | Sequence[int]) -> tuple[int, ...]:
+    """Batch sizes, each once; a single one need not be a list.
+
+    Raises:
+        VpError: if they are something else.
+    """
+    if isinstance(batch_sizes, int):
+        return (batch_sizes,)
+    if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Iterable):
+        raise VpError(f"`batch_sizes` is {batch_sizes!r}", expected="whole numbers from 1, such as (1, 8)")
+    return tuple(dict.fromkeys(batch_sizes))

@@ -110,7 +110,7 @@ def search(
         'vpruner'
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "images", "target_macs", "out")}
-    place = None if out is None else Path(out)
+    place = models.optional_path(out, "out")
     if place is not None:
         from vp_engines.atomic import check_parent
 
@@ -136,7 +136,7 @@ def search_all(
         raise TypeError(f"search_all has no argument {strange[0]!r}")
     chosen: dict[str, Any] = {**defaults, **options}
     engine, page, device, method = (chosen[key] for key in ("engine", "page", "device", "method"))
-    table = None if chosen["latency_table"] is None else Path(chosen["latency_table"])
+    table = models.optional_path(chosen["latency_table"], "latency_table")
     measured = chosen["target_latency"] is not None and not (table is not None and table.exists())
     _ready((engine or "ort") if measured else None, drawn=page is not None)
     from vp_exporter.searching.settings import SearchSettings, usual_images
@@ -177,7 +177,7 @@ def search_all(
     count = usual_images(method) if chosen["limit"] is None else chosen["limit"]
     run.read(
         ImageOptions(
-            Path(images),
+            models.path_of(images, "images"),
             count,
             chosen["held_out"],
             chosen["search_batch"],

@@ -86,6 +86,7 @@ def copy_module(model: nn.Module, vit: nn.Module) -> LoadedModel:
     try:
         with torch.no_grad():
             twin = copy.deepcopy(vit).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
+            sha256 = fingerprint(twin)
     except Exception as error:  # its modules may raise anything
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
@@ -104,9 +105,7 @@ def copy_module(model: nn.Module, vit: nn.Module) -> LoadedModel:
     source = "in memory" if not notes else f"in memory, of a {type(model).__name__}"
     if not spec.named:
         source += f" ({kind})" if not notes else ""
-    return LoadedModel(
-        twin, spec, fingerprint(twin), source, tuple(notes), known_names(twin, spec.num_classes, pretrained=False)
-    )
+    return LoadedModel(twin, spec, sha256, source, tuple(notes), known_names(twin, spec.num_classes, pretrained=False))
 
 
 def _refusal(vit: nn.Module) -> str | None:

@@ -132,6 +132,10 @@ REFUSED = {
     "dense": (export(dense=False, min_speedup=1.1), "`dense=False` leaves nothing to compare with"),
     "batch-sizes": (export(batch_sizes=[0]), "`batch_sizes=0`; expected whole numbers from 1"),
     "seconds": (export(seconds=0), "`seconds` is 0; expected above 0"),
+    "batch-size": (export(batch_sizes="8"), "`batch_sizes` is '8'; expected whole numbers"),
+    "data": (export(data=["val"]), "`data` is a list; expected a path"),
+    "out": (lambda: vp.export(create(), mask(), None), "`out` is a NoneType; expected a path"),  # type: ignore[arg-type]
+    "images": (lambda: vp.search(create(), ["a.jpg"], target_macs=0.7), "`images` is a list; expected a path"),  # type: ignore[arg-type]
     "threads": (export(threads=0), "`threads` is 0"),
     "no-weights": (export(model=vp.ModelRequest(NAME, ARGS)), "one of `weights=FILE`, `pretrained=True`"),
     "image-size": (export(model=vp.ModelRequest(NAME, random_init=True, img_size=(64, 0))), r"`img_size` is \(64, 0\)"),

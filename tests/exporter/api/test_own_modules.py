@@ -239,6 +239,17 @@ def test_a_norm_at_the_end_that_mixes_tokens() -> None:
         loaded(vit)
 
 
+def test_a_module_that_cannot_be_copied() -> None:
+    vit = create()
+    vit.cached = vit.head.weight * 2
+    with pytest.raises(vp.UnsupportedModelError, match="VisionTransformer cannot be copied: Only Tensors"):
+        loaded(vit)
+    del vit.cached
+    quantised = torch.ao.quantization.quantize_dynamic(vit)
+    with pytest.raises(vp.UnsupportedModelError, match="VisionTransformer cannot be copied"):
+        loaded(quantised)
+
+
 def test_another_library_s_vit_says_how_its_weights_get_in() -> None:
     torchvision = pytest.importorskip("torchvision.models")
     vit = torchvision.VisionTransformer(64, 16, 1, 2, 64, 64, num_classes=3)
