@@ -37,7 +37,7 @@ def bare(environment: dict[str, str], before: str = "") -> list[str]:
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/", check=False
     )
     assert found.returncode == 0, found.stderr
-    return found.stdout.split()
+    return found.stdout.splitlines()
 
 
 @pytest.mark.slow
