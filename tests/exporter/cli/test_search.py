@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+import vp_exporter as vp
 from tests.exporter.cli.samples import NAME, Inputs, argv, call, create, export_options, model_args
 from tests.exporter.processes import together
 from tests.waiting import until
@@ -61,6 +63,17 @@ def test_the_plan_keeps_its_budget_and_says_how_it_was_found(searched: Path) -> 
     assert plan.budget["target_macs"] == 0.7
     assert len(plan.provenance["search"]["data_fingerprint"]) == 64
     assert not (searched / "plan.json.search").exists()
+
+
+def test_python_finds_the_same_plan(searched: Path, inputs: Inputs) -> None:
+    """From a module in memory, with the same weights."""
+    vit = create()
+    vit.load_state_dict(load_file(inputs.weights))
+    found = vp.search(vit, inputs.data, target_macs=0.7, search_batch=4, evaluations=6, tune_steps=2)
+    plan = ReductionPlan.load(searched / "plan.json")
+    assert found.fingerprint() == plan.fingerprint()
+    assert found.provenance["search"]["winner"] == plan.provenance["search"]["winner"]
+    assert found.provenance["search"]["verdict"]["baseline"]
 
 
 def test_its_page(searched: Path) -> None:
