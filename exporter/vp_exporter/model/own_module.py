@@ -95,16 +95,12 @@ def copy_module(model: nn.Module, vit: nn.Module) -> LoadedModel:
             fix="load its state_dict into a new timm model, and give that one",
         ) from error
     spec = describe_module(twin)
-    notes = []
-    if left := _outside(model, vit):
-        notes.append(
-            f"only the ViT of {type(model).__name__} is taken: {left} of its parameters lie outside, and what it does "
-            "before and after the ViT is not part of it"
-        )
-    kind = type(vit).__name__
-    source = "in memory" if not notes else f"in memory, of a {type(model).__name__}"
-    if not spec.named:
-        source += f" ({kind})" if not notes else ""
+    notes, source = [], "in memory" if spec.named else f"in memory ({type(vit).__name__})"
+    if model is not vit:
+        wrapper, left = type(model).__name__, _outside(model, vit)
+        more = f", nor are its {left} other parameters" if left else ""
+        notes.append(f"only the ViT inside {wrapper} is taken: what {wrapper} does around it is not part of it{more}")
+        source += f", inside {wrapper}"
     return LoadedModel(twin, spec, sha256, source, tuple(notes), known_names(twin, spec.num_classes, pretrained=False))
 
 

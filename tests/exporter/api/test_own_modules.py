@@ -162,10 +162,15 @@ def test_a_vit_in_a_wrapper(path: str) -> None:
         loaded(wrapper)
 
 
-def test_what_a_wrapper_has_beside_the_vit_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_wrapper_does_beside_the_vit_is_said(caplog: pytest.LogCaptureFixture) -> None:
     vp.reduce(Classifier(create()), None, backbone="model.encoder")
-    assert "only the ViT of Classifier is taken: 12 of its parameters lie outside" in caplog.text
-    assert loaded(Classifier(create()), "model.encoder").weights_source == "in memory, of a Classifier"
+    said = "only the ViT inside Classifier is taken: what Classifier does around it is not part of it"
+    assert said + ", nor are its 12 other parameters" in caplog.text
+    assert loaded(Classifier(create()), "model.encoder").weights_source == "in memory, inside Classifier"
+    caplog.clear()
+    vp.reduce(nn.Sequential(nn.Identity(), derived(Renamed)), None, backbone="1")
+    assert caplog.text.endswith("what Sequential does around it is not part of it\n")
+    assert loaded(nn.Sequential(derived(Renamed)), "0").weights_source == "in memory (Renamed), inside Sequential"
 
 
 def _scale(vit: nn.Module) -> None:
