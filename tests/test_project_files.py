@@ -69,6 +69,12 @@ def test_decisions_are_numbered_and_listed() -> None:
         assert f"| {number} | [{title}]({file.name}) |" in read("docs/decisions/README.md")
 
 
+def test_readme_counts_the_models() -> None:
+    counted = re.search(r"^(\d+) of \d+ models are supported", read("docs/models.md"), re.MULTILINE)
+    assert counted is not None
+    assert f"({counted[1]} of timm's ViTs)" in read("README.md")
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
     for page in pages:
