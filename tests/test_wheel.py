@@ -29,7 +29,7 @@ TORCH = {"export", "search", "aoti"}  # the extras that install it
 COMMANDS = ("vp-export", "vp-inspect", "vp-validate", "vp-search", "vp-profile", "vp-serve", "vp-doctor")
 # A model of the same family that takes seconds, with random weights: nothing is downloaded.
 MODEL = "vit_tiny_patch16_224" + "".join(
-    f" --model-arg {each}" for each in ("img_size=64", "depth=3", "embed_dim=64", "num_heads=2")
+    f" --model-arg {each}" for each in ("img_size=64", "depth=2", "embed_dim=64", "num_heads=2")
 )
 SMALLER = {
     "--model deit_small_patch16_224 --weights my.safetensors": f"--model {MODEL} --random-init --num-classes 3",
@@ -83,14 +83,14 @@ def folder(environment: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for index in range(6):
                 pixels = rng.integers(0, 255, (72, 80, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(top / name / label / f"{index}.png")
-    mask = np.ones((3, 16))
+    mask = np.ones((2, 16))
     mask[:, ::4] = 0
     np.save(top / "mask.npy", mask)
     made = environment(("export", "cpu"))
     plan = (
         "import numpy as np, timm; from pathlib import Path; from vp_exporter.plan.masks import plan_from_mask;"
         "from vp_exporter.model.describe import describe; from vp_exporter.plan import PlanModel;"
-        "vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=3, embed_dim=64, num_heads=2);"
+        "vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=2, embed_dim=64, num_heads=2);"
         "model = PlanModel.of(describe(vit, 'vit_tiny_patch16_224'));"
         "plan_from_mask(np.load('mask.npy'), model).save(Path('plan.json'))"
     )
