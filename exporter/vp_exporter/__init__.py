@@ -1,4 +1,4 @@
-"""vp_exporter: a timm ViT and a token-reduction plan in, a checked engine bundle out.
+"""Export timm ViTs with token reduction to validated engine bundles.
 
     import timm, vp_exporter as vp
 
@@ -7,7 +7,7 @@
     done = vp.export(vit, plan, "deit_s.vpe", engine="ort", data="val/")
     print(done.report.verdict)
 
-Importing this package imports neither torch nor any engine: each name comes when it is first used.
+Importing this package imports neither torch nor any engine; names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors of the exporter; the base and the exit codes are in vp_engines.errors."""
+"""Exceptions of the exporter. The base class and the exit codes are in vp_engines.errors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class PlanError(VpError):
 
 
 class UnsupportedModelError(VpError):
-    """A model that we do not take apart; the message names the reason."""
+    """The model is not supported; the message gives the reason."""
 
 
 class WeightsError(VpError):
-    """Weights are missing, unreadable, unsafe or of another model."""
+    """Weights are missing, unreadable, unsafe or for another model."""
 
 
 class DataError(VpError):
@@ -22,4 +22,4 @@ class DataError(VpError):
 
 
 class SearchError(VpError):
-    """A search cannot start or go on: its images, its budget, its losses or its checkpoint."""
+    """A search cannot start or continue, because of its images, budget, losses or checkpoint."""

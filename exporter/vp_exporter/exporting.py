@@ -1,4 +1,4 @@
-"""One export from end to end: lower the model, build its engine and the dense one, check them, write the bundle."""
+"""Export pipeline: lower the model, build the reduced and the dense engine, validate them, write the bundle."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ NOT_VALIDATED = {
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export.
+    """Options of an export.
 
     Attributes:
-        engine: a name in vp_engines.backends.ENGINES.
-        precision: None takes the engine's default.
-        build: batch profile, device, compute capability.
-        dense: put the dense engine into the bundle, so that anyone can check the claim again.
-        check: how to validate; None hands the bundle over unvalidated.
-        classes: class names, in the order of the logits; None takes the model's own, or those of the folders of
-            `check.data` where these are all the classes.
-        kernels: torch's own operations, the vp operators, or what is faster (vp_exporter.lowering.kernel_choice).
-        opset: of the ONNX file, for engines that leave a choice (ort: 18 to 23); None takes the engine's own.
-        force: replace what is at `out`.
+        out: Bundle to write.
+        engine: Name in vp_engines.backends.ENGINES.
+        precision: None for the engine's default.
+        build: Batch profile, device, compute capability.
+        dense: Include the dense engine in the bundle, so that anyone can repeat the comparison.
+        check: How to validate; None to skip validation.
+        classes: Class names in the order of the logits; None for the model's own, or those of the folders of
+            `check.data` if they cover all classes.
+        kernels: torch's own operations, the vp operators, or the faster of the two
+            (vp_exporter.lowering.kernel_choice).
+        opset: ONNX opset, for engines that support several (ort: 18 to 23); None for the engine's default.
+        force: Replace an existing bundle at `out`.
     """
 
     out: Path
@@ -66,12 +68,12 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
-        path: the bundle.
-        manifest: of the bundle.
-        report: how it compares with dense; None where it was not validated.
+        path: The bundle.
+        manifest: The bundle's manifest.
+        report: Comparison with the dense model; None if not validated.
 
     Examples:
         >>> done = vp.export(vit, plan, "tiny.vpe", data="val/")  # doctest: +SKIP
@@ -93,12 +95,13 @@ def export_bundle(
 ) -> ExportResult:
     """Export a model under a plan.
 
-    A budget that is missed does not raise: the bundle is written and says so, and `ExportResult.report.verdict` tells.
+    A missed budget does not raise: the bundle is written, and both its manifest and `ExportResult.report.verdict` state
+    the miss.
 
     Raises:
-        VpError: with nothing written.
+        VpError: if the export fails. Nothing is written.
     """
-    progress = recording(progress)  # what is warned of from here on is in the report as well
+    progress = recording(progress)  # warnings from here on also go into the report
     check_target(request.out, force=request.force)
     plan.check_model(model.description, model.weights_sha256)
     backend = get_backend(request.engine)
@@ -127,7 +130,7 @@ def export_bundle(
     if request.check is not None:
         data = open_data(request.check, preprocessing, request.classes, model.description.num_classes, progress)
         if data is not None:
-            next(data.batches(1))  # a folder without one sound image is found now, not after the build
+            next(data.batches(1))  # fail before the build if no image can be decoded
             if request.classes is None and data.class_names is not None:
                 names = data.class_names
                 request = replace(request, classes=names)
@@ -182,7 +185,7 @@ def export_bundle(
         fields["kernels"] = built_with["reduced"]
         report = None
         if request.check is not None:
-            # The check runs on a bundle in the scratch folder: the very bytes that are handed over, nothing sooner.
+            # Validate a bundle in the scratch folder, made of the same files that are written to `out`.
             trial = work / request.out.name
             write_bundle(trial, files=files, **fields)
             report = check_bundle(
@@ -201,7 +204,7 @@ def export_bundle(
 
 
 def _batches(request: ExportRequest) -> tuple[int, ...]:
-    """Batch sizes to choose kernels by: those that will be reported, as far as the engine will run them."""
+    """Batch sizes for choosing kernels: those that the report times, within the engine's range."""
     build = request.build
     wanted = request.check.batches if request.check is not None else (1, build.opt_batch)
     return tuple(batch for batch in wanted if build.min_batch <= batch <= build.max_batch) or (build.opt_batch,)
@@ -216,7 +219,7 @@ def _lower(
     build: BuildOptions | None = None,
     opset: int | None = None,
 ) -> BuildSource:
-    """The form of the model that the backend builds from."""
+    """Lower the model to the form that the backend builds from."""
     ready = reduced.for_export(precision, backend.attention_form, kernels)
     inputs, outputs = signature(ready)
     blocks = ready.fused_attentions
@@ -227,7 +230,7 @@ def _lower(
     assert opset is not None
     plugins = kernels == "vp" and build is not None and backend.takes_plugin_nodes(build)
     lower_onnx(ready, onnx, opset=opset, functions=backend.onnx_functions, plugins=plugins)
-    if plugins:  # attention is one of them
+    if plugins:  # these include attention
         return BuildSource(precision, inputs, outputs, onnx=onnx, plugin_nodes=plugin_nodes(onnx))
     return BuildSource(precision, inputs, outputs, onnx=onnx, attention_blocks=blocks)
 

@@ -1,4 +1,4 @@
-"""Triton kernels for token reduction, each with a reference in plain torch.
+"""Triton kernels for token reduction, each with a PyTorch reference.
 
     from vp_kernels import ops
 

@@ -1,4 +1,4 @@
-"""The operators as functions of torch tensors: Triton kernels on a GPU, torch elsewhere (docs/kernels.md)."""
+"""Operators on torch tensors: Triton kernels on a GPU, torch operations elsewhere (docs/kernels.md)."""
 
 from vp_kernels.attention.op import attention
 from vp_kernels.density_merge.op import density_merge

@@ -1,1 +1,1 @@
-"""The public functions, as `vp_exporter` offers them; nothing heavy is imported before one is called."""
+"""Public functions, exported by `vp_exporter`. Heavy packages are imported when a function is called."""

@@ -1,4 +1,4 @@
-"""`validate` and `profile`: what a bundle is worth on this machine, and where its time goes."""
+"""`validate` and `profile`: measure a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def validate(
         data: Folder of images, with one subfolder per class, or flat and unlabelled; None leaves accuracy unmeasured.
         max_drop: Budget: largest drop in top-1 against dense, in percentage points.
         min_speedup: Budget: smallest speed-up over dense at every timed batch size, e.g. 1.3.
-        min_agreement: Budget: smallest share of images classified as by dense, in percent.
+        min_agreement: Budget: smallest share of images with the same top-1 class as dense, in percent.
         batch_sizes: Batch sizes to time.
         seconds: Seconds of timed work per batch size.
         limit: Use this many images, evenly spaced over the folder.
@@ -61,7 +61,7 @@ def validate(
         samples: Show sample images in the report.
         report: Folder to write report.json and report.html to.
         update: Replace the report in the bundle.
-        workers: Processes that share the images (vp_exporter.utils.distributed); each gets the report.
+        workers: Processes that share the images (vp_exporter.utils.distributed); all return the report.
         progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
@@ -112,7 +112,7 @@ def validate(
                     fix="write this one elsewhere with `report=DIR`",
                 )
             vp_engines.verify_bundle(request.against)
-            find_baseline(bundle, manifest, request)  # refuses what cannot be compared, before anything runs
+            find_baseline(bundle, manifest, request)  # fail before anything runs if the two cannot be compared
         from vp_engines.backends import get_backend
 
         ready = get_backend(manifest.engine.name).available("run")
@@ -147,7 +147,7 @@ def profile(
     out: PathLike | None = None,
     progress: Progress | None = None,
 ) -> Profiled:
-    """Time a bundle with its engine's own profiler, part by part of the model, beside the dense engine.
+    """Profile a bundle and its dense engine by part of the model, with the engine's own profiler.
 
     Args:
         bundle: Folder NAME.vpe.
@@ -162,7 +162,7 @@ def profile(
         progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
-        `.profiles`: the baseline's and the bundle's for each batch size; `.speedups` by batch size; `.memory`;
+        `.profiles`: those of the baseline and of the bundle for each batch size; `.speedups` by batch size; `.memory`;
         `.notes`.
 
     Raises:
@@ -203,17 +203,17 @@ def profile(
 
 
 def check_folder(path: Path | None, argument: str) -> None:
-    """Before long work that ends in a folder.
+    """Check an output folder before long work.
 
     Raises:
-        VpError: a file of that name is there.
+        VpError: if `path` is an existing file.
     """
     if path is not None and path.exists() and not path.is_dir():
         raise VpError(f"`{argument}` {path} is a file", expected="a folder, or a name for a new one")
 
 
 def _subjects(bundle: Path, against: Path | None, alone: bool) -> list[Subject]:
-    """The baseline first."""
+    """Engines to profile, the baseline first."""
     import vp_engines
     from vp_exporter.profiling.measure import Subject
 

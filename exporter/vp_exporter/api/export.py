@@ -1,4 +1,4 @@
-"""`export`: a model and a plan in, a checked engine bundle out."""
+"""`export`: export a model under a plan to a validated engine bundle."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def export(
         data: Folder of images to compare on, with one subfolder per class, or flat and unlabelled.
         max_drop: Budget: largest drop in top-1 against dense, in percentage points.
         min_speedup: Budget: smallest speed-up over dense at every timed batch size, e.g. 1.3.
-        min_agreement: Budget: smallest share of images classified as by dense, in percent.
+        min_agreement: Budget: smallest share of images with the same top-1 class as dense, in percent.
         batch_sizes: Batch sizes to time.
         seconds: Seconds of timed work per batch size.
         limit: Compare on this many images, evenly spaced over the folder.
@@ -87,17 +87,18 @@ def export(
         validate: Compare with dense before writing.
         dense: Include the dense engine in the bundle, so that anyone can repeat the comparison.
         force: Replace an existing bundle at `out`.
-        kernels: "portable" (torch's operations), "vp" (our operators) or "auto" (the faster of the two, measured).
+        kernels: "portable" (torch's operations), "vp" (the operators of vp_kernels) or "auto" (the faster of the two,
+            measured).
         opset: ONNX opset for ort, 18 to 23 (the default).
         compute_capability: Target of trt-rtx, e.g. "8.9"; by default this machine's GPU.
         min_batch, opt_batch, max_batch: Batch sizes that TensorRT builds for.
-        plugins: Library of our TensorRT plugins.
+        plugins: Library of the TensorRT plugins (docs/plugins.md).
         timing_cache: TensorRT timing cache, read and updated.
         progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
         The bundle's `.path`, its `.manifest`, and the `.report` (None with `validate=False`), whose `.verdict` prints
-        as one sentence. A missed budget does not raise: the bundle is written and says so.
+        as one sentence. A missed budget does not raise: the bundle is written, and its report states the miss.
 
     Raises:
         VpError: if arguments conflict, or the model, the plan or the images cannot be used. Nothing is written.
@@ -130,7 +131,7 @@ def export(
         from vp_exporter.utils.progress import Recording
         from vp_exporter.validation.check import CheckRequest
 
-        told = Recording(models.progress_of(progress))  # the report has the warnings of loading, too
+        told = Recording(models.progress_of(progress))  # the report includes warnings from loading
         budget = read_budget(max_drop, min_speedup, min_agreement, data)
         if not validate and (data is not None or not budget.empty):
             raise VpError("`validate=False` is given with `data` or a budget", expected="one or the other")
@@ -175,12 +176,12 @@ def export(
 
 
 def _ready(out: Path, engine: str, opset: int | None, *, force: bool) -> Backend:
-    """The engine, once it is known that it can build here: before the seconds that torch takes to import.
+    """Get the engine's backend, checking that it can build on this machine before the slow import of torch.
 
     Raises:
-        BundleError: something stands at `out`.
-        PackageMissingError: with one pip line for all that is missing.
-        EngineUnavailableError: it cannot.
+        BundleError: if `out` exists and may not be replaced, or its parent is not usable.
+        PackageMissingError: if packages are missing; gives one pip command for all of them.
+        EngineUnavailableError: if the engine cannot build on this machine.
     """
     from vp_engines.backends import get_backend
     from vp_engines.bundle import check_target
@@ -201,10 +202,10 @@ def _ready(out: Path, engine: str, opset: int | None, *, force: bool) -> Backend
 
 
 def read_budget(max_drop: float | None, min_speedup: float | None, min_agreement: float | None, data: Any) -> Budget:
-    """The budget that three arguments state.
+    """Create the budget from its three arguments.
 
     Raises:
-        VpError: a limit out of its range, or one that needs images where there are none.
+        VpError: if a limit is out of range, or needs images and `data` is None.
     """
     from vp_exporter.validation.verdict import Budget
 
@@ -222,7 +223,7 @@ def _states_statistics(preprocessing: Any) -> bool:
 
 @contextmanager
 def _plugins(path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """The library, for the processes that build during an export and the runners that check what was built."""
+    """Set VP_PLUGINS temporarily, for the build processes of an export and the runners that validate the result."""
     before = os.environ.get("VP_PLUGINS")
     if path is not None:
         os.environ["VP_PLUGINS"] = os.path.abspath(path)

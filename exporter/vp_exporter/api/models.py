@@ -1,4 +1,4 @@
-"""What stands for a model in the public functions, and the model that it stands for."""
+"""Conversion of the public functions' arguments: models, progress, paths and batch sizes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def take(model: ModelLike, backbone: str | None, progress: Progress) -> LoadedModel:
-    """The model with its weights, in fp32 on the CPU: of a module, a copy, held to the module by its numbers.
+    """Load a model in fp32 on the CPU. A module is copied, and its rewritten form checked numerically against it.
 
     Raises:
-        UnsupportedModelError: we do not take it apart.
-        WeightsError: of a request: no weights, or none that fit.
+        UnsupportedModelError: if the model is not supported.
+        WeightsError: if a request has no weights, or they do not fit.
     """
     from vp_exporter.model.loading import LoadedModel, load_model
     from vp_exporter.model.request import ModelRequest
@@ -51,13 +51,13 @@ def take(model: ModelLike, backbone: str | None, progress: Progress) -> LoadedMo
 
 
 def describe(model: ModelLike | str, backbone: str | None = None) -> ModelSpec:
-    """The model in numbers; nothing is loaded, copied or run.
+    """Describe a model without loading weights, copying or running it.
 
     Args:
-        model: Or a timm name.
+        model: A model, or a timm name.
 
     Raises:
-        UnsupportedModelError: we do not take it apart.
+        UnsupportedModelError: if the model is not supported.
     """
     from vp_exporter.model.loading import LoadedModel, describe_by_name
     from vp_exporter.model.own_module import describe_module, find_vit
@@ -73,15 +73,15 @@ def describe(model: ModelLike | str, backbone: str | None = None) -> ModelSpec:
 
 
 def progress_of(progress: Progress | None) -> Progress:
-    """What the user gave, or the logger."""
+    """Return `progress`, or the logger if None."""
     return LoggingProgress() if progress is None else progress
 
 
 def path_of(value: str | os.PathLike[str], argument: str) -> Path:
-    """A path that the user gave.
+    """Convert an argument to a path.
 
     Raises:
-        VpError: if it is something else.
+        VpError: if it is not a string or path.
     """
     if not isinstance(value, str | os.PathLike):
         raise VpError(f"`{argument}` is a {type(value).__name__}", expected="a path")
@@ -89,15 +89,15 @@ def path_of(value: str | os.PathLike[str], argument: str) -> Path:
 
 
 def optional_path(value: str | os.PathLike[str] | None, argument: str) -> Path | None:
-    """The same, or None."""
+    """`path_of` for an argument that may be None."""
     return None if value is None else path_of(value, argument)
 
 
 def sizes_of(batch_sizes: int | Sequence[int]) -> tuple[int, ...]:
-    """Batch sizes, each once; a single one need not be a list.
+    """Convert batch sizes, or a single one, to a tuple without duplicates.
 
     Raises:
-        VpError: if they are something else.
+        VpError: if they are not iterable.
     """
     if isinstance(batch_sizes, int):
         return (batch_sizes,)

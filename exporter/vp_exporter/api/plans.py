@@ -1,4 +1,4 @@
-"""`build_plan` and `reduce`: a plan by a method's name, and a model under a plan in PyTorch."""
+"""`build_plan`: make a plan with a named method. `reduce`: apply a plan to a PyTorch model."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def build_plan(
     backbone: str | None = None,
     **method_args: Any,
 ) -> ReductionPlan:
-    """Make a plan with a named method. Runs no model: only token counts and MACs are computed.
+    """Make a plan with a named method. The model is not run: only token counts and MACs are computed.
 
-    Exactly one argument says how much to remove: `target_macs`, `r`, `keep_rate`, `preset`, or a list that the method
-    takes, e.g. `tokens_out`.
+    Set the amount to remove by exactly one argument: `target_macs`, `r`, `keep_rate`, `preset`, or a list that the
+    method accepts, e.g. `tokens_out`.
 
     Args:
         method: "tome", "ppt", "evit", "topk", "bat", "diffrate", "pitome", "gtp"; or a static mask: "random", "grid",
@@ -98,7 +98,7 @@ def reduce(
     backbone: str | None = None,
     kernels: Literal["portable", "vp"] = "portable",
 ) -> ReducedViT:
-    """A model under a plan as a PyTorch module that shares the model's parameters, to study or fine-tune it.
+    """Apply a plan to a model, for study or fine-tuning. The returned PyTorch module shares the model's parameters.
 
     Args:
         model: A timm ViT (`torch.nn.Module`), put into eval mode; or a `ModelRequest`.
@@ -108,7 +108,7 @@ def reduce(
         kernels: "portable" uses torch's operations, "vp" the operators of vp_kernels.
 
     Returns:
-        A module from preprocessed images, float32 [batch, 3, height, width], to logits, float32 [batch, classes].
+        A module that maps preprocessed images, float32 [batch, 3, height, width], to logits, float32 [batch, classes].
 
     Raises:
         PlanError: if the plan cannot be read or is for another model.
@@ -128,7 +128,7 @@ def reduce(
 
     loaded = models.take(model, backbone, models.progress_of(None))
     vit, spec = loaded.vit, loaded.description
-    if isinstance(model, nn.Module):  # the copy was for the check
+    if isinstance(model, nn.Module):  # the copy was only for the check
         vit = find_vit(model, backbone)
         spec = describe_module(vit)
     return ReducedViT(vit, spec, None if plan is None else resolve(plan, spec), kernels)

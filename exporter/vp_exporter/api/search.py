@@ -1,4 +1,4 @@
-"""`search`: calibration images and a budget in, a plan out."""
+"""`search`: search for a plan within a budget, on calibration images."""
 
 from __future__ import annotations
 
@@ -64,34 +64,34 @@ def search(
         images: Folder of images, flat or with one subfolder per class.
         method: "vpruner" (a static mask); "tome", "ppt", "bat", "evit", "topk" or "diffrate" (a schedule for it);
             "tome+NAME", a cascade of the two; "static+NAME", a static drop before it.
-        target_macs: Share of the dense model's MACs, between 0 and 1; or
-        target_latency: Share of the dense latency on `engine` (vpruner).
+        target_macs: Budget: share of the dense model's MACs, between 0 and 1.
+        target_latency: Budget in place of `target_macs`: share of the dense latency on `engine` (vpruner).
         out: File to write the plan to; an interrupted search resumes from a checkpoint next to it.
         limit: Calibration images, evenly spaced over the folder; by default 512 for vpruner, 1536 for schedules.
-        held_out: Share of the images that only accepts or rejects candidates.
+        held_out: Share of the images used only to accept or reject candidates.
         search_batch: Images per calibration batch.
         evaluations: Candidate plans per strategy; by default 24 for vpruner, 120 for schedules.
         minutes: Time limit per strategy; the plan then depends on the machine.
         rearrange: "greedy", "ppo", both or none.
         tune: Any of "shared", "least-squares" and "adam", in this order.
-        tune_steps: Steps of adam.
-        targets: Fisher information of the model's own answers, of its logits, or of labels.
-        temperature: Softens the loss that candidates are compared by.
-        min_tokens: Patches that every block keeps at least (vpruner).
+        tune_steps: Steps of Adam.
+        targets: Loss for the Fisher information: "model" (classes sampled from the model), "logits" or "labels".
+        temperature: Softens the loss used to compare candidates.
+        min_tokens: Minimum number of patches in each block (vpruner).
         multiple: Patch counts are multiples of this (vpruner).
-        seed: Seed of everything random.
-        engine, precision, batch, threads: What `target_latency` is measured on; by default ort, its own precision, 8,
-            all threads.
+        seed: Random seed.
+        engine, precision, batch, threads: Setting in which `target_latency` is measured; by default ort, its own
+            precision, batch size 8, all threads.
         latency_table: File of measured latencies: read if it exists, else written.
         page: Folder to write pictures and search.html to.
         device: "cpu" or "cuda": where the search runs.
-        augment: "cutmix" mixes every second image with another one; "none" leaves them.
+        augment: "cutmix" mixes every second image with another one; "none" disables it.
         strict: Fail on the first image that cannot be decoded.
         classes: Class names in the order of the logits, or a file of them; by default the model's own.
         preprocessing: Overrides timm's data configuration of the model: any of `mean`, `std`, `crop_pct`,
             `interpolation`, `crop_mode`.
         backbone: Attribute path to the ViT inside `model`, e.g. "model.encoder".
-        workers: Processes that share the work (vp_exporter.utils.distributed); each gets the plan.
+        workers: Processes that share the work (vp_exporter.utils.distributed); all return the plan.
         progress: Receives progress; by default the logger "vp_exporter".
 
     Returns:
@@ -125,10 +125,10 @@ def search_all(
     outs: Sequence[Path | None],
     **options: Any,
 ) -> list[SearchResult]:
-    """Search for several budgets on the same images; returns everything that was measured.
+    """Search for several budgets on the same images. Returns full results, not only the plans.
 
     Args:
-        target_macs, outs: Budget of each search, and file for its plan.
+        target_macs, outs: Budget of each search, and file to write its plan to.
         options: Arguments of `search`, with the same defaults.
     """
     defaults = search.__kwdefaults__ or {}
@@ -200,7 +200,7 @@ def _ready(engine: str | None, *, drawn: bool) -> None:
     """Check packages, and the engine to measure, before any work.
 
     Raises:
-        PackageMissingError: with one pip line for everything that is missing.
+        PackageMissingError: if packages are missing; gives one pip command for all of them.
         EngineUnavailableError: if the engine cannot be measured on this machine.
     """
     from vp_engines.backends import get_backend

@@ -1,4 +1,4 @@
-"""The commands. The console scripts start here, so that an incomplete install says what it lacks in one line."""
+"""Entry points of the console scripts. An incomplete install fails with one line that names what is missing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def _start(command: str) -> None:
     from vp_engines.extras import EXTRAS, missing_package, require_packages
 
     try:
-        # Every install brings these; one that was made without dependencies may not.
-        if command != "doctor":  # which says so by itself
+        # Required dependencies, which are missing only after an install without dependencies.
+        if command != "doctor":  # reports missing packages itself
             require_packages(f"vp-{command}", "", EXTRAS[""], load=False)
         module = import_module(f"vp_exporter.cli.{command}")
     except VpError as error:

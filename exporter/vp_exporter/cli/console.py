@@ -1,4 +1,4 @@
-"""What the commands share: how they draw progress, and how an error becomes one line and an exit code."""
+"""Shared by all commands: progress on the terminal, one-line errors and exit codes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from vp_engines import command_line
 from vp_engines.errors import VpError
 from vp_engines.extras import missing_package
 
-# Options that are not named after the argument that they give.
+# Options whose name differs from the argument's.
 _OPTIONS = {
     "args": "--model-arg",
     "batch_sizes": "--batch",
     "use_ema=False": "--no-ema",
 }
 _ARGUMENT_OF = re.compile(r"(method|model) argument `([^`]+)`")
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells
 EXIT_BUG = 70  # EX_SOFTWARE
-PULSE = 20.0  # seconds: in a log, long work is heard of so often
+PULSE = 20.0  # seconds between lines about long work in a log
 T = TypeVar("T")
 
 
 class _Console(Console):
-    """Goes on in silence once nobody reads (`vp-export ... | head`): the exit code stays the verdict's."""
+    """Discards output after a broken pipe (`vp-export ... | head`), so that the exit code is still the verdict's."""
 
     def on_broken_pipe(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
@@ -49,10 +49,10 @@ stderr = _Console(stderr=True, highlight=False)
 
 
 class ConsoleProgress:
-    """Bars and spinners on a terminal, plain lines elsewhere; always on stderr, so that --json stays clean.
+    """Shows bars and spinners on a terminal, plain lines elsewhere. Always on stderr, to keep the JSON on stdout clean.
 
     Args:
-        quiet: only warnings.
+        quiet: Show only warnings.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -68,7 +68,7 @@ class ConsoleProgress:
                 bars.add_task(escape(description), total=None)
                 yield
         else:
-            self._say(f"{description} ...")  # in a log, the start of a long step is worth a line of its own
+            self._say(f"{description} ...")  # a log also shows when a long step starts
             with self._pulse(description):
                 yield
         _stop_if_interrupted()
@@ -102,7 +102,7 @@ class ConsoleProgress:
 
     @contextlib.contextmanager
     def _pulse(self, description: str, where: Callable[[], str] = str) -> Iterator[None]:
-        """A line every `PULSE` seconds while work goes on that draws nothing."""
+        """Print a line every `PULSE` seconds while the block runs."""
         if self._quiet:
             yield
             return
@@ -129,7 +129,7 @@ class ConsoleProgress:
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on stdout."""
+    """Print a JSON document to stdout."""
     try:
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
@@ -138,13 +138,13 @@ def print_json(data: Any) -> None:
 
 
 def main(app: typer.Typer) -> NoReturn:
-    """Run a command line; a usage error is one line like every other."""
-    # Pillow's warning of a decompression bomb: such an image is an error of ours, in a line of its own.
+    """Run a command-line app and exit. A usage error is printed as one line, like any other error."""
+    # Pillow's decompression bomb warning: we raise an error for such images.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     try:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of Click's: typer carries its own copy of them
+        if not hasattr(error, "format_message"):  # not a Click exception; typer vendors those, so no isinstance
             raise
         text = error.format_message().rstrip(".")
         _fail(f"{text}; --help lists the options")
@@ -161,9 +161,9 @@ def show_version(wanted: bool) -> None:
 
 
 def run(command: Callable[[], int], *, debug: bool = False) -> int:
-    """Run a command's body and return its exit code; every error is one line on stderr.
+    """Run a command's body and return its exit code. Errors are printed as one line on stderr.
 
-    0 good, 1 a budget was missed, 2 bad input, 3 engine unavailable; 70 a bug of ours, 130 Ctrl-C.
+    0: good, 1: budget missed, 2: bad input, 3: engine unavailable, 70: bug, 130: Ctrl-C.
     """
     try:
         with _noting_interrupts():
@@ -197,16 +197,16 @@ _interrupts: list[int] = []
 
 @contextlib.contextmanager
 def _noting_interrupts() -> Iterator[None]:
-    """Remember a Ctrl-C. Python raises it wherever the program stands, and where that is a callback from C code (torch
-    tracing a model is full of them) the exception is dropped: then the next step must stop instead."""
+    """Record Ctrl-C. Python drops a KeyboardInterrupt raised in a callback from C code (common while torch traces a
+    model), so the next progress step raises it again (`_stop_if_interrupted`)."""
 
     def note(number: int, frame: object) -> None:
         _interrupts.append(number)
         raise KeyboardInterrupt
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
-        # In a callback of the interpreter's own (a weak reference's, a finaliser) it is printed with a traceback: it
-        # has been noted, and is told in one line.
+        # In callbacks of weak references and finalisers, Python would print a traceback. The interrupt is recorded, and
+        # reported as one line.
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             hook(unraisable)
 
@@ -230,7 +230,7 @@ def _stop_if_interrupted() -> None:
 
 
 def in_options(text: str) -> str:
-    """A message of the library, its arguments as the options that give them."""
+    """Replace argument names in a message of the library by the options of the command line."""
     return command_line.in_options(_ARGUMENT_OF.sub(r"--\1-arg \2", text), _OPTIONS)
 
 

@@ -1,6 +1,6 @@
 """vp-doctor: what works on this machine, and the line that installs what does not. What a bug report pastes.
 
-Neither typer nor rich: it has to run where those are what is broken.
+Uses neither typer nor rich, so that it runs even if those are broken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NoReturn
 from vp_engines.errors import VpError
 from vp_exporter.doctor import Diagnosis, Works, diagnose
 
-LABEL = 20  # columns of what a line is of
+LABEL = 20  # width of the first column
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, which is 0: that something does not work here is an answer."""
+    """Run the command. The exit code is 0 even if something does not work on this machine."""
     import vp_engines
 
     parser = _Parser("vp-doctor", description=(__doc__ or "").partition("\n\n")[0], allow_abbrev=False)
@@ -45,12 +45,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        sys.stdout = None  # nobody reads: nothing is flushed at exit either
+        sys.stdout = None  # avoids a second error from the flush at exit
     return 0
 
 
 def lines(found: Diagnosis, width: int) -> Iterator[str]:
-    """The text, at most `width` columns wide where words allow."""
+    """Lines of text, wrapped to `width` columns between words."""
     yield f"vp-export {found.version}"
     for key, value in found.system.items():
         yield from _entry(key, value, width)
@@ -91,7 +91,7 @@ def _mark(works: Works) -> str:
 
 
 def _entry(label: str, text: str, width: int) -> list[str]:
-    # A pip line is copied: it stays whole.
+    # Keep pip commands on one line, to be copied.
     whole = re.sub(r"pip install \S+", lambda found: found[0].replace(" ", "\0"), text)
     rows = textwrap.wrap(
         whole, width, initial_indent=f"{label:{LABEL}}", subsequent_indent=" " * LABEL, break_long_words=False,
@@ -101,7 +101,7 @@ def _entry(label: str, text: str, width: int) -> list[str]:
 
 
 def main() -> None:
-    """The console script."""
+    """Run as a console script."""
     sys.exit(run())
 
 

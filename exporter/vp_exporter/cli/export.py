@@ -1,4 +1,4 @@
-"""vp-export: a timm ViT and a plan in, a checked engine bundle out."""
+"""vp-export: export a timm ViT under a plan to a validated engine bundle."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def export(
 
 
 def main() -> None:
-    """The console script."""
+    """Run as a console script."""
     console.main(app)
 
 

@@ -1,4 +1,4 @@
-"""vp-inspect: what a bundle or a plan holds, or a method would make, and whether it is sound."""
+"""vp-inspect: verify and show a bundle, a plan, or the plan that a method makes."""
 
 from __future__ import annotations
 
@@ -134,10 +134,10 @@ def _plan(
 
         description = describe(ModelRequest(model, args, num_classes=num_classes, img_size=img_size))
         source = wanted or path
-        assert source is not None  # one of the two is what is inspected
+        assert source is not None  # the caller passes exactly one of them
         plan = resolve(source, description)
     else:
-        assert path is not None  # the command has asked for --model otherwise
+        assert path is not None  # the caller requires --model otherwise
         plan = ReductionPlan.load(path)
     rows = [(row.attention, row.mlp) for row in plan.tokens()]
     counts = None
@@ -180,7 +180,7 @@ def _plan(
 
 
 def main() -> None:
-    """The console script."""
+    """Run as a console script."""
     console.main(app)
 
 

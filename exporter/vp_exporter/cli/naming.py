@@ -1,4 +1,4 @@
-"""Class names for a finished bundle: `vp-inspect NAME.vpe --classes FILE --update`, or `--out NEW.vpe`."""
+"""Set the class names of an existing bundle: `vp-inspect NAME.vpe --classes FILE --update`, or `--out NEW.vpe`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vp_exporter.cli import console
 
 
 def check_options(path: Path | None, classes: Path | None, out: Path | None, update: bool) -> None:
-    """Refuse combinations that mean nothing.
+    """Check the combination of options.
 
     Raises:
-        VpError: naming what is missing or too much.
+        VpError: if an option is missing, or conflicts with another.
     """
     if classes is None:
         if out is not None or update:
@@ -29,7 +29,7 @@ def check_options(path: Path | None, classes: Path | None, out: Path | None, upd
 
 
 def name_classes(path: Path, classes: Path, out: Path | None, as_json: bool) -> int:
-    """Write the names, whole or not at all, and say the new digest."""
+    """Write the class names atomically, and print the new digest."""
     from vp_engines.bundle import update_bundle, verify_bundle
     from vp_exporter.data.labels import read_names
 

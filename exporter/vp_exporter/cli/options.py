@@ -1,4 +1,4 @@
-"""Options that several commands take, and how their text is read."""
+"""Options shared by several commands, and parsers for their values."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def model_request(
     img_size: str | None,
     use_ema: bool | None,
 ) -> ModelRequest:
-    """The model that the options name.
+    """Create the model request from options.
 
     Raises:
-        VpError: options that do not parse.
+        VpError: if an option does not parse.
     """
     from vp_exporter.model.request import ModelRequest
 
@@ -128,10 +128,10 @@ def model_request(
 def preprocessing(
     crop_pct: float | None, interpolation: str | None, mean: str | None, std: str | None
 ) -> dict[str, Any] | None:
-    """What the options put in the place of timm's preprocessing; None where they leave it.
+    """Overrides of timm's preprocessing; None if there are none.
 
     Raises:
-        VpError: options that do not parse.
+        VpError: if an option does not parse.
     """
     stated = {
         "crop_pct": crop_pct,
@@ -143,19 +143,19 @@ def preprocessing(
 
 
 def parse_model_args(pairs: list[str] | None) -> dict[str, Any]:
-    """`["img_size=384", "class_token=false"]` -> keyword arguments; values are JSON where they parse as JSON.
+    """Parse `["img_size=384", "class_token=false"]` to keyword arguments. Values are parsed as JSON if possible.
 
     Raises:
-        VpError: no `=`, or a key given twice.
+        VpError: if a `=` is missing, or a key is given twice.
     """
     return parse_pairs(pairs, "--model-arg", "img_size=384")
 
 
 def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str, Any]:
-    """The `KEY=VALUE` of a repeated option; values are JSON where they parse as JSON, else text.
+    """Parse a repeated `KEY=VALUE` option. Values are parsed as JSON if possible, otherwise kept as text.
 
     Raises:
-        VpError: no `=`, or a key given twice.
+        VpError: if a `=` is missing, or a key is given twice.
     """
     args: dict[str, Any] = {}
     for pair in pairs or []:
@@ -172,10 +172,10 @@ def parse_pairs(pairs: list[str] | None, option: str, example: str) -> dict[str,
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """`"384"` -> (384, 384); `"224,384"` and `"224x384"` -> height and width.
+    """Parse `"384"` to (384, 384), and `"224,384"` or `"224x384"` to height and width.
 
     Raises:
-        VpError: anything else.
+        VpError: if the text does not parse.
     """
     if text is None:
         return None
@@ -188,10 +188,10 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_channels(text: str | None, option: str) -> tuple[float, ...] | None:
-    """`"0.5,0.5,0.5"` -> three numbers.
+    """Parse `"0.5,0.5,0.5"` to three numbers.
 
     Raises:
-        VpError: not three numbers.
+        VpError: if there are not three numbers.
     """
     if text is None:
         return None
@@ -205,10 +205,10 @@ def parse_channels(text: str | None, option: str) -> tuple[float, ...] | None:
 
 
 def parse_whole_numbers(text: str, option: str, example: str) -> tuple[int, ...]:
-    """`"3,6,9"` -> (3, 6, 9).
+    """Parse `"3,6,9"` to (3, 6, 9).
 
     Raises:
-        VpError: anything but whole numbers and commas.
+        VpError: if there is anything but whole numbers and commas.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):

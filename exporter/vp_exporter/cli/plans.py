@@ -1,4 +1,4 @@
-"""Where a command's plan comes from: a plan file, a bare mask, or a method by name."""
+"""Plan sources of a command: a plan file, a bare mask, or a named method."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def check_one_source(plan: Path | None, masks: Path | None, method: str | None) -> None:
-    """Refuse no plan and more than one.
+    """Check that exactly one plan source is given.
 
     Raises:
-        VpError: naming what is given.
+        VpError: if not; names those that are given.
     """
     given = [name for name, value in (("--plan", plan), ("--masks", masks), ("--method", method)) if value is not None]
     if len(given) == 1:
@@ -40,10 +40,10 @@ def read_method(
     proportional_attention: bool | None,
     method_arg: list[str] | None,
 ) -> MethodRequest | None:
-    """The method that the options name, checked as far as it can be without a model; None without --method.
+    """Create the method request from options, checked as far as possible without a model; None without --method.
 
     Raises:
-        VpError: options of a method without --method, text that does not parse, or what MethodRequest refuses.
+        VpError: if method options are given without --method, do not parse, or are rejected by MethodRequest.
     """
     if method is None:
         given = {name: value for name, value in locals().items() if name != "method" and value not in (None, [])}
@@ -73,13 +73,13 @@ def read_method(
 
 
 def source(plan: Path | None, masks: Path | None, method: str | None, **method_options: Any) -> Path | MethodRequest:
-    """The plan, the mask or the method that the options name, checked as far as it can be without opening a file.
+    """Return the plan file, mask file or method request, checked as far as possible without opening a file.
 
     Args:
-        method_options: of `read_method`.
+        method_options: Options of `read_method`.
 
     Raises:
-        VpError: no source or several, options that do not go together, or a plan where masks belong.
+        VpError: if there is no source or more than one, options conflict, or the file is missing or of the wrong type.
     """
     check_one_source(plan, masks, method)
     request = read_method(method, **method_options)
@@ -92,7 +92,7 @@ def source(plan: Path | None, masks: Path | None, method: str | None, **method_o
         if not masks.is_file():
             raise PlanError(f"there is no mask file {masks}", expected="a file", fix="check --masks")
         return masks
-    assert plan is not None  # check_one_source has refused the other case
+    assert plan is not None  # checked by check_one_source
     if plan.suffix in SUFFIXES:
         found = f"--plan {plan} ends in {plan.suffix!r}"
         raise PlanError(found, expected="a plan (.json)", fix="give masks to --masks")

@@ -1,4 +1,4 @@
-"""vp-profile: where a bundle's time goes, part by part of the model, beside the dense engine's."""
+"""vp-profile: profile a bundle and its dense engine by part of the model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def profile(
 
 
 def main() -> None:
-    """The console script."""
+    """Run as a console script."""
     console.main(app)
 
 

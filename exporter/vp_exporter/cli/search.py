@@ -1,4 +1,4 @@
-"""vp-search: calibration images and a budget in, a plan out."""
+"""vp-search: search for a plan within a budget, on calibration images."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def join_sweep(arguments: list[str]) -> list[str]:
-    """`--sweep 0.8 0.65 0.5` with its numbers as one argument: an option takes one."""
+    """Join the numbers of `--sweep 0.8 0.65 0.5` into one argument, because an option takes only one."""
     if "--sweep" not in arguments:
         return arguments
     first = arguments.index("--sweep") + 1
@@ -201,7 +201,7 @@ def join_sweep(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """The console script."""
+    """Run as a console script."""
     sys.argv[1:] = join_sweep(sys.argv[1:])
     console.main(app)
 

@@ -1,4 +1,4 @@
-"""vp-serve: a bundle behind a server: what Triton loads, or a deployment on Ray Serve."""
+"""vp-serve: write a Triton model repository for a bundle, or serve it on Ray Serve."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def ray(
 
 
 def main() -> None:
-    """The console script."""
+    """Run as a console script."""
     console.main(app)
 
 

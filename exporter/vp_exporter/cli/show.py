@@ -1,4 +1,4 @@
-"""How the commands print plans, bundles, verdicts and profiles on a terminal."""
+"""Terminal output of plans, bundles, verdicts and profiles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def macs(value: float) -> str:
-    """1234567890 -> "1.235 G"."""
+    """Format a number of MACs: 1234567890 -> "1.235 G"."""
     for unit, size in (("G", 1e9), ("M", 1e6)):
         if value >= size:
             return f"{value / size:.3f} {unit}"
@@ -31,11 +31,11 @@ def macs(value: float) -> str:
 
 
 def tokens(rows: Sequence[Sequence[int]], dense: int) -> None:
-    """A bar per block: its tokens against the dense model's.
+    """Print a bar per block: its tokens relative to the dense model.
 
     Args:
         rows: (tokens in attention, tokens in MLP) of each block.
-        dense: tokens of the dense model.
+        dense: Tokens of the dense model.
     """
     labels = [str(attention) if attention == mlp else f"{attention} > {mlp}" for attention, mlp in rows]
     beside = 10 + max(map(len, labels))
@@ -49,7 +49,7 @@ def tokens(rows: Sequence[Sequence[int]], dense: int) -> None:
 
 
 def latency(rows: Sequence[LatencyRow], baseline: Baseline = DENSE) -> None:
-    """Baseline against reduced, a row per batch size."""
+    """Print the latency of baseline and reduced engine, one row per batch size."""
     columns = ("batch", baseline.label, baseline.own, "speed-up", "95% interval", "MAC ratio", "efficiency", "claim")
     cells = [
         (
@@ -68,7 +68,7 @@ def latency(rows: Sequence[LatencyRow], baseline: Baseline = DENSE) -> None:
 
 
 def search(result: SearchResult, out: Path) -> None:
-    """The stages of a search as a table, its verdict, and where the plan is."""
+    """Print the stages of a search, its verdict and the path of the plan."""
     cells = [
         (
             row["stage"] + (" (winner)" if row["stage"] == result.winner else ""),
@@ -92,7 +92,7 @@ def search(result: SearchResult, out: Path) -> None:
 
 
 def report(data: ReportData, *, brief: bool = False) -> None:
-    """Verdict first, then (unless `brief`) what it rests on."""
+    """Print the verdict, then (unless `brief`) the measurements."""
     baseline = data.baseline
     colour = {"passed": "green", "failed": "red", "measured": "cyan", "unvalidated": "yellow"}[data.verdict.status]
     stdout.print(f"[bold {colour}]{data.verdict.status}[/]: {escape(data.verdict.headline)}", soft_wrap=True)
@@ -129,12 +129,12 @@ def report(data: ReportData, *, brief: bool = False) -> None:
 
 
 def preprocessing(found: Preprocessing) -> None:
-    """What is done to an image, in one line."""
+    """Print the preprocessing in one line."""
     stdout.print(f"preprocessing: {escape(found.summary())}", soft_wrap=True)
 
 
 def manifest(info: Manifest, digest: str) -> None:
-    """What a bundle is."""
+    """Print a bundle's manifest and digest."""
     plan, engine, batch = info.plan, info.engine, info.engine.batch
     size = sum(entry.size for entry in info.files) / 1e6
     facts(
@@ -181,7 +181,7 @@ def _tensor(tensor: TensorInfo) -> str:
 
 
 def profiles(found: Profiled, top: int) -> None:
-    """A table a batch size: parts of the model by engine; `top` of the slowest operations of each."""
+    """Print a table of model parts by engine per batch size, and the `top` slowest operations of each engine."""
     for batch in dict.fromkeys(profile.batch for profile in found.profiles):
         side = [profile for profile in found.profiles if profile.batch == batch]
         saved = ["saved"] if len(side) > 1 else []
@@ -208,7 +208,7 @@ def profiles(found: Profiled, top: int) -> None:
 
 
 def _profile_rows(profiles: list[Profile]) -> list[tuple[str, list[float]]]:
-    """A line a part of the model, then whole runs."""
+    """Rows for the parts of the model, then for whole runs."""
     lines = [(group, [profile.groups[group] for profile in profiles]) for group in GROUPS]
     shown = [line for line in lines if any(line[1])]
     whole = [("p50", "median_ms"), ("p90", "p90_ms"), ("p99", "p99_ms")]

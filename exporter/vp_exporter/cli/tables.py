@@ -1,6 +1,6 @@
-"""Tables on a terminal of any width: what does not fit is laid out otherwise, and never cut.
+"""Tables for terminals of any width.
 
-A digest is compared with another one and a figure is read to its last digit, so nothing here ends in dots.
+Text that does not fit is laid out differently, never truncated: digests and figures must be readable in full.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NBSP = "\N{NO-BREAK SPACE}"
 
 
 def words(value: Any) -> str:
-    """A value of JSON as a person writes it: {"a": [1, 2], "b": None} -> "a 1, 2; b none"."""
+    """Format a JSON value as readable text: {"a": [1, 2], "b": None} -> "a 1, 2; b none"."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -37,18 +37,21 @@ def words(value: Any) -> str:
 
 
 def heading(title: str) -> None:
-    """A line of its own: rich fills the title of a table with blanks."""
+    """Print a title as a separate line, because rich pads the title of a table with spaces."""
     stdout.print(Text(title, style="bold"), soft_wrap=True)
 
 
 def bare(**options: Any) -> Table:
-    """A table without lines around it, and without blanks after its last column."""
+    """Create a table without borders and without padding at the edges."""
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), **options)
 
 
 def facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """Names and values, side by side. A word that is longer than the room beside the names (a digest) gets a line of
-    its own, whole, for the terminal to wrap: what is copied from there has no gap."""
+    """Print names and values side by side.
+
+    If a word (such as a digest) is longer than the space next to the names, the value is printed on a separate line and
+    wrapped by the terminal, so that it can be copied without gaps.
+    """
     if title:
         heading(title)
     indent = max(len(key) for key, _ in rows) + 2
@@ -68,12 +71,12 @@ def facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, dim: int = 0) -> None:
-    """Rows of short texts, all but the first one right-aligned; where the terminal is too narrow, a paragraph a row.
+    """Print a table with all columns but the first right-aligned, or a paragraph per row if the terminal is too narrow.
 
     Args:
-        columns: their names; the first one heads what names a row.
-        rows: the texts.
-        dim: so many rows at the end are of less weight.
+        columns: Column names; the first column names the rows.
+        rows: Short texts.
+        dim: Number of rows at the end to print dimmed.
     """
     widths = [max(len(row[column]) for row in (columns, *rows)) for column in range(len(columns))]
     first_dim = len(rows) - dim
@@ -89,7 +92,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     heading(title)
     for row in rows:
         stdout.print(Text(f"{columns[0]} {row[0]}".strip()), soft_wrap=True)
-        # No line ends between a name and its value.
+        # Do not break lines between a name and its value.
         pairs = [f"{name} {text}".replace(" ", _NBSP) for name, text in zip(columns[1:], row[1:], strict=True) if text]
         room = max(stdout.width - 2, 1)
         wrapped = textwrap.wrap(", ".join(pairs), room, break_long_words=False, break_on_hyphens=False)

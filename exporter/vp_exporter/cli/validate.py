@@ -1,4 +1,4 @@
-"""vp-validate: check a bundle's claim again, on your machine and your images."""
+"""vp-validate: compare a bundle with its baseline on this machine and your images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def validate(
         from vp_exporter.cli import show
         from vp_exporter.utils import distributed
 
-        # The bundle says whether it is for a GPU, and is read later: on a CPU this changes nothing.
+        # Whether the bundle runs on a GPU is only known later; on a CPU this has no effect.
         if distributed.announced() and device != "cpu":
             distributed.own_gpu()
         workers = distributed.from_environment()
@@ -83,19 +83,19 @@ def validate(
                 else:
                     show.report(found, brief=quiet)
 
-            # The others wait for it: torchrun ends all once one has ended with another code than 0.
+            # The other processes wait here, because torchrun kills all of them when one exits with a nonzero code.
             workers.from_leader(show_it)
             return found.verdict.exit_code
         finally:
             distributed.close(workers)
-            # Whatever ends one process ends all of them, with the same code: the leader says why.
+            # An error ends all processes with the same code; only the leader prints it.
             console.stderr.quiet = not workers.leader
 
     raise typer.Exit(console.run(body, debug=debug))
 
 
 def main() -> None:
-    """The console script."""
+    """Run as a console script."""
     console.main(app)
 
 
