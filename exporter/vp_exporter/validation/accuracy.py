@@ -1,4 +1,4 @@
-"""How the reduced engine's answers compare with those of its baseline: the dense model, or another bundle."""
+"""Compare the outputs of the reduced engine with those of its baseline: the dense model, or another bundle."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ NAMED_FAILURES = 5
 
 
 class RunnerLike(Protocol):
-    """What is asked of an engine (vp_engines.backends.base.Runner has it)."""
+    """Interface of an engine, implemented by vp_engines.backends.base.Runner."""
 
     def run(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
-        """float32 [B, 3, H, W] -> {"logits": float32 [B, classes]}."""
+        """Map float32 [B, 3, H, W] to {"logits": float32 [B, classes]}."""
         ...
 
 
 class Data(Sized, Protocol):
-    """What is asked of the images (vp_exporter.data.image_folder.ImageFolder has it)."""
+    """Interface of the images, implemented by vp_exporter.data.image_folder.ImageFolder."""
 
     @property
     def labelled(self) -> bool: ...
@@ -45,14 +45,15 @@ class Data(Sized, Protocol):
 
 @dataclass(frozen=True)
 class Parity:
-    """The reduced engine against the reduced PyTorch model, on the first `images` images: what lowering and the
-    engine changed, apart from what the plan changed.
+    """Differences between the reduced engine and the reduced PyTorch model, on the first `images` images.
+
+    They show the effect of lowering and of the engine, separately from that of the plan.
 
     Attributes:
-        max_abs, mean_abs: absolute difference of the logits; None when any is not finite.
-        relative: root mean square of the difference over that of PyTorch's logits; None likewise.
-        same_top1: images with the same top-1 class.
-        nonfinite: images with a NaN or infinite logit on either side.
+        max_abs, mean_abs: Absolute difference of the logits; None if any is not finite.
+        relative: Root mean square of the difference over that of PyTorch's logits; None likewise.
+        same_top1: Images with the same top-1 class.
+        nonfinite: Images with a NaN or infinite logit on either side.
     """
 
     images: int
@@ -65,25 +66,27 @@ class Parity:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Dense and reduced engine on the same images. "Dense" is the baseline, whatever it is (`Baseline`).
+    """Accuracy of the dense and the reduced engine on the same images.
 
-    An image for which a model gives a NaN or an infinity counts as wrong for it and as a disagreement; `kl` is then
-    None, because no mean would be honest, and `finite` is False, which fails every verdict.
+    "Dense" stands for the baseline, which may also be another bundle (`Baseline`).
+
+    If a model outputs a NaN or an infinity for an image, the image counts as wrong for that model and as a
+    disagreement, `kl` is None, and `finite` is False, which fails every verdict.
 
     Attributes:
-        images: images scored.
-        skipped: files that could not be decoded.
-        num_classes: classes of the model.
-        dense_top1, reduced_top1: percent; None without labels.
-        dense_top5, reduced_top5: percent; None without labels, or with five classes or fewer.
-        top1_difference: reduced minus dense, in percentage points, Agresti-Min interval; None without labels.
-        only_dense_right, only_reduced_right: images that one gets right and the other wrong; None without labels.
+        images: Images scored.
+        skipped: Files that could not be decoded.
+        num_classes: Classes of the model.
+        dense_top1, reduced_top1: Percent; None without labels.
+        dense_top5, reduced_top5: Percent; None without labels, or with five classes or fewer.
+        top1_difference: Reduced minus dense, in percentage points, Agresti-Min interval; None without labels.
+        only_dense_right, only_reduced_right: Images that only one of them classifies correctly; None without labels.
         mcnemar_p: McNemar's exact two-sided p-value; None without labels.
-        agreement: images with the same top-1 class in percent, Wilson interval.
-        kl: mean over the images of KL(dense || reduced) of the softmax, in nats, bootstrap interval.
-        nonfinite_dense, nonfinite_reduced: images with a NaN or an infinity in any output.
-        nonfinite_images: the first few of them, by file name.
-        parity: the engine against PyTorch; None when there was no reference.
+        agreement: Images with the same top-1 class in percent, Wilson interval.
+        kl: Mean over the images of KL(dense || reduced) of the softmax, in nats, bootstrap interval.
+        nonfinite_dense, nonfinite_reduced: Images with a NaN or an infinity in any output.
+        nonfinite_images: File names of the first few of them.
+        parity: Differences between engine and PyTorch; None without a reference.
     """
 
     images: int
@@ -110,11 +113,11 @@ class Accuracy:
 
     @property
     def finite(self) -> bool:
-        """Whether every number that came out of an engine or of the reference was one."""
+        """Whether all outputs of the engines and of the reference were finite."""
         return not (self.nonfinite_dense or self.nonfinite_reduced or (self.parity and self.parity.nonfinite))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; intervals as {"value", "low", "high"}."""
+        """Convert to plain JSON values; intervals become {"value", "low", "high"}."""
         return {**asdict(self), "nonfinite_images": list(self.nonfinite_images)}
 
 
@@ -133,18 +136,18 @@ def evaluate(
     """Run both engines over the same batches and compare their logits.
 
     Args:
-        dense: the baseline's engine.
-        reference: the reduced model in PyTorch, images float32 [B, 3, H, W] -> logits [B, classes] (numpy), for
+        dense: Engine of the baseline.
+        reference: The reduced model in PyTorch, images float32 [B, 3, H, W] -> logits [B, classes] (numpy), for
             `Accuracy.parity`.
-        reference_limit: how many images the reference sees (from the front); it is far slower than an engine.
-        workers: the processes that share the images, each with engines of its own; all of them call this and get the
-            same answer. None is one process. Where one fails, all raise its error once the others have ended their
+        reference_limit: Number of images given to the reference, from the start; it is far slower than an engine.
+        workers: Processes that share the images, each with its own engines; None for a single process. All must call
+            this function, and all return the same result. If one fails, all raise its error after finishing their
             shares.
-        baseline: how warnings and errors name the two.
+        baseline: Names of the two engines in warnings and errors.
 
     Raises:
-        DataError: the data cannot be read, or the logits do not fit the number of classes.
-        VpError: a reference with several processes: it would slow down one of them only, and all would wait.
+        DataError: if the data cannot be read, or the logits do not match the number of classes.
+        VpError: if `reference` is given with several processes, which would all wait for the one that runs it.
     """
     workers = workers or single()
     if workers.world > 1 and reference is not None:
@@ -158,7 +161,7 @@ def evaluate(
         raise DataError("no image to validate on", fix="point to a folder of images")
     result = tally.result(len(data.skipped), parity.result() if parity is not None and parity.images else None)
     if not workers.leader:
-        return result  # the leader warns for all
+        return result  # only the leader warns
     if not result.finite:
         progress.warn(
             f"NaN or infinite outputs: {baseline.label} {result.nonfinite_dense}, {baseline.own} "
@@ -202,7 +205,7 @@ def _score_share(
     baseline: Baseline,
     workers: Workers,
 ) -> _Tally:
-    """Score this process's share of the images; the tally of all shares, on every process."""
+    """Score this process's share of the images. Returns the tally of all shares, on every process."""
 
     def mine() -> tuple[_Tally, list[tuple[str, str]]]:
         share = data.part(workers.rank, workers.world, batch_size)
@@ -220,10 +223,10 @@ def kl_divergence(dense: np.ndarray, reduced: np.ndarray) -> np.ndarray:
     """KL(dense || reduced) of the softmax of each row, in nats.
 
     Args:
-        dense, reduced: logits [B, classes]; computed in float64, safe for logits of any finite size.
+        dense, reduced: Logits [B, classes]. Computed in float64, stable for finite logits of any size.
 
     Returns:
-        float64 [B], never negative.
+        float64 [B], nonnegative.
     """
     log_p, log_q = _log_softmax(dense), _log_softmax(reduced)
     return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0.0)
@@ -236,14 +239,14 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Rank of each row's label, 0 the highest; among equal logits the lower class number comes first, as in argmax."""
+    """Rank of each row's label, 0 for the highest logit. Ties are ordered by class index, as in argmax."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     earlier = np.arange(logits.shape[1])[None] < labels[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
 
 
 def _logits(runner: RunnerLike, batch: Batch, num_classes: int, which: str) -> np.ndarray:
-    """float64 [B, classes]; NaN for an image of which any other output is not finite."""
+    """Run an engine. Returns logits, float64 [B, classes], NaN for images with any other output that is not finite."""
     outputs = runner.run(batch.images)
     if OUTPUT not in outputs:
         raise DataError(f"{which}'s outputs are {sorted(outputs)}", expected=f"one named {OUTPUT!r}")
@@ -261,7 +264,7 @@ def _check_logits(logits: np.ndarray, rows: int, num_classes: int, which: str) -
 
 @dataclass
 class _Tally:
-    """Per-image results, from which every figure is taken at the end."""
+    """Accumulates per-image results."""
 
     num_classes: int
     labelled: bool
@@ -297,7 +300,7 @@ class _Tally:
         self.only_reduced += int((right[1] & ~right[0]).sum())
 
     def merge(self, later: _Tally) -> None:
-        """Add the tally of images that follow this one's: the bootstrap draws by position, so the order counts."""
+        """Add the tally of the images that follow. The order matters: the bootstrap samples by position."""
         self.images += later.images
         self.only_dense += later.only_dense
         self.only_reduced += later.only_reduced
@@ -335,7 +338,7 @@ class _Tally:
 
 
 class _ParityTally:
-    """The reduced engine's logits on the first `limit` images, beside those of the reference."""
+    """Accumulates logits of the reduced engine and of the reference for the first `limit` images."""
 
     def __init__(self, reference: Callable[[np.ndarray], np.ndarray], limit: int) -> None:
         self.images = 0

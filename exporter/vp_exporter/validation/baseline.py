@@ -1,4 +1,4 @@
-"""What a bundle is compared with: its own dense engine, or another bundle that can be compared with it at all."""
+"""Baseline of a bundle: its own dense engine, or another bundle that it can be compared with."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vp_engines.manifest import BatchRange, Manifest
 
 @dataclass(frozen=True)
 class Baseline:
-    """The other side of a comparison, as every table and sentence names it.
+    """Baseline of a comparison, with its names in tables and sentences.
 
     Attributes:
-        kind: "dense", the bundle's own dense engine, or "bundle", the reduced engine of another one.
-        label: heads columns and legends: "dense", or the other bundle's name.
-        own: heads what is compared with it: "reduced", or this bundle's name.
-        name: in a sentence: "the dense model", or the other bundle's name.
-        setting: follows the name: "on the same engine", or the engine and precision where they differ.
-        macs: multiply-accumulates of one image, of the baseline; None where it is not known.
-        efficient: whether realised efficiency may be stated. It is a claim within one engine, precision and set of
-            kernels: across them a speed-up is not that of the work saved.
-        facts: for a report; empty for the dense engine, whose facts are the bundle's own.
-        notes: what a reader of the comparison must know, one line each.
+        kind: "dense", the bundle's own dense engine, or "bundle", the reduced engine of another bundle.
+        label: Name in columns and legends: "dense", or the other bundle's name.
+        own: Name of the engine compared with it: "reduced", or this bundle's name.
+        name: Name in a sentence: "the dense model", or the other bundle's name.
+        setting: Follows the name: "on the same engine", or the engine and precision if they differ.
+        macs: The baseline's multiply-accumulates per image; None if unknown.
+        efficient: Whether realised efficiency may be stated. It is only meaningful within one engine, precision and set
+            of kernels; otherwise the speed-up is not due to the saved work alone.
+        facts: Facts for a report; empty for the dense engine, because they are the bundle's own.
+        notes: Notes for readers of the comparison, one line each.
     """
 
     kind: Literal["dense", "bundle"] = "dense"
@@ -41,7 +41,7 @@ class Baseline:
 
     @property
     def engine(self) -> str:
-        """The baseline's engine in a sentence."""
+        """Name of the baseline's engine in a sentence."""
         return "the dense engine" if self.kind == "dense" else self.label
 
     @property
@@ -55,16 +55,16 @@ DENSE = Baseline()
 def bundle_baseline(
     path: Path, manifest: Manifest, other_path: Path, other: Manifest, *, device: str | None = None
 ) -> Baseline:
-    """The reduced engine of another bundle as the baseline of this one.
+    """Create a baseline from the reduced engine of another bundle.
 
     Args:
-        path, manifest: the bundle that is judged.
-        other_path, other: the bundle that it is compared with.
-        device: what both are run on; None is what each was built for.
+        path, manifest: The bundle to validate.
+        other_path, other: The bundle to compare it with.
+        device: Device to run both on; None for the one that each was built for.
 
     Raises:
-        BundleError: the two cannot be compared: other images, answers, classes, preprocessing or device, or no batch
-            size that both run.
+        BundleError: if the two differ in input images, outputs, classes, preprocessing or device, or have no batch size
+            in common.
     """
     own, label = path.resolve().name, other_path.resolve().name
     check_runs_alike(own, manifest, label, other, device=device)
@@ -99,10 +99,10 @@ def bundle_baseline(
 
 
 def check_runs_alike(own: str, manifest: Manifest, label: str, other: Manifest, *, device: str | None = None) -> None:
-    """Check that the engines of two bundles run on the same images, on one kind of device.
+    """Check that the engines of two bundles accept the same images and run on the same kind of device.
 
     Raises:
-        BundleError: they do not.
+        BundleError: if they do not, or have no batch size in common.
     """
     mine, its = manifest.inputs[0], other.inputs[0]
     if (mine.dtype, mine.shape[1:]) != (its.dtype, its.shape[1:]):
@@ -128,8 +128,7 @@ def check_runs_alike(own: str, manifest: Manifest, label: str, other: Manifest, 
 
 
 def common_batches(*manifests: Manifest) -> tuple[int, int] | None:
-    """The least and the largest batch that all the engines run; None where any size does, least > largest where none.
-    """  # fmt: skip
+    """Smallest and largest batch size that all engines support; None for any, smallest > largest for none."""
     ranges = [found for each in manifests if (found := each.engine.batch) is not None]
     return (max(each.min for each in ranges), min(each.max for each in ranges)) if ranges else None
 

@@ -1,6 +1,6 @@
-"""Geometry of the report's pictures: plain numbers that the template draws as inline SVG.
+"""Geometry of the report's charts, drawn by the template as inline SVG.
 
-Nothing here is markup, so nothing here needs escaping: text meets the page in the template, which escapes it.
+Only numbers and plain text, no markup: the template escapes the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from vp_exporter.validation.baseline import DENSE, Baseline
 from vp_exporter.validation.latency import LatencyRow
 
-WIDTH, NARROW = 800.0, 340.0  # user units, near to the pixels of a page and of a telephone
+WIDTH, NARROW = 800.0, 340.0  # user units, about the pixel widths of a page and of a phone
 THUMBNAIL = 160
 MAX_SAMPLES = 6
 MAX_STAGES = 6
@@ -25,7 +25,7 @@ MAX_STAGES = 6
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar in user units, with the text that belongs to it ("" for none) and what it stands for."""
+    """A bar in user units, with its kind and label ("" for none)."""
 
     x: float
     y: float
@@ -43,7 +43,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class TokenChart:
-    """Bars over blocks: dense behind, tokens at attention and at MLP in front."""
+    """Bar chart over blocks: tokens at attention and at MLP, in front of the dense model's."""
 
     width: float
     height: float
@@ -72,7 +72,7 @@ def token_chart(tokens: Sequence[Mapping[str, int]], dense: int, width: float = 
         bars.append(Bar(x, bottom - rise(dense), width, rise(dense), "dense"))
         for j, kind in enumerate(("attention", "mlp")):
             count, half = row[kind], width / 2
-            # A count is written where it changes, so that the chart can be read without a ruler.
+            # Label counts where they change.
             label = str(count) if count != before and (half >= 24 or (j == 0 and step >= 26)) else ""
             bars.append(Bar(x + j * half, bottom - rise(count), half, rise(count), kind, label))
             before = count
@@ -92,8 +92,9 @@ class LatencyLine:
     """One engine at one batch size: a bar to the median, a tick at p90, a whisker to p99.
 
     Attributes:
-        kind: "dense" (the baseline) or "reduced", for its colour; name: what it is called.
-        text_y: baseline of both texts: beside the bar, or above it on a narrow page.
+        text_y: Text baseline of name and label: next to the bar, or above it on a narrow page.
+        kind: "dense" (the baseline) or "reduced"; sets the colour.
+        name: Name of the engine.
     """
 
     y: float
@@ -116,8 +117,10 @@ class LatencyPanel:
 
 @dataclass(frozen=True)
 class LatencyChart:
-    """Attributes:
-    stacked: texts stand above the bars, for a narrow page.
+    """One panel per batch size.
+
+    Attributes:
+        stacked: Place text above the bars, for a narrow page.
     """
 
     stacked: bool
@@ -130,7 +133,7 @@ class LatencyChart:
 
 
 def latency_chart(rows: Sequence[LatencyRow], baseline: Baseline = DENSE, *, narrow: bool = False) -> LatencyChart:
-    """Bars from zero, one panel per batch size with a scale of its own (batch 8 would flatten batch 1)."""
+    """Bars from zero, in one panel per batch size with its own scale (batch 8 takes far longer than batch 1)."""
     names = [_shortened(name, 18 if narrow else 24) for name in (baseline.label, baseline.own)]
     if narrow:
         width, left, right, bar, above, panel = NARROW, 0.0, NARROW - 6, 16.0, 22.0, 124.0
@@ -139,7 +142,7 @@ def latency_chart(rows: Sequence[LatencyRow], baseline: Baseline = DENSE, *, nar
         left = max(76.0, 7.5 * max(map(len, names)) + 12)
     panels, words = [], []
     for i, row in enumerate(rows):
-        # One stray p99 must not squeeze the medians, which carry the message, into a corner.
+        # Clip the scale, so that an outlying p99 does not shrink the medians.
         median = max(row.dense.median_ms, row.reduced.median_ms)
         full = min(max(row.dense.p99_ms, row.reduced.p99_ms), 1.6 * median)
         y, lines = i * panel, []
@@ -170,8 +173,13 @@ def latency_chart(rows: Sequence[LatencyRow], baseline: Baseline = DENSE, *, nar
 
 @dataclass(frozen=True)
 class Stage:
-    """The patches that enter `block`: SVG paths, one unit per patch: over the dropped ones, a line across each of them,
-    and their border with the kept ones.
+    """Patches that enter `block`, as SVG paths with one unit per patch.
+
+    Attributes:
+        kept: Number of patches kept.
+        dropped_path: Area of the dropped patches.
+        hatch_path: A diagonal across each dropped patch.
+        border_path: Border between dropped and kept patches.
     """
 
     block: int
@@ -182,11 +190,11 @@ class Stage:
 
 
 def stages(kept_stages: Sequence[tuple[int, Sequence[int]]], grid: tuple[int, int]) -> list[Stage]:
-    """Stages where the kept set changes, thinned to `MAX_STAGES` with the first and the last among them.
+    """Stages where the kept set changes, at most `MAX_STAGES` of them, including the first and the last.
 
     Args:
         kept_stages: (block, kept positions in the original grid, row by row), in order of blocks.
-        grid: rows and columns of patches.
+        grid: Rows and columns of patches.
     """
     changes, before = [], set(range(grid[0] * grid[1]))
     for block, positions in kept_stages:
@@ -220,13 +228,13 @@ def _dropped_path(kept: set[int], grid: tuple[int, int]) -> str:
 
 
 def _hatch_path(kept: set[int], grid: tuple[int, int]) -> str:
-    """A diagonal across every dropped patch: neighbours' meet, so that together they are hatched."""
+    """A diagonal across every dropped patch; those of neighbours connect."""
     dropped = (divmod(at, grid[1]) for at in range(grid[0] * grid[1]) if at not in kept)
     return "".join(f"M{column} {row + 1}l1-1" for row, column in dropped)
 
 
 def _border_path(kept: set[int], grid: tuple[int, int]) -> str:
-    """The edges between a dropped and a kept patch."""
+    """Edges between a dropped and a kept patch."""
     rows, columns = grid
     path = []
     for at in range(rows * columns):
@@ -239,7 +247,7 @@ def _border_path(kept: set[int], grid: tuple[int, int]) -> str:
 
 
 def thumbnail(image: np.ndarray) -> str:
-    """JPEG data URI, at most 160 pixels a side, of an image uint8 [H, W, 3]."""
+    """Encode an image uint8 [H, W, 3] as a JPEG data URI, at most 160 pixels a side."""
     from PIL import Image
 
     picture = Image.fromarray(image)
@@ -250,12 +258,12 @@ def thumbnail(image: np.ndarray) -> str:
 
 
 def _shortened(name: str, most: int = 24) -> str:
-    """A name for a chart: the middle of a long one is left out (the tables have it whole)."""
+    """Shorten a long name in the middle, for a chart. The tables show it in full."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-most // 2 + 1 :]}"
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits: 0.123, 1.23, 12.3, 123."""
+    """Format with three significant digits: 0.123, 1.23, 12.3, 123."""
     return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
 
 
@@ -268,7 +276,7 @@ def _ticks(top: int) -> list[int]:
 
 
 def plain(value: Any) -> Any:
-    """The JSON form of a value: numpy scalars and arrays, tuples and mappings become plain; NaN and infinities null."""
+    """Convert numpy scalars and arrays, tuples and mappings to JSON values; NaN and infinities become null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):

@@ -1,7 +1,6 @@
-"""Check a bundle: its engine and the baseline's over the same images and the same clock, to a report and a verdict.
+"""Validate a bundle: compare its engine with the baseline in accuracy and latency, and create a report.
 
-vp-export runs this on the bundle that it is about to hand over, vp-validate on one that somebody has: same code, same
-bytes, so the proof in the bundle is a proof of the bundle.
+Shared by vp-export, which runs it on the files of the new bundle, and vp-validate.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from vp_exporter.validation.report import ReportData
 from vp_exporter.validation.verdict import Budget, Probe, Verdict, judge
 
 SAMPLES = 6
-FEWEST = 20  # images, below which a top-1 says little
-TIMM_STATISTICS = (  # mean and std: timm.data.constants has them as IMAGENET_DEFAULT, _INCEPTION, _DPN, OPENAI_CLIP
+FEWEST = 20  # minimum number of images for a meaningful top-1
+TIMM_STATISTICS = (  # (mean, std) of timm.data.constants: IMAGENET_DEFAULT, _INCEPTION, _DPN, OPENAI_CLIP
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3),
@@ -40,23 +39,23 @@ TIMM_STATISTICS = (  # mean and std: timm.data.constants has them as IMAGENET_DE
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """What to check.
+    """Options of a validation.
 
     Attributes:
-        data: an ImageFolder; None leaves accuracy unvalidated.
-        budget: sets the verdict.
-        batches: batch sizes to time; empty times nothing.
-        batch_size: of the accuracy pass.
-        seconds: of timed work per batch size.
-        limit, strict: of the images (vp_exporter.data.image_folder.ImageFolder).
-        classes: class names in the order of the logits, in place of the bundle's own.
-        against: another bundle whose reduced engine is the baseline in place of the bundle's own dense one.
-        device, threads: of both engines.
-        samples: show sample images in the report; off where the images must not be copied.
-        statistics_stated: whether the mean and std are known to be the user's own words, not a default.
+        data: Image folder; None leaves accuracy unvalidated.
+        budget: Limits for the verdict.
+        batches: Batch sizes to time; empty to skip timing.
+        batch_size: Batch size for measuring accuracy.
+        seconds: Seconds of timed work per batch size.
+        limit, strict: See vp_exporter.data.image_folder.ImageFolder.
+        classes: Class names in the order of the logits, overriding the bundle's own.
+        against: Another bundle, whose reduced engine is the baseline instead of the bundle's own dense engine.
+        device, threads: Device and CPU threads of both engines.
+        samples: Show sample images in the report; disable if the images must not be copied.
+        statistics_stated: Whether mean and std are set explicitly by the user.
 
     Raises:
-        VpError: if a number is out of range.
+        VpError: if a value is out of range.
     """
 
     data: Path | None = None
@@ -91,10 +90,10 @@ def open_data(
     num_classes: int,
     progress: Progress = SILENT,
 ) -> ImageFolder | None:
-    """The images to check on, if any; opened early, a bad folder is found before the long work.
+    """Open the images of a request, if any. Call it before long work, to fail early.
 
     Raises:
-        DataError: missing, empty, unreadable, or classes that do not fit.
+        DataError: if the folder is missing, empty or unreadable, or its classes do not fit.
     """
     if request.data is None:
         return None
@@ -122,16 +121,16 @@ def check_bundle(
     """Compare the reduced engine of a bundle with its dense one, or with the reduced engine of `request.against`.
 
     Args:
-        data: of `open_data`, where it is open already.
-        reference: the reduced model in PyTorch, for the engine's parity with it.
-        notes: lines for the report.
-        progress: its warnings are the report's too; one that is `Recording` already brings those from before.
-        workers: the processes that share the images; all of them call this and get the same report. Only the leader
-            times, while the others are idle. None is one process.
+        data: Result of `open_data`, if already open.
+        reference: The reduced model in PyTorch, for the engine's parity with it.
+        notes: Lines for the report.
+        progress: Receives progress; its warnings, and earlier ones if it is a `Recording`, go into the report.
+        workers: Processes that share the images; None for a single process. All must call this function, and all
+            return the same report. Only the leader measures latency, while the others are idle.
 
     Raises:
-        VpError: the bundle, the data or the engine cannot be used, or the two bundles cannot be compared; a reference
-            with several processes.
+        VpError: if the bundle, the data or the engine cannot be used, the two bundles cannot be compared, or
+            `reference` is given with several processes.
     """
     workers, progress = workers or single(), recording(progress)
     manifest = vp_engines.read_manifest(path)
@@ -196,7 +195,7 @@ def check_bundle(
                 )
     if data is not None and data.skipped:
         warnings.append(f"Skipped {_count(len(data.skipped))} that could not be decoded: {_some(data.skipped)}.")
-    # A line for each file that is skipped is for the terminal: the report has them as one.
+    # The report sums up skipped files in the line above.
     warnings += dict.fromkeys(text for text in progress.warnings if not text.startswith("skipped "))
     verdict = judge(accuracy, latency, request.budget, baseline=baseline, probe=probed)
     return workers.from_leader(
@@ -205,11 +204,11 @@ def check_bundle(
 
 
 def find_baseline(path: Path, manifest: Manifest, request: CheckRequest) -> tuple[Baseline, tuple[Manifest, ...]]:
-    """What a bundle will be compared with, and the manifests of the engines that will run.
+    """Return the baseline of a bundle, and the manifests of the engines that will run.
 
     Raises:
-        BundleError: `request.against` is no bundle, or one that cannot be compared with this one.
-        EngineUnavailableError: its engine cannot run here.
+        BundleError: if `request.against` is not a bundle, or cannot be compared with this one.
+        EngineUnavailableError: if its engine cannot run on this machine.
     """
     if request.against is None:
         return replace(DENSE, macs=manifest.plan.macs_dense), (manifest,)
@@ -224,13 +223,13 @@ def find_baseline(path: Path, manifest: Manifest, request: CheckRequest) -> tupl
 
 
 def _statistics_doubt(manifest: Manifest, accuracy: Accuracy, request: CheckRequest, baseline: Baseline) -> str:
-    """A line where a checkpoint of the user's own may have been trained with other statistics than timm's defaults.
+    """Warning that the user's own checkpoint may have been trained with other statistics than timm's defaults, or "".
 
-    Only where the top-1 is poor, below 50%, or below twice chance where that is more (at most 90%): seldom right for a
-    model that is trained and prepared as it should be.
+    Only if the top-1 is below 50%, or below twice chance if that is higher (at most 90%), which is rare for a trained
+    model with the right preprocessing.
     """
     spec, source = manifest.preprocessing, manifest.model.weights_source
-    # A hub's repository or a folder (their names have a slash) states the statistics beside the weights.
+    # Hub repositories and folders (names with a slash) store the statistics with the weights.
     own_weights = source != "random" and not source.startswith("timm pretrained") and "/" not in source
     defaults = any(np.allclose((spec.mean, spec.std), each, atol=1e-4) for each in TIMM_STATISTICS)
     top1 = accuracy.dense_top1
@@ -247,7 +246,7 @@ def _statistics_doubt(manifest: Manifest, accuracy: Accuracy, request: CheckRequ
 def _probe(
     path: Path, manifest: Manifest, request: CheckRequest, batches: Sequence[int], progress: Progress
 ) -> Probe | None:
-    """Whether an engine without a baseline answers with numbers at all."""
+    """Check an engine without a baseline for finite outputs; None if there is no batch size to run."""
     if not batches:
         return None
     with progress.stage("running the engine"), _load(path, "reduced", request) as engine:
@@ -258,7 +257,7 @@ def _probe(
 def _load_both(
     path: Path, request: CheckRequest, stack: contextlib.ExitStack
 ) -> tuple[vp_engines.Engine, vp_engines.Engine]:
-    """The reduced engine and its baseline; the stack closes them."""
+    """Load the reduced engine and its baseline. The stack closes them."""
     reduced = stack.enter_context(_load(path, "reduced", request))
     baseline = _load(request.against, "reduced", request) if request.against else _load(path, "dense", request)
     return reduced, stack.enter_context(baseline)

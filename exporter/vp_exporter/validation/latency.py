@@ -1,7 +1,7 @@
-"""Dense against reduced on the clock: interleaved runs, an interval for the speed-up, and the noise that it must clear.
+"""Latency of the dense and the reduced engine: interleaved runs, an interval for the speed-up, a noise floor.
 
-What is timed is one `run`: host array in, host array out, so on a GPU the copies and the wait are in it, as they are
-for whoever embeds the engine.
+Each timing is one `run`, from host array to host array. On a GPU it includes copies and synchronisation, as in an
+application that embeds the engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WARM_UP_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one batch, and images per second at the median."""
+    """Milliseconds per batch, and images per second at the median."""
 
     median_ms: float
     mean_ms: float
@@ -45,21 +45,22 @@ class Timing:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """Dense and reduced at one batch size. "Dense" is the baseline, whatever it is (`Baseline`).
+    """Latency of the dense and the reduced engine at one batch size.
+
+    "Dense" stands for the baseline, which may also be another bundle (`Baseline`).
 
     Attributes:
-        batch: images per run.
-        rounds: timed runs of each.
-        speedup: median dense time over median reduced time, with the bootstrap interval over paired rounds.
-        noise: the same statistic of the dense engine against itself, as its distance from 1 (see `noise_floor`).
-        mac_ratio: multiply-accumulates of dense over reduced; None when not given.
-        efficiency: speed-up over MAC ratio: 1.0 when every multiply-accumulate saved is time saved; None where it may
-            not be stated.
-        claim: whether a speed-up may be claimed: the interval's lower end lies above 1 + noise. The interval alone is
-            not enough: it only knows the spread of this run's timings, while `noise` also shows what this machine
-            makes of two things that are equal. Never where an output is not finite.
-        nonfinite_dense, nonfinite_reduced: images of the batch for which any output held a NaN or an infinity in any
-            of the runs.
+        batch: Images per run.
+        rounds: Timed runs of each engine.
+        speedup: Median dense time over median reduced time, with a bootstrap interval over paired rounds.
+        noise: Largest apparent speed-up of the dense engine over itself, minus 1 (see `noise_floor`).
+        mac_ratio: Multiply-accumulates of dense over reduced; None if not given.
+        efficiency: Speed-up over MAC ratio: 1.0 if time drops in proportion to multiply-accumulates; None if it may not
+            be stated.
+        claim: Whether a speed-up may be claimed: the lower end of the interval is above 1 + noise, and all outputs are
+            finite. The interval alone is not enough: it covers the spread of these timings, while `noise` also covers
+            differences that this machine shows between equal engines.
+        nonfinite_dense, nonfinite_reduced: Images of the batch with a NaN or an infinity in any output of any run.
     """
 
     batch: int
@@ -76,7 +77,7 @@ class LatencyRow:
 
     @property
     def finite(self) -> bool:
-        """Whether every output of both engines was a finite number: without that, no time means anything."""
+        """Whether all outputs of both engines were finite; otherwise the times are meaningless."""
         return not (self.nonfinite_dense or self.nonfinite_reduced)
 
     @property
@@ -88,7 +89,7 @@ class LatencyRow:
         return "slower" if self.speedup.high < 1 / (1 + self.noise) else "within noise"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; the interval as {"value", "low", "high"}."""
+        """Convert to plain JSON values; the interval becomes {"value", "low", "high"}."""
         return {**asdict(self), "outcome": self.outcome}
 
 
@@ -108,20 +109,20 @@ def compare(
 ) -> list[LatencyRow]:
     """Time both engines on the same random images.
 
-    Each round runs both once, in an order drawn anew, so that drift of clock and heat, and whatever the one leaves in
-    the caches, meet both alike. Garbage collection is off while the clock runs.
+    Each round runs both engines once in random order, so that clock drift, heat and cache effects affect both equally.
+    Garbage collection is disabled while timing.
 
     Args:
         image_shape: (3, height, width).
-        batches: batch sizes, each once.
-        rounds: timed runs of each engine per batch size; None takes as many as fill `min_seconds` (20 to 5000).
-        min_seconds: seconds of timed work per batch size, both engines together, when `rounds` is None.
-        macs_dense, macs_reduced: multiply-accumulates per image; without both there is no efficiency.
-        seed: of the images, of the order and of the bootstrap.
-        baseline: what `dense` is; decides whether efficiency may be stated.
+        batches: Distinct batch sizes.
+        rounds: Timed runs of each engine per batch size; None for as many as fill `min_seconds` (20 to 5000).
+        min_seconds: Seconds of timed work per batch size, both engines together, if `rounds` is None.
+        macs_dense, macs_reduced: Multiply-accumulates per image; both are needed for the efficiency.
+        seed: Seed of the images, the order and the bootstrap.
+        baseline: Description of `dense`; determines whether efficiency may be stated.
 
     Raises:
-        DataError: a batch size or the number of rounds is out of range.
+        DataError: if a batch size or the number of rounds is out of range.
     """
     if not batches or min(batches) < 1 or len(set(batches)) != len(batches):
         raise DataError(f"batch sizes {list(batches)}", expected="distinct whole numbers from 1")
@@ -141,9 +142,9 @@ def compare(
 
 
 def probe(runner: RunnerLike, *, image_shape: tuple[int, int, int], batches: Sequence[int], seed: int = 0) -> int:
-    """Run an engine once at each batch size on the images that `compare` times, and count those without finite outputs.
+    """Run an engine once per batch size on the images that `compare` uses, and count those without finite outputs.
 
-    For a bundle that holds nothing to be timed against.
+    Used for bundles without a baseline.
     """
     bad = 0
     for batch in batches:
@@ -160,11 +161,11 @@ def summarise(
     seed: int = 0,
     nonfinite: Sequence[int] = (0, 0),
 ) -> LatencyRow:
-    """The row for raw timings.
+    """Summarise raw timings.
 
     Args:
         nanoseconds: [rounds, 2], dense and reduced.
-        nonfinite: images whose outputs were not finite, dense and reduced.
+        nonfinite: Number of images with nonfinite outputs, dense and reduced.
     """
     milliseconds = nanoseconds.astype(np.float64) / 1e6
     dense, reduced = milliseconds[:, 0], milliseconds[:, 1]
@@ -186,14 +187,14 @@ def summarise(
 
 
 def noise_floor(dense: np.ndarray) -> float:
-    """The speed-up that this machine shows between the dense engine and itself.
+    """Largest apparent speed-up of the dense engine over itself on this machine.
 
-    The dense runs are split into two interleaved halves, and the ratio of their medians is taken as if they were two
-    engines: max(ratio, 1/ratio) - 1. One split can be lucky, so runs are dealt out by ones, twos, fours and eights,
-    which also meets disturbances that last a few runs, and the largest counts.
+    Splits the dense runs into two interleaved halves and takes the ratio of their medians, as for two engines:
+    max(ratio, 1/ratio) - 1. Returns the largest value over splits that alternate every 1, 2, 4 and 8 runs: the halves
+    of a single split may agree by chance, and longer alternation reveals disturbances that last a few runs.
 
     Args:
-        dense: float [rounds], positive, in the order in which they ran.
+        dense: float [rounds], positive, in the order of the runs.
     """
     worst = 0.0
     for deal in (1, 2, 4, 8):
@@ -208,11 +209,11 @@ def noise_floor(dense: np.ndarray) -> float:
 def environment(
     *, engine: str = "", engine_version: str = "", device: str = "cpu", threads: int | None = None
 ) -> dict[str, Any]:
-    """Where the figures come from: what another machine must have to be compared. No host name, user or path.
+    """Describe the machine and software, for comparison with other machines. Contains no host name, user or path.
 
     Args:
-        engine, engine_version, device: of the engine that was run; for a GPU give `device` its name.
-        threads: threads of one run; None is the engine's own choice.
+        engine, engine_version, device: Engine that was run, and its device; for a GPU, the name of the GPU.
+        threads: Threads per run; None for the engine's own choice.
     """
     return {
         "engine": f"{engine} {engine_version}".strip(),
@@ -238,7 +239,7 @@ def _cpu_name() -> str:
 
 
 def timing(milliseconds: np.ndarray, batch: int) -> Timing:
-    """The summary of one engine's runs, float [rounds]."""
+    """Summarise one engine's runs, float [rounds]."""
     median, p90, p99 = (float(value) for value in np.quantile(milliseconds, [0.5, 0.9, 0.99]))
     return Timing(median, float(milliseconds.mean()), p90, p99, 1000 * batch / median)
 
@@ -247,10 +248,10 @@ Watch = Callable[[int, Mapping[str, np.ndarray]], None]
 
 
 def warm_up(runners: Sequence[RunnerLike], images: np.ndarray, watch: Watch | None = None) -> float:
-    """Run all until caches, clocks and lazy allocations have settled; seconds of the quickest round.
+    """Run all engines until caches, clocks and lazy allocations have settled. Returns seconds of the fastest round.
 
     Args:
-        watch: is shown every output, with the number of its engine.
+        watch: Called with every output and the index of its engine.
     """
     quickest, start, calls = float("inf"), time.perf_counter(), 0
     while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_SECONDS:
@@ -267,13 +268,13 @@ def warm_up(runners: Sequence[RunnerLike], images: np.ndarray, watch: Watch | No
 def time_rounds(
     runners: Sequence[RunnerLike], images: np.ndarray, rounds: int, seed: int, watch: Watch | None = None
 ) -> np.ndarray:
-    """Nanoseconds, int64 [rounds, runners]; a round runs each of them once, in an order drawn anew.
+    """Time rounds that run each engine once, in random order. Returns nanoseconds, int64 [rounds, runners].
 
     Args:
-        watch: is shown every output, with the number of its engine, while the clock stands.
+        watch: Called with every output and the index of its engine, outside the timed section.
     """
     runs, count = [runner.run for runner in runners], len(runners)
-    # As many rounds start with each, shuffled: none has the better place more often.
+    # Shuffled, but balanced: each engine starts equally many rounds.
     first = np.random.default_rng(seed).permutation(np.arange(rounds) % count)
     taken = np.empty((rounds, count), np.int64)
     with _without_gc():
@@ -285,7 +286,7 @@ def time_rounds(
                 taken[i, which] = time.perf_counter_ns() - start
                 if watch is not None:
                     watch(which, outputs)
-    return np.maximum(taken, 1)  # a coarse clock may say 0, and ratios are taken
+    return np.maximum(taken, 1)  # a coarse clock may return 0, which ratios cannot use
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""report.json for machines, report.html for people: one self-contained page without scripts or network."""
+"""Write report.json, and report.html: a self-contained page without scripts or network access."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 
     from vp_engines.manifest import Preprocessing
 
-# Version 2: a verdict has the status "measured", where version 1 said "passed" of whatever had no budget; what is
-# measured against another bundle is called "baseline", where version 1 called it "dense".
+# Version 2: a verdict may have the status "measured" (version 1: "passed" if there was no budget); figures of another
+# bundle are called "baseline" (version 1: "dense").
 FORMAT, VERSION = "vp-report", 2
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report shows. Mappings are shown as they come, key by key; put no path of this machine into them.
+    """Content of a report. Mappings are shown key by key; they must not contain paths of this machine.
 
     Attributes:
-        model: facts such as name, image size, weights.
-        engine: facts such as name, version, precision, device.
-        plan: facts such as method, budget, fingerprint.
-        tokens: per block {"block", "attention", "mlp"}: tokens (prefix tokens included) that enter each half.
-        prefix_tokens: class and register tokens, which no plan removes.
-        macs: {"dense", "reduced"}: multiply-accumulates of one image, without the plan and with it.
-        verdict: of `verdict.judge`.
-        accuracy, latency: what was measured; None where it was not, which the page says loudly.
+        model: Facts such as name, image size, weights.
+        engine: Facts such as name, version, precision, device.
+        plan: Facts such as method, budget, fingerprint.
+        tokens: {"block", "attention", "mlp"} per block: tokens, including prefix tokens, that enter each half.
+        prefix_tokens: Number of class and register tokens, which no plan removes.
+        macs: {"dense", "reduced"}: multiply-accumulates per image, without and with the plan.
+        verdict: Result of `verdict.judge`.
+        accuracy, latency: Measurements; None if not measured, which the page states prominently.
         kept_stages: (block, kept positions in the original patch grid, row by row) in order of blocks; empty for
             plans that choose tokens per image.
-        grid: rows and columns of patches.
-        samples: images uint8 [H, W, 3], cropped as the model sees them; the first six are shown.
-        environment: of `latency.environment`.
-        baseline: what was measured against.
-        preprocessing: what happens to an image before it enters the engine.
-        notes, warnings: one line each.
+        grid: Rows and columns of patches.
+        samples: Images uint8 [H, W, 3], cropped as for the model; the first six are shown.
+        environment: Result of `latency.environment`.
+        baseline: Baseline of the measurements.
+        preprocessing: Preprocessing of the images.
+        notes, warnings: One line each.
 
     Raises:
-        ValueError: the parts do not fit each other.
+        ValueError: if the values are inconsistent.
     """
 
     model: Mapping[str, Any]
@@ -92,17 +92,17 @@ class ReportData:
         return self.grid[0] * self.grid[1] + self.prefix_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values: every figure of the report."""
+        """Convert to plain JSON values: report.json."""
         return Report(self).to_dict()
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write report.json and report.html into an existing folder, over what is there; returns their paths."""
+        """Write report.json and report.html to an existing folder, replacing existing files. Returns their paths."""
         return Report(self).write(folder)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the four figures at the top."""
+    """One of the four figures at the top of the page."""
 
     name: str
     value: str
@@ -116,8 +116,11 @@ class Report:
         self.data = data
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of report.json: every figure of the page, but not the pictures. Keys are only ever added
-        within a version. Against another bundle, keys that say "dense" of a measurement say "baseline"."""
+        """Content of report.json: every figure of the page, without the pictures.
+
+        Within a format version, keys are only added. If the baseline is another bundle, "dense" in the keys of
+        measurements becomes "baseline".
+        """
         data = self.data
         accuracy = data.accuracy.to_dict() if data.accuracy else None
         latency = [row.to_dict() for row in data.latency] if data.latency else None
@@ -167,7 +170,7 @@ class Report:
                 baseline=data.baseline,
                 figures=_figures(data),
                 checks=[(check, _limit(check), _found(check)) for check in data.verdict.checks],
-                # Each twice, for a page and for a telephone: a chart that is made smaller cannot be read.
+                # In two widths, for a page and for a phone: a scaled-down chart is not readable.
                 token_charts=[
                     charts.token_chart(data.tokens, data.dense_tokens, w) for w in (charts.WIDTH, charts.NARROW)
                 ],
@@ -189,8 +192,8 @@ class Report:
         )
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write report.json and report.html into an existing folder, over what is there."""
-        # Both are rendered before either is written: an error leaves no half report.
+        """Write report.json and report.html to an existing folder, replacing existing files."""
+        # Render both before writing, so that an error leaves no partial report.
         texts = {"report.json": self.to_json(), "report.html": self.to_html()}
         for name, text in texts.items():
             Path(folder, name).write_text(text, encoding="utf-8", newline="\n")
@@ -198,13 +201,13 @@ class Report:
 
 
 def report_files(report: ReportData) -> dict[str, bytes]:
-    """The report as files of a bundle."""
+    """Files of the report in a bundle."""
     page = Report(report)
     return {"report.json": page.to_json().encode(), "report.html": page.to_html().encode()}
 
 
 def validation_fields(report: ReportData) -> dict[str, str]:
-    """The manifest's `validation` for a report."""
+    """Field `validation` of the manifest."""
     status = report.verdict.status
     return {
         "status": status,
@@ -223,7 +226,7 @@ STATUS_WORDS = {
 
 
 def _of_baseline(value: Any) -> Any:
-    """The same with "baseline" for "dense" in every key: dense_top1 -> baseline_top1."""
+    """Replace "dense" by "baseline" in every key: dense_top1 -> baseline_top1."""
     if isinstance(value, Mapping):
         return {key.replace("dense", "baseline"): _of_baseline(item) for key, item in value.items()}
     return [_of_baseline(item) for item in value] if isinstance(value, list) else value
@@ -244,7 +247,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _figures(data: ReportData) -> list[Figure]:
-    """The four figures that carry the verdict."""
+    """Speed-up, top-1 change, agreement and realised efficiency."""
     speed = Figure("Speed-up", "not measured", "")
     efficiency = Figure("Realised efficiency", "not measured", "")
     baseline = data.baseline
@@ -285,7 +288,7 @@ def _figures(data: ReportData) -> list[Figure]:
 
 
 def _accuracy_rows(accuracy: Accuracy, baseline: Baseline) -> list[tuple[str, str, str, str]]:
-    """(what, dense, reduced, comparison) per row of the accuracy table; "" leaves a cell empty."""
+    """Rows (name, dense, reduced, comparison) of the accuracy table, with "" for an empty cell."""
     rows = []
     if accuracy.top1_difference is not None:
         change = f"{points(accuracy.top1_difference.value)} points {interval(accuracy.top1_difference)}"
@@ -321,7 +324,7 @@ def _accuracy_rows(accuracy: Accuracy, baseline: Baseline) -> list[tuple[str, st
 
 
 def _limit(check: Check) -> str:
-    """What a check asked for, in words."""
+    """Describe the limit of a check."""
     return {
         "finite outputs": "only finite outputs",
         "max_drop": f"at most {check.limit:g} points of top-1 lost",
@@ -357,7 +360,7 @@ def _fact(value: Any) -> str:
 
 
 def _macs(value: float) -> str:
-    """4.61 G, 12.3 M."""
+    """Format a number of MACs: 4.61 G, 12.3 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Measured against a budget: one status, one sentence, and a check for each thing asked."""
+"""Compare measurements with a budget: a status, a headline, and a check for each limit."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from vp_exporter.validation.intervals import Interval
 from vp_exporter.validation.latency import LatencyRow
 
 Status = Literal["passed", "failed", "measured", "unvalidated"]
-ROUNDING = 1e-9  # a drop of 100 x 1/200 against a budget of 0.5 must not hang on the last bit
+ROUNDING = 1e-9  # e.g. a drop of 100 x 1/200 must meet a budget of 0.5 despite rounding
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the reduced engine must hold against its baseline, the dense one or another bundle's. None: not asked.
+    """Limits for the reduced engine against its baseline, the dense engine or another bundle's; None for no limit.
 
     Attributes:
-        max_drop: top-1 that may be lost, in percentage points, 0 to 100.
-        min_speedup: speed-up that must be reached at every batch size measured, above 0 and at most 1000. From 1 on
-            it must also be a speed-up beyond noise (`LatencyRow.claim`); below 1 it reads "not slower than".
-        min_agreement: images with the same top-1 class as the baseline, in percent, 0 to 100.
+        max_drop: Largest drop in top-1, in percentage points, 0 to 100.
+        min_speedup: Smallest speed-up at every batch size measured, above 0 and at most 1000. From 1 on, the speed-up
+            must also exceed noise (`LatencyRow.claim`); a limit below 1 allows a slow-down.
+        min_agreement: Smallest share of images with the same top-1 class as the baseline, in percent, 0 to 100.
 
     Raises:
-        VpError: a limit is out of its range or not a number.
+        VpError: if a limit is out of range or not a number.
     """
 
     max_drop: float | None = None
@@ -47,16 +47,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing asked.
+    """Check of one limit.
 
     Attributes:
         name: "finite outputs", "max_drop", "min_agreement" or "min_speedup".
-        limit: what was asked, in the budget's unit.
-        measured: what was found, in the same unit (for min_speedup: at the worst batch size); None when not measured.
-        passed: judged on the point estimate.
-        holds_at_interval: whether the unfavourable end of the 95% interval holds the limit too; None when there is
-            none. A check that passes without it may owe that to chance.
-        explanation: one sentence.
+        limit: The limit, in the budget's unit.
+        measured: The measured value, in the same unit (for min_speedup: at the worst batch size); None if not measured.
+        passed: Whether the point estimate meets the limit.
+        holds_at_interval: Whether the unfavourable end of the 95% interval also meets the limit; None without an
+            interval. If it is False, a check may have passed by chance.
+        explanation: One sentence.
     """
 
     name: str
@@ -69,14 +69,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes:
-    status: "failed" when any check failed; else "unvalidated" when the answers were not compared with the
-        baseline's at all (a fast engine that answers wrongly is not good); else "passed" when a budget was asked, it
-        holds, and no batch size is slower; else "measured". A slow-down is never "passed", whatever it was allowed.
-    headline: one sentence.
-    checks: in the order finite outputs, max_drop, min_agreement, min_speedup; only those asked, and finite outputs
-        wherever an engine ran.
-    budget_given: whether anything was asked.
+    """Result of a validation.
+
+    Attributes:
+        status: "failed" if any check failed; else "unvalidated" if the outputs were not compared with the baseline's;
+            else "passed" if a budget was given and no batch size is slower; else "measured", e.g. without a budget, or
+            with a slow-down that the budget allows.
+        headline: One sentence.
+        checks: In the order finite outputs, max_drop, min_agreement, min_speedup; only those requested, and finite
+            outputs whenever an engine ran.
+        budget_given: Whether any limit was given.
     """
 
     status: Status
@@ -102,7 +104,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Probe:
-    """An engine that was run without one to compare it with: images, and those without finite outputs."""
+    """Run of an engine without a baseline: number of images, and of those without finite outputs."""
 
     images: int
     nonfinite: int
@@ -116,11 +118,11 @@ def judge(
     baseline: Baseline = DENSE,
     probe: Probe | None = None,
 ) -> Verdict:
-    """Judge what was measured. A limit whose measurement is missing fails; a NaN or infinite output always fails.
+    """Compare measurements with a budget. A limit without a measurement fails; a NaN or infinite output always fails.
 
     Args:
-        baseline: what it was measured against, as the sentences name it.
-        probe: of an engine that had nothing to be timed against.
+        baseline: Baseline of the measurements, which the sentences refer to.
+        probe: Run of an engine without a baseline.
     """
     checks, rows = [], latency or ()
     if accuracy is not None or rows or probe is not None:
@@ -145,7 +147,7 @@ def judge(
 def _check_finite(
     accuracy: Accuracy | None, latency: Sequence[LatencyRow], baseline: Baseline, probe: Probe | None
 ) -> Check:
-    """Every output that an engine gave: on the images, and on the random ones that were timed."""
+    """Check all outputs of the engines, on the images and on the random inputs used for timing."""
     timed = sum(row.batch for row in latency) + (probe.images if probe else 0)
     own = [(accuracy.nonfinite_reduced, accuracy.images, "images")] if accuracy else []
     its = [(accuracy.nonfinite_dense, accuracy.images, "images")] if accuracy else []
@@ -250,7 +252,7 @@ def _headline(
     baseline: Baseline,
 ) -> str:
     failed = [check for check in checks if not check.passed]
-    if failed and failed[0].name == "finite outputs":  # no time and no accuracy means anything
+    if failed and failed[0].name == "finite outputs":  # times and accuracy are meaningless
         words = failed[0].explanation.removeprefix("NaN or infinite outputs ").removesuffix("; try a wider precision.")
         more = "".join(f" and {_plain_name(check)}" for check in failed[1:])
         return f"Failed on NaN or infinite outputs{more}: {words}. Neither its speed nor its answers count."
@@ -287,14 +289,14 @@ def _plain_name(check: Check) -> str:
 
 
 def _surety(passed: bool, holds: bool) -> str:
-    """What the interval's unfavourable end adds to a point estimate that holds."""
+    """Describe whether the unfavourable end of the interval also meets the limit, if the point estimate does."""
     if not passed:
         return ""
     return ", whose lower end holds too" if holds else ", whose lower end does not: more images would tell"
 
 
 def points(value: float) -> str:
-    """Signed, two decimals, with a minus sign that is one; no sign on zero."""
+    """Format with a sign and two decimals, using a typographic minus; no sign on zero."""
     text = f"{value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
 
