@@ -385,6 +385,7 @@ INSPECT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in INSPECT])
 def test_inspect_refuses(case: Words, work: Work) -> None:
     words = case.arguments(work)

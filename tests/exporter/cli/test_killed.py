@@ -96,6 +96,7 @@ def test_file_size_limit(inputs: Inputs, tmp_path: Path) -> None:
     check_nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ready_engines")
 def test_full_disk(inputs: Inputs, tmp_path: Path) -> None:
     """A real full file system, if one can be mounted."""
