@@ -85,6 +85,10 @@ class ExportResult:
     manifest: Manifest
     report: ReportData | None
 
+    def __repr__(self) -> str:
+        engine = self.manifest.engine
+        return f"<ExportResult {str(self.path)!r}, {engine.name} {engine.precision}, {self.manifest.validation.status}>"
+
 
 def export_bundle(
     model: LoadedModel,

@@ -60,6 +60,7 @@ def test_bundle_holds_what_was_exported(model: LoadedModel, plan: ReductionPlan,
     result = export_bundle(model, plan, preprocessing_of(model.vit, model.description), request)
     manifest = verify_bundle(out).manifest
     assert manifest == result.manifest
+    assert repr(result) == f"<ExportResult {str(out)!r}, ort fp32, unvalidated>"
     assert manifest.classes is not None
     assert list(manifest.classes) == request.classes
     assert manifest.model.weights_sha256 == model.weights_sha256

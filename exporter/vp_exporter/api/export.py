@@ -188,9 +188,9 @@ def _ready(out: Path, engine: str, opset: int | None, *, force: bool) -> Backend
     from vp_engines.extras import installed, require_packages
     from vp_exporter.utils.required_packages import EXPORT, ONNX_LOWERING
 
-    check_target(out, force=force)
     backend = get_backend(engine)
     backend.check_opset(opset)
+    check_target(out, force=force)
     needs = [*EXPORT, *(ONNX_LOWERING if backend.source == "onnx" else ())]
     lacking = [] if all(map(installed, backend.packages)) else [backend.extra]
     require_packages("`vp.export`", "export", needs, also=lacking, load=False)

@@ -189,3 +189,9 @@ def test_progress_goes_to_the_logger(bundle_of: Callable[..., Manifest], caplog:
     levels = {record.levelname: record.message for record in caplog.records}
     assert levels["WARNING"] == "the plan removes no token: the reduced engine will be the dense one"
     assert any(record.message.startswith("checking VisionTransformer") for record in caplog.records)
+
+
+def test_a_wrong_engine_is_named_before_what_is_at_out(tmp_path: Path) -> None:
+    (tmp_path / "a.vpe").mkdir()
+    with pytest.raises(vp.VpError, match="'ortt'"):
+        vp.export(create(), mask(), tmp_path / "a.vpe", engine="ortt")
