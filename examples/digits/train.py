@@ -5,9 +5,8 @@
 The recipe, in order:
 1. A small convolutional network is trained on the same 3,500 images and serves as the teacher (distillation).
 2. The ViT is trained with most of its patches dropped at random. Patches with ink are dropped less often than blank
-ones,
-   so that 48 of 196 tokens still show most of a digit. This makes an epoch several times cheaper, and the model robust
-   to missing tokens.
+   ones, so that 48 of 196 tokens still show most of a digit. This makes an epoch several times cheaper, and the model
+   robust to missing tokens.
 3. The last epochs use half of the tokens, then all.
 
 The validation part selects among the last epochs; the test part is used once, after that.

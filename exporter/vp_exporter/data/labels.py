@@ -119,15 +119,12 @@ def label_folders(folders: Sequence[str], classes: Sequence[str] | None, num_cla
     """Determine the class of each folder of images, by the first of these rules that applies:
 
     1. The class names are known and include all folders (classes may have no folder): by name. Case, and `_` or `-`
-    instead
-       of a space, are ignored if that is unambiguous.
+       instead of a space, are ignored if that is unambiguous.
     2. All folders are numbers from 0 to num_classes - 1, with or without leading zeros: by number.
     3. All folders are ImageNet synsets (n01440764), and timm knows a subset of ImageNet with the model's number of
-    classes:
-       by timm's list.
+       classes: by timm's list.
     4. There are as many folders as classes, and their order is the same alphabetically (torchvision) and by natural
-    sort
-       (timm): in that order.
+       sort (timm): in that order.
 
     Args:
         folders: Names of the folders.

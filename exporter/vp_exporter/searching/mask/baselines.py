@@ -31,12 +31,10 @@ def baselines(
 
     - "center": nearest to the image centre (vp_exporter.methods.static).
     - "grid": block 0 keeps the even grid of vp_exporter.methods.static. Grids of different counts are not nested, so
-    later
-      blocks keep the first of them in unweighted farthest-point order, starting in the corner.
+      later blocks keep the first of them in unweighted farthest-point order, starting in the corner.
     - "random S": random with seed S; nested.
     - "fisher prior": from the first block to the last, keep the remaining patches whose loss from this block on costs
-    most.
-      (From the last to the first, the last block would decide which patches are embedded.)
+      most. (From the last to the first, the last block would decide which patches are embedded.)
     - "fisher farthest-point": the first patches of one farthest-point order weighted by importance[0] ** power.
 
     Args:

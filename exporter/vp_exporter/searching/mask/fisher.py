@@ -42,9 +42,8 @@ def gate_gradients(
       Fisher approximation", NeurIPS 2019).
     - "labels": cross-entropy with the label, at temperature 1: the empirical Fisher.
     - "logits": sum over classes of v_c (logit_c - mean logit) with random signs v, a Hutchinson probe of the
-    Gauss-Newton
-      matrix of the squared distance between logits. Every image contributes, whereas the other two are dominated by the
-      few that the model is unsure of. Independent of the temperature.
+      Gauss-Newton matrix of the squared distance between logits. Every image contributes, whereas the other two are
+      dominated by the few that the model is unsure of. Independent of the temperature.
 
     Args:
         scorer: Provides model, images and workers; not modified.
