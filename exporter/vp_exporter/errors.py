@@ -23,3 +23,8 @@ class DataError(VpError):
 
 class SearchError(VpError):
     """A search cannot start or continue, because of its images, budget, losses or checkpoint."""
+
+
+def first_line(error: object) -> str:
+    """First line of an error's message, or its type if the message is empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

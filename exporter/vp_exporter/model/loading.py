@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from vp_exporter.data.labels import known_names
-from vp_exporter.errors import UnsupportedModelError, WeightsError
+from vp_exporter.errors import UnsupportedModelError, WeightsError, first_line
 from vp_exporter.model import weights as weight_files
 from vp_exporter.model.describe import describe
 from vp_exporter.model.hub import ModelName, folder_weights, hub_at_hand, parse_name
@@ -194,7 +194,7 @@ def _create(name: ModelName, args: Mapping[str, Any], *, pretrained: bool = Fals
             else:
                 model = timm.create_model(name.text, pretrained=pretrained, **args)
         except Exception as error:  # hub clients have exceptions that cannot be imported here
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             if name.source and (isinstance(error, KeyError) or first.startswith("Unknown model")):
                 raise UnsupportedModelError(
                     f"{name.text} is no model of timm {timm.__version__}: its config.json names "

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from vp_exporter.data.labels import known_names
-from vp_exporter.errors import UnsupportedModelError
+from vp_exporter.errors import UnsupportedModelError, first_line
 from vp_exporter.model.describe import describe, refusal
 from vp_exporter.model.loading import LoadedModel
 from vp_exporter.model.spec import ModelSpec
@@ -88,7 +88,7 @@ def copy_module(model: nn.Module, vit: nn.Module) -> LoadedModel:
             twin = copy.deepcopy(vit).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
             sha256 = fingerprint(twin)
     except Exception as error:  # its modules may raise anything
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UnsupportedModelError(
             f"{type(vit).__name__} cannot be copied: {first}",
             expected="a module that copy.deepcopy takes",

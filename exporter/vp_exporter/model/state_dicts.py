@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from vp_exporter.errors import WeightsError
+from vp_exporter.errors import WeightsError, first_line
 from vp_exporter.model.parameter_names import NAMING_SCHEMES, NamingScheme
 
 # Name parts added by wrappers at any depth: DDP and DataParallel, torch.compile, FSDP, activation checkpointing,
@@ -242,7 +242,7 @@ def adapt(state: Mapping[str, Tensor], model: nn.Module, source: str) -> FoundWe
         found: dict[str, Tensor] = filter_fn(dict(floats), model, **_filter_options(model))
     except Exception as error:  # reshapes to impossible shapes
         _check_positions(floats, model, source)
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise WeightsError(
             f"timm cannot convert the weights of {source}: {first}", expected="weights of this model",
             fix="name the model that the weights belong to",

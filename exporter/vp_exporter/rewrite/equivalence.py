@@ -5,9 +5,8 @@ timm's own class. The exported form is run on two random images to check that:
 
 1. Without a plan, it gives the same output as the module's own `forward`.
 2. Tokens only interact in attention, so that dropping one does not affect the others otherwise. With patches dropped,
-it
-   must equal itself with the same patches masked out of every attention. Skipped if all layers are timm's or torch's
-   own, which treat tokens separately.
+   it must equal itself with the same patches masked out of every attention. Skipped if all layers are timm's or
+   torch's own, which treat tokens separately.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from vp_exporter.errors import UnsupportedModelError
+from vp_exporter.errors import UnsupportedModelError, first_line
 from vp_exporter.model.spec import ModelSpec
 from vp_exporter.plan import PlanModel, ReductionPlan
 from vp_exporter.reducers import StaticStep
@@ -59,7 +58,7 @@ def check_equivalent(vit: nn.Module, spec: ModelSpec) -> None:
             raise
         except Exception as error:  # unknown layers may raise anything
             raise UnsupportedModelError(
-                f"{name} cannot be rewritten: {type(error).__name__}: {_first_line(error)}",
+                f"{name} cannot be rewritten: {type(error).__name__}: {first_line(error)[:200]}",
                 expected="the layers of timm's class that it derives from",
                 fix="merge adapters and remove wrappers around its layers first",
             ) from error
@@ -113,7 +112,8 @@ def _own_answer(vit: nn.Module, images: Tensor, name: str) -> Tensor:
         answer = vit(images)
     except Exception as error:  # user code may raise anything
         raise UnsupportedModelError(
-            f"{name} does not run on images of {list(images.shape[1:])}: {type(error).__name__}: {_first_line(error)}",
+            f"{name} does not run on images of {list(images.shape[1:])}: {type(error).__name__}: "
+            f"{first_line(error)[:200]}",
             expected="forward(images), float32 on the CPU",
             fix=_GO_ON,
         ) from error
@@ -137,11 +137,6 @@ def _without_zeros(vit: nn.Module) -> nn.Module:
     return twin
 
 
-def _kept(spec: ModelSpec) -> list[int]:
-    """Positions in the sequence, prefix tokens included, that the trial plan keeps."""
-    return [*range(spec.prefix_tokens), *(spec.prefix_tokens + patch for patch in _kept_patches(spec))]
-
-
 def _kept_patches(spec: ModelSpec) -> list[int]:
     order = torch.randperm(spec.patches, generator=torch.Generator().manual_seed(2)).tolist()
     return sorted(order[int(_DROPPED * spec.patches) :])
@@ -150,12 +145,13 @@ def _kept_patches(spec: ModelSpec) -> list[int]:
 def _with_a_drop(vit: nn.Module, spec: ModelSpec, images: Tensor) -> tuple[Tensor, Tensor]:
     """Final tokens with patches dropped before block 0, and with the same patches masked and then removed."""
     kept, model = _kept_patches(spec), PlanModel.of(spec)
+    stay = [*range(spec.prefix_tokens), *(spec.prefix_tokens + patch for patch in kept)]  # in the sequence
     row = torch.full((spec.prefix_tokens + spec.patches,), MASKED)
-    row[_kept(spec)] = 0.0
+    row[stay] = 0.0
     bias: Mapping[int, tuple[float, ...]] = dict.fromkeys(range(spec.depth), tuple(row.tolist()))
     plans = (ReductionPlan(model, (StaticStep(block=0, keep=tuple(kept)),)), ReductionPlan(model, key_bias=bias))
     dropped, masked = (ReducedViT(vit, spec, plan).for_export().block_tokens(images)[-1] for plan in plans)
-    return vit.norm(dropped), vit.norm(masked)[:, _kept(spec)]
+    return vit.norm(dropped), vit.norm(masked)[:, stay]
 
 
 def _rounding(values: Tensor) -> Tensor:
@@ -171,7 +167,3 @@ def _spread(values: Tensor) -> Tensor:
 def _difference(found: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -28,7 +28,7 @@ from safetensors import numpy as safetensors_numpy
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from vp_exporter.errors import SearchError
+from vp_exporter.errors import SearchError, first_line
 from vp_exporter.utils import files
 from vp_exporter.utils.distributed import Workers, single
 
@@ -343,7 +343,7 @@ def _read_json(path: Path, fix: str = "") -> Any:
 
 
 def _damaged(path: Path, why: object, fix: str = "") -> SearchError:
-    reason = (str(why).splitlines() or [type(why).__name__])[0]
+    reason = first_line(why)
     return SearchError(
         f"{path} in the checkpoint is damaged: {reason}", expected="a file as the search wrote it",
         fix=fix or f"remove {path}: what it held is computed again",
